@@ -1,0 +1,152 @@
+"""Around the model: counting parameters, FLOPs and memory, and looking inside attention.
+
+`config` is the notebook's Config, or any object with the same fields.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+# -------------------------------------------------------------------------------------------- counting
+
+
+def count_parameters(model: nn.Module) -> dict[str, int]:
+    """Parameters by group, each counted once; "total" is their sum.
+
+    A table that the head shares counts as "embedding". The groups follow the names of the modules.
+    """
+    groups = {"embedding": 0, "position": 0, "attention": 0, "ffn": 0, "norms": 0, "head": 0}
+    for name, parameter in model.named_parameters():  # a shared tensor appears once, under its first name
+        parts = name.split(".")
+        if any("norm" in part for part in parts):
+            group = "norms"
+        else:
+            group = next((group for group in groups if group in parts), "other")
+        groups[group] = groups.get(group, 0) + parameter.numel()
+    return groups | {"total": sum(groups.values())}
+
+
+def multiplying_parameters(model: nn.Module) -> int:
+    """N of the FLOP count: weights of matrix products. The head counts once, tied or not; a lookup never does."""
+    return sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
+
+
+def flops_per_token(model: nn.Module, config) -> float:
+    """Training FLOPs per token, forward and backward: 6·N + 12·n_layer·n_embd·block_size.
+
+    Two per weight forward, four backward; the second term is attention's scores and weighted sums
+    (Chowdhery et al. 2022, PaLM, appendix B; the causal half is counted whole, as there).
+    """
+    return 6 * multiplying_parameters(model) + 12 * config.n_layer * config.n_embd * config.block_size
+
+
+def cache_bytes_per_token(config, bytes_per_value: int = 2) -> int:
+    """Bytes that one token keeps in the key/value cache, over all layers (bfloat16 unless told)."""
+    n_kv_head = config.n_head if config.attention == "mha" else config.n_kv_head
+    return 2 * config.n_layer * n_kv_head * (config.n_embd // config.n_head) * bytes_per_value
+
+
+def expected_loss(parameters: float, tokens: float) -> float:
+    """Nats per token that a model of this size reaches on this many tokens of web text.
+
+    The Chinchilla law with the corrected fit of Besiroglu et al. 2024 (arXiv 2404.10102), made for a 32k
+    vocabulary, cosine AdamW and 50M to 16B parameters: a guide for `day`, not for `demo`.
+    """
+    return 1.8172 + 482.01 / parameters**0.3478 + 2085.43 / tokens**0.3658
+
+
+def training_memory(
+    model: nn.Module, optimizers: list, config, micro_batch: int, matmul_bytes: int
+) -> dict[str, float]:
+    """Predicted bytes of a training step on `micro_batch` sequences at a time, by what holds them.
+
+    `matmul_bytes` is the size of a value in matrix products, 2 for bfloat16. Weights, gradients and
+    optimizer state are exact. Activations count what backward needs per token and block: the inputs of
+    norms and matrix products, queries, keys, values and the attention output, and the feed-forward's
+    hidden values; logits count values and gradients.
+    """
+    parameters = count_parameters(model)["total"]
+    state = 0
+    for optimizer in optimizers:  # Muon keeps one float32 average per weight, AdamW two
+        per_weight = 4 if isinstance(optimizer, torch.optim.Muon) else 8
+        state += per_weight * sum(p.numel() for group in optimizer.param_groups for p in group["params"])
+    tokens = micro_batch * config.block_size
+    kv_width = cache_bytes_per_token(config, 1) // config.n_layer  # keys and values, per block
+    hidden = (3 if config.ffn == "gated" else 2) * config.n_ffn
+    per_block = 2 * 4 * config.n_embd + matmul_bytes * (5 * config.n_embd + kv_width + hidden)
+    return {
+        "weights": 4.0 * parameters + (matmul_bytes * parameters if matmul_bytes < 4 else 0),
+        "gradients": 4.0 * parameters,
+        "optimizer": float(state),
+        "activations": float(tokens * config.n_layer * per_block),
+        "logits": 2.0 * tokens * config.vocab_size * matmul_bytes,
+    }
+
+
+def choose_micro_batch(model: nn.Module, optimizers: list, config, matmul_bytes: int, free_memory: int) -> int:
+    """`config.micro_batch`; for "auto" the largest share of a step that is predicted to fit 80% of the free bytes.
+
+    More than 65,536 tokens at a time is not tried: it fills any device, and would only take memory.
+    """
+    if config.micro_batch != "auto":
+        return config.micro_batch
+    sequences = config.batch_tokens // config.block_size
+    for size in range(min(sequences, max(1, 65536 // config.block_size)), 1, -1):
+        needed = sum(training_memory(model, optimizers, config, size, matmul_bytes).values())
+        if sequences % size == 0 and needed < 0.8 * free_memory:
+            return size
+    return 1
+
+
+# ----------------------------------------------------------------------------------------- looking in
+
+
+class AttentionProbe(TorchFunctionMode):
+    """Within `with AttentionProbe() as probe:`, keeps the weights of every attention that is computed.
+
+    `probe.maps` holds one (B, H, T, S) tensor per call of `scaled_dot_product_attention`, in order, for
+    whatever attention class calls it: query rows, key columns, each row summing to 1.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maps: list[Tensor] = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is F.scaled_dot_product_attention:
+            self.maps.append(_attention_weights(*args, **kwargs).detach())
+        return function(*args, **kwargs)
+
+
+def _attention_weights(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """What `scaled_dot_product_attention` computes on its way, with its arguments: (B, H, T, S)."""
+    key = key.repeat_interleave(query.size(1) // key.size(1), dim=1)
+    scores = query.float() @ key.float().mT * (scale or query.size(-1) ** -0.5)
+    if is_causal:
+        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    if attn_mask is not None:
+        scores = scores.masked_fill(~attn_mask, -math.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
+    return scores.softmax(-1)
+
+
+@torch.no_grad()
+def attention_maps(model: nn.Module, tokens: Tensor) -> Tensor:
+    """(n_layer, H, T, T): where every head of every layer looks, for one sequence of tokens (T,)."""
+    with AttentionProbe() as probe:
+        model(tokens[None])
+    return torch.cat(probe.maps)

@@ -1,0 +1,48 @@
+"""The seam between the notebook and plain Python: its definitions as a module, its errors as one line.
+
+`tests/`, `bench/` and any script of yours get the notebook's classes and functions from here, so that
+nothing is written twice:
+
+    lm = load_definitions("LMHarness.ipynb")
+    model = lm.build_model(lm.Config.from_preset("smoke"))
+"""
+
+from __future__ import annotations
+
+import linecache
+import sys
+import types
+from pathlib import Path
+
+NOTEBOOK = Path(__file__).with_name("LMHarness.ipynb")
+
+
+class UserError(ValueError):
+    """Something the user can mend. The message says what was wrong, where, and what to do.
+
+    IPython prints the one line instead of a stack trace.
+    """
+
+    def _render_traceback_(self) -> list[str]:
+        return [f"{type(self).__name__}: {self}"]
+
+
+def load_definitions(notebook: str | Path = NOTEBOOK) -> types.ModuleType:
+    """Execute the cells of `notebook` tagged `define`, in order, in a fresh module and return it.
+
+    Stack traces show the notebook's own lines. Raises `UserError` when there is nothing to execute.
+    """
+    import nbformat
+
+    path = Path(notebook)
+    cells = nbformat.read(path, as_version=4).cells
+    defining = [(i, c.source) for i, c in enumerate(cells) if "define" in c.metadata.get("tags", [])]
+    if not defining:
+        raise UserError(f"{path.name} has no cell tagged 'define': is this the LMHarness notebook?")
+    module = types.ModuleType(path.stem)
+    sys.modules[module.__name__] = module  # dataclasses and torch.compile look classes up by module name
+    for index, source in defining:
+        name = f"{path.name}, cell {index}"
+        linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)
+        exec(compile(source, name, "exec", dont_inherit=True), module.__dict__)
+    return module

@@ -1,0 +1,344 @@
+"""The run directory: its lock, its log, its mirror in W&B, and a view of it from anywhere.
+
+runs/<run_name>/
+    config.json  environment.json  tokenizer.json     what the run is, and what produced it
+    metrics.jsonl  samples.jsonl                      a line a step, complete at every moment
+    summary.json                                      how it ended
+    checkpoints/                                      checkpoint_utils
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import hashlib
+import importlib.metadata
+import itertools
+import json
+import math
+import os
+import platform
+import re
+import secrets
+import statistics
+import subprocess
+from collections import deque
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from filelock import FileLock, Timeout
+
+from notebook_utils import NOTEBOOK, UserError
+from train_utils import Budget, Machine, cpu_name
+
+
+class RunLog:
+    """A run directory that this process, and no other, is writing. Mirrored to W&B where asked.
+
+    Opening locks it; the lock goes with the process, however that ends. The local files are the truth and
+    are complete after every line. Raises `UserError` for a name that would lead elsewhere, and for a run that
+    another process is training.
+    """
+
+    def __init__(self, runs_dir: str | Path, run_name: str, start_over: bool = False) -> None:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", run_name):
+            raise UserError(
+                f"run_name is {run_name!r}; use up to 100 letters, digits, '.', '_', '-', a letter or digit first"
+            )
+        self.folder = Path(runs_dir) / run_name
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = FileLock(self.folder / ".lock", timeout=0)
+        self._wandb = None
+        self._unwritten: list[tuple[str, str]] = []
+        self._losses: deque[float] = deque(maxlen=50)
+        self._start_over = start_over
+
+    def __enter__(self) -> RunLog:
+        try:
+            self._lock.acquire()
+        except Timeout:
+            raise UserError(
+                f"another process is training in {self.folder}; wait for it, stop it, or use a new run_name"
+            ) from None
+        if self._start_over and (self.folder / "config.json").exists():
+            self._set_aside()
+        return self
+
+    def __exit__(self, *exception) -> None:
+        """End W&B where `finish` did not, and let the run go; files need no closing."""
+        self._mirror(lambda run: run.finish(exit_code=1))
+        self._wandb = None
+        self._lock.release()
+
+    def _set_aside(self) -> None:
+        """Move an earlier run of this name to `<run_name>.1`, `.2`, …: nothing is lost."""
+        name = self.folder.name
+        aside = next(p for n in itertools.count(1) if not (p := self.folder.with_name(f"{name}.{n}")).exists())
+        aside.mkdir()
+        for path in self.folder.iterdir():
+            if path.name != ".lock":
+                path.rename(aside / path.name)
+        print(f"starting over; the earlier run is now in {aside}")
+
+    def compare(self, config: dict, fixed: Iterable[str]) -> None:
+        """Print how `config` differs from the one this run was begun with.
+
+        Raises `UserError` when one of the `fixed` fields differs: what is on disk would not fit it.
+        """
+        saved = read_json(self.folder / "config.json")
+        now = _portable(config)
+        for name in now:
+            if name in saved and saved[name] != now[name] and name != "resume":
+                if name in fixed:
+                    raise UserError(
+                        f"{name} is {now[name]!r} but run {self.folder.name!r} was begun with {saved[name]!r};"
+                        " use a new run_name, or resume='never' to start over"
+                    )
+                print(f"  {name}: {saved[name]!r} before, {now[name]!r} from here on")
+
+    def begin(self, config: dict, tokenizer: dict, environment: dict, wandb: str = "off", at_step: int = 0) -> None:
+        """Write what the run is. Lines logged after `at_step`, by a run that was cut off later, are dropped.
+
+        Raises `UserError` when the run was begun with another tokenizer.
+        """
+        if at_step and read_json(self.folder / "tokenizer.json") != tokenizer:
+            raise UserError(
+                f"run {self.folder.name!r} was begun with another tokenizer: the text it was learned from has"
+                " changed; use a new run_name"
+            )
+        config = _portable(config)
+        (self.folder / "summary.json").unlink(missing_ok=True)  # of an earlier part of this run
+        for name, value in [("config", config), ("tokenizer", tokenizer), ("environment", environment)]:
+            _write_json(self.folder / f"{name}.json", value)
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            kept = [line for line in read_jsonl(self.folder / name) if line["step"] <= at_step] if at_step else []
+            _write_atomic(self.folder / name, "".join(json.dumps(line) + "\n" for line in kept))
+        if wandb != "off":
+            self._wandb = _start_wandb(self.folder, config, wandb)
+
+    def metrics(self, step: int, **values: float | None) -> None:
+        """Append one line to metrics.jsonl. A loss far above the last fifty is marked as a spike."""
+        loss = values.get("train_loss")
+        if loss is not None and math.isfinite(loss):
+            if len(self._losses) == self._losses.maxlen:
+                mean, spread = statistics.fmean(self._losses), statistics.stdev(self._losses)
+                if loss > mean + 6 * spread:
+                    values["spike"] = loss - mean
+                    print(f"\nstep {step:,}: loss {loss:.3f} after a mean of {mean:.3f}")
+            self._losses.append(loss)
+        self._append("metrics.jsonl", {"step": step, **values})
+        self._mirror(lambda run: run.log(values, step=step))
+
+    def sample(self, step: int, prompt: str, text: str) -> None:
+        """Append one line to samples.jsonl."""
+        self._append("samples.jsonl", {"step": step, "prompt": prompt, "text": text})
+        self._mirror(lambda run: run.log({"sample": _wandb_html(prompt, text)}, step=step))
+
+    def median_rate(self) -> float:
+        """Tokens per second of the median step; 0 before there is one."""
+        lines = read_jsonl(self.folder / "metrics.jsonl")
+        rates = [line["tokens_per_second"] for line in lines if line.get("tokens_per_second")]
+        return statistics.median(rates or [0.0])
+
+    def finish(self, summary: dict) -> None:
+        """Write summary.json and close W&B."""
+        try:
+            _write_json(self.folder / "summary.json", summary)
+        except OSError as error:
+            print(f"summary.json was not written ({error.strerror}): {json.dumps(summary)}")
+        self._mirror(lambda run: (run.summary.update(summary), run.finish(exit_code=0)))
+        self._wandb = None
+
+    def _append(self, name: str, line: dict) -> None:
+        """Add a line to a file; on a full disk, keep it and try again with the next one."""
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
+        self._unwritten.append((name, json.dumps(finite) + "\n"))  # JSON has no NaN
+        try:
+            while self._unwritten:
+                name, text = self._unwritten[0]
+                with (self.folder / name).open("a", encoding="utf-8") as file:
+                    file.write(text)
+                self._unwritten.pop(0)
+        except OSError as error:
+            if len(self._unwritten) == 1:
+                print(f"\n{name} cannot be written now ({error.strerror}); its lines are kept and written later")
+            name, text = self._unwritten[0]
+            self._unwritten[0] = name, "\n" + text.lstrip("\n")  # part of it may be on disk: begin a line of its own
+
+    def _mirror(self, action: Callable) -> None:
+        """Do something with the W&B run. Whatever goes wrong there is said once and never stops training."""
+        if self._wandb is None:
+            return
+        try:
+            action(self._wandb)
+        except Exception as error:
+            self._wandb = None
+            print(f"W&B stopped ({type(error).__name__}: {error}); the run goes on, its files are in {self.folder}")
+
+
+def _start_wandb(folder: Path, config: dict, mode: str):
+    """A W&B run, or None with a line that says why. Never asks for a key: without one it logs offline."""
+    try:
+        import wandb
+
+        if mode == "online" and not wandb.login(prompt=False):
+            mode = "offline"
+            print("W&B: no API key here, logging offline (later: wandb login, then wandb sync)")
+        settings = wandb.Settings(console="off", silent=True, init_timeout=60, disable_git=True, disable_code=True)
+        id_file = folder / "wandb_id"
+        run_id = id_file.read_text() if id_file.exists() else secrets.token_hex(4)
+        id_file.write_text(run_id)
+        return wandb.init(
+            project="lmharness", name=folder.name, id=run_id, resume="allow",
+            dir=folder.parent, config=config, mode=mode, settings=settings,
+        )  # fmt: skip
+    except Exception as error:
+        print(f"W&B is off ({type(error).__name__}: {error}); the run's files are in {folder}")
+        return None
+
+
+def _portable(config: dict) -> dict:
+    """The config without the folders of one machine: of an absolute path, the last part."""
+    return {
+        name: f"…/{Path(value).name}" if isinstance(value, str) and Path(value).expanduser().is_absolute() else value
+        for name, value in config.items()
+    }
+
+
+def _wandb_html(prompt: str, text: str):
+    import html
+
+    import wandb
+
+    return wandb.Html(f"<pre><b>{html.escape(prompt)}</b>{html.escape(text)}</pre>", inject=False)
+
+
+def read_jsonl(path: str | Path) -> list[dict]:
+    """The lines of a JSON-lines file; a last line that a crash cut short is left out."""
+    lines = []
+    if Path(path).exists():
+        for text in Path(path).read_text("utf-8", errors="replace").splitlines():
+            with contextlib.suppress(json.JSONDecodeError):
+                line = json.loads(text)
+                if isinstance(line, dict) and isinstance(line.get("step"), int):
+                    lines.append(line)
+    return lines
+
+
+def read_json(path: Path) -> dict:
+    """The object in a JSON file. Raises `UserError` for anything else."""
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not readable as JSON ({type(error).__name__}); is it a run directory?") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: holds {type(value).__name__}, not an object")
+    return value
+
+
+def _write_json(path: Path, value: dict) -> None:
+    _write_atomic(path, json.dumps(value, indent=1) + "\n")
+
+
+def _write_atomic(path: Path, text: str) -> None:
+    beside = path.with_name(path.name + ".part")
+    beside.write_text(text, encoding="utf-8")
+    beside.replace(path)
+
+
+def describe_environment(machine: Machine) -> dict:
+    """Versions, hardware and source identity: what is needed to say later what produced a run. No paths, no names."""
+    packages = ("torch", "numpy", "tiktoken", "rustbpe", "datasets", "safetensors", "transformers", "wandb")
+    versions = {}
+    for package in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return {
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "system": platform.system(),
+        "versions": versions,
+        "cuda": torch.version.cuda,
+        "device": machine.name,
+        "device_memory_bytes": machine.memory,
+        "dtype": str(machine.dtype).removeprefix("torch."),
+        "cpu": cpu_name(),
+        "cpu_count": os.cpu_count(),
+        "commit": _commit(),
+        "notebook_sha256": hashlib.sha256(NOTEBOOK.read_bytes()).hexdigest() if NOTEBOOK.exists() else None,
+    }
+
+
+def _commit() -> str | None:
+    """The checked-out commit, with "+" after it when files differ from it."""
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        here = Path(__file__).parent
+        git = ["git", "-C", str(here)]
+        commit = subprocess.check_output([*git, "rev-parse", "HEAD"], text=True, stderr=subprocess.DEVNULL).strip()
+        changed = subprocess.check_output([*git, "status", "--porcelain"], text=True, stderr=subprocess.DEVNULL)
+        return commit + ("+" if changed.strip() else "")
+    return None
+
+
+# ------------------------------------------------------------------------------------ from anywhere else
+
+
+def run_state(folder: str | Path) -> dict:
+    """Where a run stands, from its files alone: for another notebook, kernel or terminal, while it trains or after.
+
+    "status" is "running", "finished", "interrupted" or "diverged", or "stopped" when its process is gone without
+    a word; "progress" (0 to 1) and "seconds_left" come from the budget; "metrics" and "samples" are its lines.
+    """
+    folder = Path(folder)
+    config, metrics = read_json(folder / "config.json"), read_jsonl(folder / "metrics.jsonl")
+    last = {name: value for line in metrics for name, value in line.items()}  # the latest of each
+    try:
+        budget = Budget(config["max_steps"], config["max_tokens"], config["max_hours"])
+        seconds = float(last.get("seconds", 0.0))
+        progress = budget.progress(last.get("step", 0), last.get("tokens", 0), seconds)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{folder}: its config or metrics do not say how far it is ({error!r})") from None
+    summary = folder / "summary.json"
+    status = read_json(summary).get("status", "stopped") if summary.exists() else "stopped"
+    lock = FileLock(folder / ".lock", timeout=0)
+    try:
+        lock.acquire()
+        lock.release()
+    except Timeout:
+        status = "running"
+    return {
+        "status": status,
+        "progress": progress,
+        "seconds_left": seconds / progress * (1 - progress) if progress else math.inf,
+        "last": last,
+        "metrics": metrics,
+        "samples": read_jsonl(folder / "samples.jsonl"),
+    }
+
+
+def show_run(folder: str | Path) -> None:
+    """Print where a run stands and its latest sample, and draw its curves."""
+    import matplotlib.pyplot as plt
+
+    state = run_state(folder)
+    last, left = state["last"], state["seconds_left"]
+    print(f"{Path(folder).name}: {state['status']}, {state['progress']:.1%} of the budget", end="")
+    print(f", {left / 3600:.1f} hours left" if state["status"] == "running" and math.isfinite(left) else "")
+    numbers = [
+        ("step", ",d"),
+        ("tokens", ",d"),
+        ("train_loss", ".3f"),
+        ("val_bpb", ".4f"),
+        ("tokens_per_second", ",.0f"),
+    ]
+    print(", ".join(f"{name} {last[name]:{form}}" for name, form in numbers if last.get(name) is not None))
+    for sample in state["samples"][-1:]:
+        print(f"──── sample of step {sample['step']:,}\n{sample['prompt']}{sample['text']}")
+    plt.figure(figsize=(7, 3))
+    for name, style in [("train_loss", "-"), ("val_loss", "o-")]:
+        points = [(line["tokens"] / 1e6, line[name]) for line in state["metrics"] if line.get(name) is not None]
+        plt.plot(*zip(*points), style, label=name) if points else None
+    plt.gca().set(xlabel="tokens (millions)", ylabel="nats per token", title=Path(folder).name)
+    plt.legend()
+    plt.show()

@@ -1,0 +1,57 @@
+"""Shared by all tests: the notebook's definitions, one thread per worker, CUDA tests skipped where there is none."""
+
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ["OMP_NUM_THREADS"] = "1"  # also for the kernels and processes that tests start
+os.environ["PYTHONPATH"] = str(ROOT)
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.pop("WANDB_API_KEY", None)
+
+import matplotlib  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+from notebook_utils import load_definitions  # noqa: E402
+
+matplotlib.use("agg")
+torch.set_num_threads(1)
+LM = load_definitions()
+
+
+@pytest.fixture
+def lm():
+    """The notebook's definitions."""
+    return LM
+
+
+@pytest.fixture
+def tiny(lm):
+    """tiny(**overrides): the smallest config that still has every part."""
+
+    def make(**overrides):
+        values = {"n_embd": 32, "n_ffn": 48, "block_size": 16, "vocab_size": 97, "tokenizer": "bytes"}
+        values |= {"batch_tokens": 64, "micro_batch": 4} | overrides
+        values["vocab_size"] = max(values["vocab_size"], 257)
+        return lm.Config.from_preset("smoke", **values)
+
+    return make
+
+
+@pytest.fixture
+def texts(tmp_path):
+    """A folder of text files with known contents; returns (glob, contents)."""
+    contents = [f"Document {i}.\r\n" + f"line é {i} 🙂\n" * (20 + 7 * i) for i in range(40)]
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for i, content in enumerate(contents):
+        (folder / f"{i:02d}.txt").write_bytes(content.encode())
+    return str(folder / "*.txt"), contents
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("cuda") and not torch.cuda.is_available():
+        pytest.skip("no CUDA device on this machine")

@@ -1,0 +1,94 @@
+"""Wrong input ends in one line that names both numbers and the way out, before anything is allocated."""
+
+import json
+
+import pytest
+import torch
+
+from notebook_utils import UserError
+
+WRONG = [
+    ({"n_layr": 3}, ["n_layr", "n_layer"]),
+    ({"n_embd": 65}, ["65", "4", "68"]),
+    ({"n_head": 4, "n_kv_head": 3}, ["n_head 4", "n_kv_head 3"]),
+    ({"n_embd": 36, "n_head": 4}, ["36", "9", "odd"]),
+    ({"batch_tokens": 1000}, ["1000", "64 × 4", "1024"]),
+    ({"tokenizer": "gpt2"}, ["512", "50257", "50304"]),
+    ({"tokenizer": "bytes", "vocab_size": 256}, ["256", "257"]),
+    ({"position": "absolute", "n_position": 32}, ["32", "64"]),
+    ({"n_layer": 0}, ["n_layer is 0"]),
+    ({"n_ffn": -8}, ["n_ffn is -8"]),
+    ({"lr": float("nan")}, ["lr is nan"]),
+    ({"max_steps": 0}, ["no budget", "max_steps"]),
+    ({"n_layer": "8"}, ["'8'", "int"]),
+    ({"compile": 1}, ["compile is 1", "bool"]),
+    ({"schedule": "cosin"}, ["cosin", "cosine"]),
+    ({"warmup": 0.7, "decay": 0.7}, ["0.7", "whole budget"]),
+    ({"val_fraction": 1.5}, ["1.5"]),
+]
+
+
+@pytest.mark.parametrize(("overrides", "named"), WRONG)
+def test_wrong_input_is_one_line_with_the_numbers(lm, overrides, named):
+    with pytest.raises(lm.ConfigError) as caught:
+        lm.Config.from_preset("smoke", **overrides)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert all(part in message for part in named), message
+
+
+def test_unknown_preset_and_variant_name_the_nearest(lm):
+    with pytest.raises(lm.ConfigError, match="'demos' is not known; did you mean 'demo'"):
+        lm.Config.from_preset("demos")
+    with pytest.raises(lm.ConfigError, match="position 'ropes' is not known; did you mean 'rope'"):
+        lm.build_model(lm.Config.from_preset("smoke", position="ropes"))
+
+
+def test_missing_device_is_named(lm):
+    missing = f"cuda:{torch.cuda.device_count()}"
+    with pytest.raises(UserError, match=f"{missing}.*this machine has.*cpu"):
+        lm.find_machine(missing)
+
+
+def test_gqa_with_too_many_kv_heads_and_mha_ignores_them(lm):
+    with pytest.raises(lm.ConfigError, match="n_kv_head 8"):
+        lm.Config.from_preset("smoke", n_kv_head=8)
+    lm.Config.from_preset("smoke", attention="mha", n_kv_head=8)
+
+
+def test_config_is_frozen_and_round_trips_through_json(lm):
+    config = lm.Config.from_preset("demo", lr=1, n_layer=3)
+    assert lm.Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    with pytest.raises(AttributeError):
+        config.n_layer = 5
+
+
+def test_run_name_follows_what_defines_the_run(lm):
+    name = lm.Config.from_preset("demo").run_name
+    assert lm.Config.from_preset("demo", max_hours=1.0, eval_every=7, micro_batch=4).run_name == name
+    assert lm.Config.from_preset("demo", lr=0.01).run_name != name
+    assert lm.Config.from_preset("demo", position="none").run_name != name
+    assert lm.Config.from_preset("demo", run_name="mine").run_name == "mine"
+
+
+def test_every_field_is_commented():
+    """Each field of the configuration has a comment on its line, the three budgets share one."""
+    import nbformat
+
+    from notebook_utils import NOTEBOOK
+
+    for cell in nbformat.read(NOTEBOOK, as_version=4).cells:
+        if "Fields:" in cell.source and "define" in cell.metadata.get("tags", []):
+            for line in cell.source.splitlines():
+                if ": " in line and " = " in line and not line.startswith(("#", "@", "class")):
+                    assert "  # " in line, line
+
+
+def test_day_has_about_220_million_parameters(lm):
+    with torch.device("meta"):
+        model = lm.build_model(lm.Config.from_preset("day"))
+    assert 215e6 <= lm.count_parameters(model)["total"] <= 225e6
+
+
+def test_errors_are_one_line_in_ipython(lm):
+    assert lm.ConfigError("so it is")._render_traceback_() == ["ConfigError: so it is"]

@@ -1,0 +1,444 @@
+"""Text in, batches out: nothing is lost, nothing is seen twice, and wrong input is one clear line."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import data_utils
+import text_utils
+from data_utils import Batches, is_held_out, prepare_data
+from text_utils import (
+    DataError,
+    get_tokenizer,
+    iter_documents,
+    read_documents,
+    source_files,
+    token_byte_counts,
+    tokenizer_from_dict,
+    tokenizer_to_dict,
+)
+
+GPT2_VOCABULARY = Path(__file__).parents[2] / "shared" / "tiktoken"  # tiktoken's cache files, where a machine has them
+SAMPLE = ["def main():\n    return 1\n", "Größe 🙂 naïve\r\n\r\n\ttabs   spaces\n", "0123456789" * 3]
+
+
+def gpt2():
+    if "TIKTOKEN_CACHE_DIR" not in os.environ:
+        if not GPT2_VOCABULARY.is_dir():
+            pytest.skip("no copy of the gpt2 vocabulary here: set TIKTOKEN_CACHE_DIR to one")
+        os.environ["TIKTOKEN_CACHE_DIR"] = str(GPT2_VOCABULARY)
+    return get_tokenizer("gpt2", 50304)
+
+
+TOKENIZERS = {
+    "bytes": lambda: get_tokenizer("bytes", 257),
+    "bpe": lambda: get_tokenizer("bpe", 400, SAMPLE * 20),
+    "gpt2": gpt2,
+}
+
+
+@pytest.fixture(scope="module", params=TOKENIZERS, name="encoding")
+def _encoding(request):
+    return TOKENIZERS[request.param]()
+
+
+@given(text=st.text(st.characters(exclude_categories=["Cs"]), max_size=300))
+@settings(max_examples=300, deadline=None)
+def test_decode_of_encode_is_the_text(encoding, text):
+    ids = encoding.encode_to_numpy(text, disallowed_special=())
+    assert encoding.decode_bytes(ids.tolist()) == text.encode()
+
+
+@pytest.mark.parametrize("text", ["<|endoftext|>", " " * 5000, "\n\r\n\r", "\x00\x01", "a" * 3000, "👩‍👩‍👧‍👦é"])
+def test_awkward_text_round_trips(encoding, text):
+    ids = encoding.encode_to_numpy(text, disallowed_special=())
+    assert encoding.decode_bytes(ids.tolist()) == text.encode()
+    assert encoding.eot_token not in ids  # end-of-text written in a document is text
+
+
+def test_tokenizer_survives_its_file(encoding):
+    again = tokenizer_from_dict(json.loads(json.dumps(tokenizer_to_dict(encoding))))
+    for text in SAMPLE:
+        assert again.encode_ordinary(text) == encoding.encode_ordinary(text)
+    assert again.eot_token == encoding.eot_token and again.n_vocab == encoding.n_vocab
+
+
+def test_byte_counts_add_up(encoding):
+    counts = token_byte_counts(encoding, encoding.n_vocab + 7)
+    for text in SAMPLE:
+        assert counts[encoding.encode_ordinary(text)].sum().item() == len(text.encode())
+    assert counts[encoding.eot_token] == 0
+
+
+def test_bpe_reaches_its_vocabulary_and_compresses():
+    encoding = get_tokenizer("bpe", 300, SAMPLE * 20)
+    assert encoding.n_vocab == 300
+    assert len(encoding.encode_ordinary(SAMPLE[0])) <= 0.6 * len(SAMPLE[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "vocab_size", "message"),
+    [("gpt3", 50304, "'gpt3' is not known"), ("bytes", 200, "200.*257"), ("bpe", 200, "200.*257")],
+)
+def test_tokenizers_that_cannot_be(name, vocab_size, message):
+    with pytest.raises(DataError, match=message):
+        get_tokenizer(name, vocab_size, SAMPLE)
+
+
+def test_vocabulary_download_refused_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")  # nothing listens there
+    with pytest.raises(DataError, match="TIKTOKEN_CACHE_DIR"):
+        get_tokenizer("r50k_base", 50304)
+
+
+# ------------------------------------------------------------------------------------------------ sources
+
+
+def test_text_files_come_whole_and_byte_for_byte(texts):
+    pattern, contents = texts
+    assert sorted(iter_documents(pattern)) == sorted(contents)
+    assert sorted(iter_documents(str(Path(pattern).parent))) == sorted(contents)  # the folder itself
+
+
+def test_order_of_files_does_not_depend_on_folders(texts):
+    pattern, _ = texts
+    assert list(iter_documents(pattern)) == list(iter_documents(pattern))
+    assert list(iter_documents(pattern)) != sorted(iter_documents(pattern))
+
+
+def test_very_long_files_are_cut_at_line_ends(texts, monkeypatch):
+    pattern, contents = texts
+    monkeypatch.setattr(text_utils, "MAX_DOCUMENT_BYTES", 200)
+    pieces = list(iter_documents(pattern))
+    assert sum(map(len, pieces)) == sum(map(len, contents)) and len(pieces) > len(contents)
+    assert all(piece.endswith("\n") for piece in pieces)
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_tables_give_their_text_column(tmp_path, suffix):
+    import datasets
+
+    rows = datasets.Dataset.from_dict({"body": ["a\r\nb", "", None, "ü🙂"], "n": [1, 2, 3, 4]})
+    path = tmp_path / f"rows.{suffix}"
+    rows.to_json(path) if suffix == "jsonl" else rows.to_parquet(path)
+    assert list(iter_documents(str(path), text_column="body")) == ["a\r\nb", "ü🙂"]
+    with pytest.raises(DataError, match="no column 'text'; there are 'body', 'n': set text_column"):
+        list(iter_documents(str(path)))
+    with pytest.raises(DataError, match="row 0: column 'n' holds int, not text"):
+        list(iter_documents(str(path), text_column="n"))
+
+
+def test_python_source_is_the_standard_library_without_tests():
+    names = [path.as_posix() for path in source_files("python")]
+    assert len(names) > 400
+    assert any(name.endswith("/json/decoder.py") for name in names)
+    assert not any("/test/" in name or "site-packages" in name for name in names)
+    assert len(source_files("python+site")) > len(names)
+
+
+def wrong_sources(tmp_path):
+    (tmp_path / "latin.txt").write_bytes("café".encode("latin1"))
+    (tmp_path / "broken.jsonl").write_text('{"text": "a"}\n{"text": oops}\n')
+    (tmp_path / "half.jsonl").write_text('{"text": "a"}\n{"text": "\\ud800"}\n')
+    (tmp_path / "junk.parquet").write_bytes(b"PAR1 this is not parquet")
+    (tmp_path / "picture.png").write_bytes(b"\x89PNG")
+    return [
+        ("none*.txt", ["none*.txt", "no .txt", "found nothing"]),
+        ("*.png", [".png", "only .png"]),
+        ("latin.txt", ["latin.txt", "byte 3", "0xe9", "iconv"]),
+        ("broken.jsonl", ["broken.jsonl, line 2", "JSON parse error"]),
+        ("half.jsonl", ["half.jsonl, line 2"]),
+        ("junk.parquet", ["junk.parquet", "not readable as parquet"]),
+    ]
+
+
+def test_unreadable_sources_are_one_line_each(tmp_path):
+    for pattern, named in wrong_sources(tmp_path):
+        with pytest.raises(DataError) as caught:
+            list(iter_documents(str(tmp_path / pattern)))
+        message = str(caught.value)
+        assert "\n" not in message and all(part in message for part in named), message
+
+
+def test_hub_that_does_not_answer_is_one_line():
+    """A real refusal: the hub library is told to use an address where nothing listens."""
+    program = "from text_utils import *\nlist(iter_documents('owner/name:config'))"
+    env = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
+    result = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, timeout=120)
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("text_utils.DataError: data set 'owner/name:config' could not be read"), result.stderr
+    assert "source='python'" in last
+
+
+def test_empty_source_is_one_line(tmp_path):
+    (tmp_path / "empty.txt").write_text("")
+    with pytest.raises(DataError, match="holds no text"):
+        prepare(str(tmp_path / "empty.txt"), tmp_path)
+
+
+# ----------------------------------------------------------------------------------------- shards, batches
+
+
+def prepare(source, folder, **options):
+    options = {"tokenizer": "bytes", "vocab_size": 257, "val_fraction": 0.2, "progress": False} | options
+    return prepare_data(source, data_dir=folder / "data", **options)
+
+
+def all_documents(data, split):
+    """The documents of a split, read back from its shards."""
+    tokens = np.concatenate(
+        [np.fromfile(data.folder / s["name"], data.manifest["dtype"]) for s in data.manifest["shards"][split]]
+    )
+    ends = np.flatnonzero(tokens == data.encoding.eot_token)
+    assert ends[-1] == len(tokens) - 1
+    return [data.encoding.decode(piece[: len(piece) - 1].tolist()) for piece in np.split(tokens, ends + 1)[:-1]]
+
+
+@pytest.mark.parametrize("shard_tokens", [1 << 25, 3000])
+def test_shards_hold_every_document_once(texts, tmp_path, monkeypatch, shard_tokens):
+    monkeypatch.setattr(data_utils, "SHARD_TOKENS", shard_tokens)
+    pattern, contents = texts
+    data = prepare(pattern, tmp_path)
+    train, val = all_documents(data, "train"), all_documents(data, "val")
+    assert train == [text for text in iter_documents(pattern) if not is_held_out(text, 0.2)]
+    assert val and set(val) <= {text for text in contents if is_held_out(text, 0.2)}
+    assert not set(train) & set(val)
+    assert data.manifest["bytes"]["train"] == sum(len(text.encode()) for text in train)
+    assert data.manifest["documents"]["train"] == len(train)
+    if shard_tokens == 3000:
+        assert len(data.manifest["shards"]["train"]) > 3
+
+
+def test_duplicates_fall_on_one_side(tmp_path):
+    for i in range(60):
+        (tmp_path / f"{i}.txt").write_text(f"text {i % 20}\n" * 30)
+    data = prepare(str(tmp_path / "*.txt"), tmp_path)
+    assert not set(all_documents(data, "train")) & set(all_documents(data, "val"))
+
+
+def test_a_single_document_gives_its_end_to_validation(tmp_path):
+    text = "".join(f"line {i}\n" for i in range(500))
+    (tmp_path / "book.txt").write_text(text)
+    data = prepare(str(tmp_path / "book.txt"), tmp_path, val_fraction=0.1)
+    (train,), (val,) = all_documents(data, "train"), all_documents(data, "val")
+    assert train + val == text and train.endswith("\n") and 0.1 <= len(val) / len(text) < 0.11
+    assert data.manifest["held_out"] == "tails"
+
+
+def test_val_source_is_the_validation_text(texts, tmp_path):
+    pattern, contents = texts
+    (tmp_path / "held.md").write_text("held out\n" * 50)
+    data = prepare(pattern, tmp_path, val_source=str(tmp_path / "held.md"))
+    assert all_documents(data, "val") == ["held out\n" * 50]
+    assert sorted(all_documents(data, "train")) == sorted(contents)
+    with pytest.raises(DataError, match="val_source is the same text"):
+        prepare(pattern, tmp_path, val_source=pattern)
+
+
+def test_second_run_reuses_shards_and_changes_are_noticed(texts, tmp_path, monkeypatch):
+    pattern, _ = texts
+    first = prepare(pattern, tmp_path)
+    written = {path: path.stat().st_mtime_ns for path in first.folder.glob("*.bin")}
+    monkeypatch.setattr(data_utils, "_write_shards", None)  # a second tokenization would fail
+    assert prepare(pattern, tmp_path).manifest == first.manifest
+    monkeypatch.undo()
+    assert written == {path: path.stat().st_mtime_ns for path in first.folder.glob("*.bin")}
+    Path(pattern).parent.joinpath("00.txt").write_text("edited\n")
+    edited = prepare(pattern, tmp_path)
+    assert edited.folder != first.folder and "edited\n" in all_documents(edited, "train") + all_documents(edited, "val")
+
+
+def test_preparation_in_parts_gives_the_same_shards(texts, tmp_path, monkeypatch):
+    monkeypatch.setattr(data_utils, "SHARD_TOKENS", 3000)
+    pattern, _ = texts
+    whole = prepare(pattern, tmp_path / "a")
+    part = prepare(pattern, tmp_path / "b", train_tokens=4000)
+    assert 0 < len(part.manifest["shards"]["train"]) < len(whole.manifest["shards"]["train"])
+    assert not part.manifest["complete"]
+    finished = prepare(pattern, tmp_path / "b")
+    assert finished.manifest["shards"] == whole.manifest["shards"]
+    assert finished.manifest["tokens"] == whole.manifest["tokens"]
+
+
+def test_reading_goes_on_from_a_position(texts):
+    pattern, _ = texts
+    everything = list(read_documents(pattern))
+    for text, position in everything[::7]:
+        rest = [text for text, _ in read_documents(pattern, start=position)]
+        assert rest == [text for text, _ in everything[position:]]
+
+
+def test_training_reads_beside_tokenization(texts, tmp_path, monkeypatch):
+    """Large sources: the first windows are there while the rest is tokenized, and the order is the same."""
+    monkeypatch.setattr(data_utils, "SHARD_TOKENS", 1500)
+    pattern, _ = texts
+    first = prepare(pattern, tmp_path / "a")
+    monkeypatch.setattr(data_utils, "BACKGROUND_BYTES", 0)
+    beside = prepare(pattern, tmp_path / "b")
+    windows, expected = beside.windows("train", 16, seed=1), first.windows("train", 16, seed=1)
+    rows = [windows.read(position, 5) for position in range(0, 2 * len(expected), 5)]
+    assert np.array_equal(np.concatenate(rows), expected.read(0, 5 * len(rows)))
+    assert beside.manifest["shards"] == first.manifest["shards"]
+    beside.stop()
+
+
+def test_a_part_is_extended_when_more_is_read(texts, tmp_path, monkeypatch):
+    monkeypatch.setattr(data_utils, "SHARD_TOKENS", 1500)
+    whole = prepare(texts[0], tmp_path / "a").windows("train", 16, seed=1)
+    part = prepare(texts[0], tmp_path / "b", train_tokens=100)
+    windows = part.windows("train", 16, seed=1)
+    assert len(windows) < len(whole)
+    assert np.array_equal(windows.read(0, len(whole)), whole.read(0, len(whole)))
+    part.stop()
+
+
+def test_what_stops_a_background_tokenization_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(data_utils, "BACKGROUND_BYTES", 0)
+    (tmp_path / "latin.txt").write_bytes("café\n".encode("latin1"))
+    with pytest.raises(DataError, match="tokenization stopped: .*latin.txt: not UTF-8 at byte 3"):
+        prepare(str(tmp_path / "latin.txt"), tmp_path)
+
+
+def test_a_background_tokenization_ends_with_its_parent_and_goes_on_later(texts, tmp_path, monkeypatch):
+    """The parent is killed in the middle; what stands is kept and the shards come out the same."""
+    for i in range(300):
+        (Path(texts[0]).parent / f"more{i}.txt").write_text(f"number {i} of many\n" * 4000)
+    program = (
+        "import sys, time, data_utils\ndata_utils.SHARD_TOKENS, data_utils.BACKGROUND_BYTES = 500_000, 0\n"
+        "options = dict(tokenizer='bytes', vocab_size=257, val_fraction=0.2)\n"
+        f"data_utils.prepare_data({texts[0]!r}, data_dir=sys.argv[1], **options)\n"
+        "time.sleep(60)"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", program, str(tmp_path / "b" / "data")], stdout=subprocess.DEVNULL)
+    while not list((tmp_path / "b" / "data").glob("*/train_*.bin")) and parent.poll() is None:
+        time.sleep(0.01)
+    parent.kill()
+    parent.wait()
+    monkeypatch.setattr(data_utils, "SHARD_TOKENS", 500_000)
+    finished = prepare(texts[0], tmp_path / "b")  # waits for the lock, which the worker lets go when it ends
+    assert finished.manifest["shards"] == prepare(texts[0], tmp_path / "a").manifest["shards"]
+    assert finished.manifest["complete"] and len(finished.manifest["shards"]["train"]) > 10
+
+
+def test_damaged_shards_are_named_before_a_token_is_used(texts, tmp_path):
+    pattern, _ = texts
+    data = prepare(pattern, tmp_path)
+    shard = data.folder / "train_000000.bin"
+    content = bytearray(shard.read_bytes())
+    content[100] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(DataError, match="train_000000.bin.*checksum"):
+        data.windows("train", 16, 0).read(0, 1)
+    shard.write_bytes(content[:-2])
+    with pytest.raises(DataError, match="train_000000.bin: expected .* bytes, found"):
+        data.windows("train", 16, 0).read(0, 1)
+
+
+def test_narrowest_type_that_holds_the_vocabulary(texts, tmp_path):
+    pattern, _ = texts
+    assert prepare(pattern, tmp_path).manifest["dtype"] == "uint16"
+    wide = data_utils._new_manifest(
+        {"val_source": ""},
+        type(
+            "E",
+            (),
+            {
+                "n_vocab": 70000,
+                "name": "",
+                "eot_token": 0,
+                "_mergeable_ranks": {},
+                "_pat_str": "",
+                "_special_tokens": {},
+            },
+        )(),
+    )
+    assert wide["dtype"] == "uint32"
+
+
+@pytest.mark.parametrize("shard_tokens", [1 << 25, 3000])
+def test_every_window_exactly_once_per_epoch(texts, tmp_path, monkeypatch, shard_tokens):
+    monkeypatch.setattr(data_utils, "SHARD_TOKENS", shard_tokens)
+    data = prepare(texts[0], tmp_path)
+    windows, in_order = data.windows("train", 16, seed=3), data.windows("train", 16)
+    expected = sorted(map(bytes, in_order.read(0, len(in_order))))
+    epochs = [windows.read(epoch * len(windows), len(windows)) for epoch in range(3)]
+    for epoch in epochs:
+        assert sorted(map(bytes, epoch)) == expected
+    assert not np.array_equal(epochs[0], epochs[1]) and not np.array_equal(epochs[1], epochs[2])
+    assert np.array_equal(
+        windows.read(len(windows) - 2, 5), np.concatenate(epochs)[len(windows) - 2 : len(windows) + 3]
+    )
+
+
+def test_windows_are_the_text_in_order(texts, tmp_path):
+    data = prepare(texts[0], tmp_path)
+    windows = data.windows("train", 16)
+    rows = windows.read(0, len(windows))
+    assert np.array_equal(rows[:-1, -1], rows[1:, 0])  # the last target of one is the first input of the next
+    text = np.fromfile(data.folder / "train_000000.bin", "<u2")
+    assert np.array_equal(rows[:, :-1].ravel(), text[: len(windows) * 16])
+
+
+def test_two_processes_read_the_same_batches(texts, tmp_path):
+    pattern, _ = texts
+    program = (
+        "import sys, hashlib, torch\nfrom data_utils import Batches, prepare_data\n"
+        f"options = dict(tokenizer='bytes', vocab_size=257, val_fraction=0.2, progress=False)\n"
+        f"data = prepare_data({pattern!r}, data_dir=sys.argv[1], **options)\n"
+        "batches = Batches(data.windows('train', 16, 5), 4, torch.device('cpu'), position=777)\n"
+        "digest = hashlib.sha256()\n"
+        "for _ in range(300):\n"
+        "    for part in batches.next(): digest.update(part.contiguous().numpy().tobytes())\n"
+        "print(digest.hexdigest())\n"
+    )
+    runs = [
+        subprocess.run(
+            [sys.executable, "-c", program, str(tmp_path / folder)], capture_output=True, text=True, check=True
+        )
+        for folder in ("one", "two")
+    ]
+    assert runs[0].stdout == runs[1].stdout and len(runs[0].stdout) == 65
+
+
+def test_batches_are_inputs_and_the_same_shifted(texts, tmp_path):
+    windows = prepare(texts[0], tmp_path).windows("train", 16, 0)
+    batches = Batches(windows, 4, torch.device("cpu"), position=3)
+    tokens, targets = batches.next()
+    assert tokens.shape == targets.shape == (4, 16) and tokens.dtype == torch.int64
+    rows = torch.from_numpy(windows.read(3, 4))
+    assert torch.equal(tokens, rows[:, :-1]) and torch.equal(targets, rows[:, 1:])
+    assert torch.equal(batches.next()[0], torch.from_numpy(windows.read(7, 4))[:, :-1])
+
+
+def test_too_little_text_for_a_window(tmp_path):
+    (tmp_path / "short.txt").write_text("one\ntwo\n")
+    data = prepare(str(tmp_path / "short.txt"), tmp_path)
+    with pytest.raises(DataError, match="fewer than one window of block_size"):
+        data.windows("train", 64, 0)
+
+
+def test_checksums_in_the_manifest_are_of_the_files(texts, tmp_path):
+    data = prepare(texts[0], tmp_path)
+    manifest = json.loads((data.folder / "manifest.json").read_text())
+    for split in ("train", "val"):
+        for shard in manifest["shards"][split]:
+            content = (data.folder / shard["name"]).read_bytes()
+            assert hashlib.sha256(content).hexdigest() == shard["sha256"] and len(content) == 2 * shard["tokens"]
+
+
+@pytest.mark.cuda
+def test_batches_arrive_on_cuda(texts, tmp_path):
+    windows = prepare(texts[0], tmp_path).windows("train", 16, 0)
+    tokens, targets = Batches(windows, 4, torch.device("cuda")).next()
+    assert tokens.is_cuda and torch.equal(tokens.cpu(), torch.from_numpy(windows.read(0, 4))[:, :-1])

@@ -1,0 +1,21 @@
+"""A short version of every fault drill; `make drill` is the long one."""
+
+import pytest
+
+from drills.hostile import fuzz
+from drills.processes import interrupt_kernel, kill_tokenization, kill_training, terminate
+from drills.services import bad_network, bad_wandb
+from drills.storage import corrupt_checkpoints, corrupt_shards, full_disk
+
+SHORT = [
+    (kill_training, 3), (kill_tokenization, 2), (interrupt_kernel, 2), (terminate, 1), (full_disk, 1),
+    (corrupt_checkpoints, 20), (corrupt_shards, 20), (fuzz, 400), (bad_network, 2), (bad_wandb, 1),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("drill", "times"), SHORT, ids=[drill.__name__ for drill, _ in SHORT])
+def test_drill(tmp_path, drill, times):
+    result = drill(tmp_path / "drill", times)
+    assert result.injected >= times and result.survived == result.injected, result
+    assert result.identical is not False, result
+    assert result.lost is None or result.lost <= 5, result

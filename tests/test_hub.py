@@ -1,0 +1,115 @@
+"""Streaming from a hub: the real `datasets` against a local server that refuses, stalls and drops connections."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from drills.hub_server import Hub
+
+DOCUMENTS = [f"Document {i}: ünïcode\r\n" + f"line {i} of many\n" * (5 + i % 40) for i in range(600)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Three Parquet files of training text and one of validation text, in many row groups."""
+    folder = tmp_path_factory.mktemp("hub")
+    for part in range(3):
+        table = pyarrow.table({"text": DOCUMENTS[part * 200 : part * 200 + 200]})
+        pyarrow.parquet.write_table(table, folder / f"train-{part:05d}.parquet", row_group_size=20)
+    return folder
+
+
+def run(hub, tmp_path, program, **env):
+    """Run a program whose hub is `hub`; returns what it printed as JSON."""
+    env = os.environ | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0"} | env
+    result = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, timeout=200)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+READ = "import json, text_utils; print(json.dumps(list(text_utils.iter_documents('owner/name'))))"
+
+
+@pytest.mark.parametrize("fault", ["none", "drop", "refuse", "stall"])
+def test_every_document_arrives_once_whatever_the_network_does(folder, tmp_path, fault):
+    def faults(path, count):
+        return fault if fault != "none" and path.endswith(".parquet") and count == 2 else None
+
+    with Hub(folder, faults) as hub:
+        assert run(hub, tmp_path, READ, HF_HUB_DOWNLOAD_TIMEOUT="2") == DOCUMENTS
+
+
+def test_a_hub_stream_goes_on_from_a_position(folder, tmp_path):
+    program = (
+        "import json, itertools, text_utils as t\n"
+        "head = list(itertools.islice(t.read_documents('owner/name'), 333))\n"
+        "position = json.loads(json.dumps(head[-1][1]))\n"
+        "rest = [text for text, _ in t.read_documents('owner/name', start=position)]\n"
+        "print(json.dumps([text for text, _ in head] + rest))"
+    )
+    with Hub(folder) as hub:
+        assert run(hub, tmp_path, program) == DOCUMENTS
+
+
+def test_held_out_text_is_the_validation_split_where_there_is_one(folder, tmp_path):
+    program = (
+        "import json, text_utils; print(json.dumps(list(text_utils.iter_documents('owner/name', split='validation'))))"
+    )
+    table = pyarrow.table({"text": ["held out"]})
+    with Hub(folder) as hub:
+        pyarrow.parquet.write_table(table, tmp_path / "validation-00000.parquet")
+        hub.files["validation-00000.parquet"] = (tmp_path / "validation-00000.parquet").read_bytes()
+        assert run(hub, tmp_path, program) == ["held out"]
+        assert run(hub, tmp_path, READ) == DOCUMENTS
+
+
+def test_the_same_data_set_cannot_be_both(folder, tmp_path):
+    program = (
+        "import json, data_utils\n"
+        "try: data_utils.prepare_data('owner/name', val_source='owner/name', tokenizer='bytes', vocab_size=257)\n"
+        "except data_utils.DataError as error: print(json.dumps(str(error)))"
+    )
+    with Hub(folder) as hub:
+        assert "val_source is the same text as source" in run(hub, tmp_path, program)
+
+
+def test_an_interrupted_hub_tokenization_goes_on_and_gives_the_same_shards(folder, tmp_path):
+    prepare = (
+        "import json, sys, time, data_utils\n"
+        "data_utils.SHARD_TOKENS = 20_000\n"
+        "options = {'tokenizer': 'bytes', 'vocab_size': 257, 'val_fraction': 0.1, 'progress': False}\n"
+        "data = data_utils.prepare_data('owner/name', data_dir=sys.argv[1], **options)\n"
+    )
+    finish = prepare + "data.wait(shards=10**9)\nprint(json.dumps(data.manifest['shards']))"
+    with Hub(folder) as hub:
+        env = os.environ | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0"}
+        parent = subprocess.Popen([sys.executable, "-c", prepare + "time.sleep(60)", str(tmp_path / "a")], env=env)
+        while not list((tmp_path / "a").glob("*/train_000001.bin")) and parent.poll() is None:
+            pass
+        parent.kill()
+        parent.wait()
+
+        def shards(name):
+            program = finish.replace("sys.argv[1]", repr(str(tmp_path / name)))
+            return run(hub, tmp_path, program)
+
+        assert shards("a") == shards("b")
+        assert len(shards("a")["train"]) > 5
+
+
+def test_a_hub_that_is_gone_is_one_line(folder, tmp_path):
+    program = (
+        "import json, text_utils\n"
+        "try: list(text_utils.iter_documents('owner/other'))\n"
+        "except text_utils.DataError as error: print(json.dumps(str(error)))"
+    )
+    with Hub(folder) as hub:
+        message = run(hub, tmp_path, program)
+    assert (
+        message.startswith("data set 'owner/other' could not be read from the Hugging Face hub") and "\n" not in message
+    )

@@ -1,0 +1,349 @@
+"""The stack: every combination of its variants keeps the same promises, and equals references nobody here wrote."""
+
+import itertools
+import math
+
+import nbformat
+import pytest
+import torch
+import transformers
+from conftest import LM
+
+from notebook_utils import NOTEBOOK, load_definitions
+
+TABLES = {"attention": LM.ATTENTIONS, "position": LM.POSITIONS, "ffn": LM.FFNS, "norm": LM.NORMS}
+VARIANTS = [dict(zip(TABLES, names)) for names in itertools.product(*TABLES.values())]
+COMBINATIONS = [
+    variant | {"qk_norm": qk_norm, "tie_embeddings": tied}
+    for variant in VARIANTS
+    for qk_norm, tied in itertools.product([False, True], repeat=2)
+]
+COVERING = [  # each variant, with and without QK-norm and tying, at least once
+    {"attention": "gqa", "position": "rope", "ffn": "gated", "norm": "rms", "qk_norm": True, "tie_embeddings": True},
+    {
+        "attention": "mha",
+        "position": "absolute",
+        "ffn": "mlp",
+        "norm": "layer",
+        "qk_norm": False,
+        "tie_embeddings": True,
+    },
+    {"attention": "gqa", "position": "none", "ffn": "gated", "norm": "rms", "qk_norm": False, "tie_embeddings": False},
+]
+
+
+def name_of(combination):
+    return "-".join(str(value) for value in combination.values())
+
+
+def random_batch(config, batch=3, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randint(0, config.vocab_size, (batch, config.block_size + 1), generator=generator)
+    return rows[:, :-1], rows[:, 1:]
+
+
+def later_tokens_do_not_matter(lm, config):
+    model = lm.build_model(config)
+    tokens, _ = random_batch(config)
+    changed = tokens.clone()
+    changed[:, 9:] = (changed[:, 9:] + 1) % config.vocab_size
+    difference = (model(tokens) - model(changed)).abs().amax((0, 2))
+    assert difference[:9].max() < 1e-5 < difference[9:].max()
+
+
+def rows_do_not_affect_each_other(lm, config):
+    model = lm.build_model(config)
+    tokens, _ = random_batch(config)
+    together = model(tokens)
+    alone = torch.cat([model(row[None]) for row in tokens])
+    assert torch.allclose(together, alone, atol=1e-5)
+
+
+def cached_decoding_is_the_full_forward(lm, config):
+    model = lm.build_model(config)
+    tokens, _ = random_batch(config)
+    cache = lm.Cache(config.block_size)
+    pieces = [model(tokens[:, start:stop], cache=cache) for start, stop in [(0, 5), (5, 6), (6, 12), (12, 16)]]
+    assert torch.allclose(torch.cat(pieces, dim=1), model(tokens), atol=1e-5)
+
+
+def initial_loss_is_ln_v(lm, config):
+    tokens, targets = random_batch(config, batch=16)
+    assert abs(lm.build_model(config)(tokens, targets).item() - math.log(config.vocab_size)) < 0.1
+
+
+def every_parameter_gets_gradient(lm, config):
+    model = lm.build_model(config)
+    model(*random_batch(config)).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
+
+
+def one_batch_is_overfitted(lm, config):
+    model = lm.build_model(config)
+    tokens, targets = random_batch(config, batch=2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    for _ in range(60):
+        loss = model(tokens, targets)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.3, loss.item()
+
+
+def state_round_trips(lm, config):
+    first, second = lm.build_model(config), lm.build_model(lm.replace(config, seed=7))
+    tokens, _ = random_batch(config)
+    assert not torch.equal(first(tokens), second(tokens))
+    second.load_state_dict(first.state_dict())
+    assert torch.equal(first(tokens), second(tokens))
+
+
+PROMISES = [
+    later_tokens_do_not_matter,
+    rows_do_not_affect_each_other,
+    cached_decoding_is_the_full_forward,
+    initial_loss_is_ln_v,
+    every_parameter_gets_gradient,
+    one_batch_is_overfitted,
+    state_round_trips,
+]
+
+
+@pytest.mark.parametrize("promise", PROMISES, ids=lambda promise: promise.__name__)
+@pytest.mark.parametrize("combination", COMBINATIONS, ids=name_of)
+def test_conformance(lm, tiny, combination, promise):
+    promise(lm, tiny(**combination))
+
+
+@pytest.mark.parametrize("promise", PROMISES, ids=lambda promise: promise.__name__)
+def test_multi_query_is_one_key_value_head(lm, tiny, promise):
+    promise(lm, tiny(n_kv_head=1))
+
+
+@pytest.mark.parametrize("combination", COVERING, ids=name_of)
+def test_compiled_equals_eager(lm, tiny, combination):
+    config = tiny(**combination)
+    tokens, targets = random_batch(config)
+    losses, gradients = [], []
+    for compiled in (False, True):
+        model = lm.build_model(config)
+        loss = (torch.compile(model) if compiled else model)(tokens, targets)
+        loss.backward()
+        losses.append(loss.item())
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert abs(losses[0] - losses[1]) < 1e-5
+    assert torch.allclose(*gradients, atol=1e-6, rtol=1e-4)
+
+
+VARIANT_CELL = """
+class WindowAttention(GroupedQueryAttention):
+    def attend(self, q, k, v):
+        T, S = q.size(2), k.size(2)
+        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T).triu(S - T - 7)
+        return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=self.K < self.H)
+
+ATTENTIONS["window"] = WindowAttention
+"""
+
+
+@pytest.fixture(scope="module")
+def extended(tmp_path_factory):
+    """The notebook with one more cell: a class and its line in the table, as section 7 says to do it."""
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    after = max(i for i, cell in enumerate(notebook.cells) if "class GroupedQueryAttention" in cell.source)
+    cell = nbformat.v4.new_code_cell(VARIANT_CELL, metadata={"tags": ["define"]})
+    notebook.cells.insert(after + 1, cell)
+    path = tmp_path_factory.mktemp("extended") / "Extended.ipynb"
+    nbformat.write(notebook, path)
+    return load_definitions(path)
+
+
+@pytest.mark.parametrize("promise", PROMISES, ids=lambda promise: promise.__name__)
+def test_a_new_sibling_is_one_class_and_one_line(extended, tiny, promise):
+    assert list(extended.ATTENTIONS) == ["mha", "gqa", "window"]
+    config = tiny(attention="window", n_layer=1)
+    promise(extended, config)
+    tokens, _ = random_batch(config)
+    changed = tokens.clone()
+    changed[:, 0] = (changed[:, 0] + 1) % config.vocab_size
+    model = extended.build_model(config)
+    unseen = (model(tokens) - model(changed)).abs().amax((0, 2))[8:]
+    assert unseen.max() < 1e-6  # the first token is out of the window from position 8 on
+
+
+# ------------------------------------------------------------------------------------- against references
+
+
+LLAMA_NAMES = [
+    ("embedding.", "model.embed_tokens."), ("blocks.", "model.layers."), ("attention_norm.", "input_layernorm."),
+    ("attention.", "self_attn."), ("ffn_norm.", "post_attention_layernorm."), ("ffn.", "mlp."), ("head.", "lm_head."),
+]  # fmt: skip
+
+
+def llama_state(model):
+    state = {}
+    for name, tensor in model.state_dict().items():
+        for ours, theirs in LLAMA_NAMES:
+            name = name.replace(ours, theirs)
+        state["model.norm.weight" if name == "norm.weight" else name] = tensor
+    return state
+
+
+def as_transformers(model, config):
+    """The same weights in `transformers`' Llama, or Qwen3 where queries and keys are normalised."""
+    kind = (
+        (transformers.Qwen3Config, transformers.Qwen3ForCausalLM)
+        if config.qk_norm
+        else (transformers.LlamaConfig, transformers.LlamaForCausalLM)
+    )
+    reference = kind[1](
+        kind[0](
+            vocab_size=config.vocab_size, hidden_size=config.n_embd, intermediate_size=config.n_ffn,
+            num_hidden_layers=config.n_layer, num_attention_heads=config.n_head, num_key_value_heads=config.n_kv_head,
+            head_dim=config.head_size, max_position_embeddings=config.block_size, rms_norm_eps=1e-5,
+            tie_word_embeddings=config.tie_embeddings, attn_implementation="eager",
+            rope_parameters={"rope_type": "default", "rope_theta": config.rope_base},
+        )
+    )  # fmt: skip
+    reference.load_state_dict(llama_state(model))
+    return reference
+
+
+def relative_error(ours, theirs):
+    return ((ours - theirs).norm() / theirs.norm()).item()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"tie_embeddings": True},
+        {"tie_embeddings": False},
+        {"n_kv_head": 1},
+        {"n_kv_head": 4},
+        {"n_embd": 96, "n_head": 6, "n_kv_head": 3},
+        {"n_embd": 128, "n_head": 2, "n_kv_head": 1},
+        {"rope_base": 500.0},
+        {"rope_base": 500000.0},
+        {"qk_norm": True},
+    ],
+    ids=str,
+)
+def test_logits_and_gradients_equal_transformers(lm, tiny, change):
+    config = tiny(**{"n_embd": 64, "n_ffn": 96, "block_size": 32, "batch_tokens": 128, "qk_norm": False} | change)
+    model = lm.build_model(config)
+    with torch.no_grad():  # gains other than one, so that a swapped norm would show
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    reference = as_transformers(model, config)
+    tokens, targets = random_batch(config)
+    logits = reference(tokens).logits
+    assert relative_error(model(tokens), logits) < 1e-5
+    model(tokens, targets).backward()
+    torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten()).backward()
+    named = {id(p): p.grad for p in reference.parameters()}
+    theirs = {name: named[id(p)] for name, p in reference.named_parameters(remove_duplicate=False)}
+    for name, gradient in llama_state_gradients(model).items():
+        assert relative_error(gradient, theirs[name]) < 1e-5, name
+
+
+def llama_state_gradients(model):
+    """The gradients under transformers' names."""
+    shell = {name: p.grad for name, p in model.named_parameters()}
+
+    class Gradients:
+        def state_dict(self):
+            return shell
+
+    return llama_state(Gradients())
+
+
+def test_norms_equal_torch(lm):
+    x = 5 * torch.randn(7, 64) + 2
+    for ours, theirs in [(lm.RMSNorm(64), torch.nn.RMSNorm(64, eps=1e-5)), (lm.LayerNorm(64), torch.nn.LayerNorm(64))]:
+        with torch.no_grad():
+            for p, q in zip(ours.parameters(), theirs.parameters()):
+                q.copy_(p.add_(torch.randn_like(p)))
+        assert torch.allclose(ours(x), theirs(x), atol=1e-5, rtol=1e-5)
+
+
+def test_attention_by_hand_equals_the_kernel_and_the_probe(lm, tiny):
+    config = tiny(attention="mha", position="none", qk_norm=False)
+    model = lm.build_model(config)
+    tokens, _ = random_batch(config, batch=1)
+    maps = lm.attention_maps(model, tokens[0])
+    assert maps.shape == (config.n_layer, config.n_head, 16, 16)
+    x = model.blocks[0].attention_norm(model.embedding(tokens))
+    q, k, v = (
+        getattr(model.blocks[0].attention, name)(x).view(1, 16, 4, 8).transpose(1, 2)
+        for name in ("q_proj", "k_proj", "v_proj")
+    )
+    output, weights = lm.attention_by_hand(q, k, v)
+    assert torch.allclose(weights[0], maps[0], atol=1e-6)
+    assert torch.allclose(output, model.blocks[0].attention.attend(q, k, v), atol=1e-6)
+
+
+def test_grouped_attention_maps_have_every_query_head(lm, tiny):
+    config = tiny(n_kv_head=2)
+    maps = lm.attention_maps(lm.build_model(config), random_batch(config)[0][0])
+    assert maps.shape == (2, 4, 16, 16)
+    assert torch.allclose(maps.sum(-1), torch.ones(2, 4, 16), atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------- counting, sampling
+
+
+def test_counting_matches_the_parameters(lm, tiny):
+    for combination in COMBINATIONS:
+        config = tiny(**combination)
+        model = lm.build_model(config)
+        counts = lm.count_parameters(model)
+        assert counts["total"] == sum(p.numel() for p in model.parameters())
+        assert counts.get("other", 0) == 0
+        body = sum(p.numel() for p in model.blocks.parameters() if p.ndim == 2)
+        flops = 6 * (body + config.vocab_size * config.n_embd) + 12 * config.n_layer * config.n_embd * config.block_size
+        assert lm.flops_per_token(model, config) == flops
+
+
+def test_sampling_honours_temperature_top_k_and_top_p(lm):
+    logits = torch.log(torch.tensor([[0.5, 0.25, 0.15, 0.1]])).repeat(4000, 1)
+
+    def frequencies(**options):
+        settings = {"temperature": 1.0, "top_k": 0, "top_p": 1.0} | options
+        drawn = lm.sample_token(logits, **settings, generator=torch.Generator().manual_seed(0))
+        return torch.bincount(drawn.flatten(), minlength=4) / len(logits)
+
+    assert torch.allclose(frequencies(), torch.tensor([0.5, 0.25, 0.15, 0.1]), atol=0.03)
+    assert torch.allclose(frequencies(temperature=0.5), torch.tensor([0.725, 0.181, 0.065, 0.029]), atol=0.03)
+    assert torch.allclose(frequencies(top_k=2), torch.tensor([2 / 3, 1 / 3, 0, 0]), atol=0.03)
+    assert torch.allclose(frequencies(top_p=0.7), torch.tensor([2 / 3, 1 / 3, 0, 0]), atol=0.03)
+    assert torch.allclose(frequencies(top_p=0.3), torch.tensor([1.0, 0, 0, 0]))
+    assert torch.allclose(frequencies(temperature=0), torch.tensor([1.0, 0, 0, 0]))
+    assert torch.allclose(frequencies(top_k=50), frequencies())
+
+
+def test_generation_is_greedy_argmax_and_stops_at_the_last_position(lm, tiny):
+    config = tiny(position="absolute")
+    model = lm.build_model(config)
+    start, _ = random_batch(config)
+    written = lm.generate(model, start[:, :4], 100, temperature=0)
+    assert written.shape == (3, config.block_size)
+    for t in range(4, config.block_size):
+        assert torch.equal(model(written[:, :t])[:, -1].argmax(-1), written[:, t])
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("combination", COVERING, ids=name_of)
+def test_cuda_equals_cpu(lm, tiny, combination):
+    config = tiny(**combination)
+    model = lm.build_model(config)
+    tokens, targets = random_batch(config)
+    expected = model(tokens, targets).item()
+    model.cuda()
+    torch.set_float32_matmul_precision("highest")
+    assert abs(model(tokens.cuda(), targets.cuda()).item() - expected) < 1e-4
+    with torch.autocast("cuda", torch.bfloat16):
+        assert abs(model(tokens.cuda(), targets.cuda()).item() - expected) < 0.02
+        compiled = torch.compile(model)(tokens.cuda(), targets.cuda())
+    compiled.backward()
+    assert abs(compiled.item() - expected) < 0.02

@@ -1,0 +1,157 @@
+"""The notebook end to end, in a real kernel, as its users run it: papermill sets the knobs, every cell executes."""
+
+import json
+import os
+import struct
+
+import nbformat
+import papermill
+import pytest
+
+from notebook_utils import NOTEBOOK
+from run_utils import read_jsonl
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def execute(folder, **overrides):
+    """Run the notebook on `smoke` in `folder`; returns the executed notebook and the run's folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    parameters = {"preset": "smoke", "overrides": {"max_steps": 12, "run_name": "here"} | overrides}
+    output = folder / "out.ipynb"
+    papermill.execute_notebook(
+        NOTEBOOK, output, parameters, cwd=folder, kernel_name="python3", progress_bar=False, log_output=False
+    )
+    return nbformat.read(output, as_version=4), folder / "runs" / "here"
+
+
+def texts_of(notebook):
+    return "\n".join(
+        output.get("text", "") for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs
+    )
+
+
+def make_texts(folder):
+    folder.mkdir()
+    for i in range(30):
+        (folder / f"{i}.txt").write_text(
+            f"Chapter {i}\r\n" + "Once upon a time there was a line. Ünïcode 🙂\n" * (30 + i)
+        )
+    with (folder / "rows.jsonl").open("w") as file:
+        for i in range(60):
+            file.write(json.dumps({"body": f"Row {i}\n" + "of a table, with text in it\n" * (20 + i)}) + "\n")
+    return folder
+
+
+CASES = {
+    "defaults": {},
+    "raw MHA, absolute positions": {"attention": "mha", "position": "absolute", "qk_norm": False},
+    "RoPE MHA": {"attention": "mha", "position": "rope", "optimizer": "adamw", "lr": 0.001},
+    "NoPE GQA with MLP": {"attention": "gqa", "position": "none", "ffn": "mlp", "tie_embeddings": False},
+    "own text files, bytes": {"source": "texts/*.txt", "tokenizer": "bytes", "val_fraction": 0.2, "norm": "layer"},
+    "JSONL and W&B offline": {
+        "source": "texts/rows.jsonl", "text_column": "body", "val_fraction": 0.2, "vocab_size": 320, "wandb": "offline",
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_notebook_runs_to_the_end(tmp_path, case):
+    make_texts(tmp_path / "texts")
+    notebook, run = execute(tmp_path, **CASES[case])
+    assert all(cell.execution_count for cell in notebook.cells if cell.cell_type == "code")
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["status"] == "finished" and summary["steps"] == 12
+    config = json.loads((run / "config.json").read_text())
+    assert all(config[name] == value for name, value in CASES[case].items())
+    printed = texts_of(notebook)
+    assert (
+        f"{summary['val_bpb']:.4f} bits per byte" in printed and "everything about this run is in runs/here/" in printed
+    )
+    pictures = sum(
+        "image/png" in output.get("data", {})
+        for cell in notebook.cells
+        if cell.cell_type == "code"
+        for output in cell.outputs
+    )
+    assert pictures >= 6
+    if config["wandb"] == "offline":
+        check_wandb(run)
+
+
+def wandb_records(path):
+    """The records of an offline W&B run file: protobufs in LevelDB's log format, 32 KB blocks of framed pieces."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    content, position, pieces = path.read_bytes(), 7, b""
+    assert content[:4] == b":W&B"
+    while position + 7 <= len(content):
+        left = 32768 - position % 32768
+        if left < 7:
+            position += left
+            continue
+        _, length, kind = struct.unpack("<IHB", content[position : position + 7])
+        pieces += content[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # a whole record, or the last piece of one
+            yield Record.FromString(pieces)
+            pieces = b""
+
+
+def check_wandb(run):
+    """What W&B wrote offline, read back: the same metrics, the config and the samples."""
+    (file,) = (run.parent / "wandb").glob("offline-run-*/*.wandb")
+    history, config, samples = {}, {}, 0
+    for record in wandb_records(file):
+        for update in record.run.config.update:
+            config[update.key] = json.loads(update.value_json)
+        items = {(item.key or item.nested_key[0]): json.loads(item.value_json) for item in record.history.item}
+        samples += any("sample" in (item.key, *item.nested_key) for item in record.history.item)
+        if "train_loss" in items:
+            history[items["_step"]] = items["train_loss"]
+    logged = {m["step"]: m["train_loss"] for m in read_jsonl(run / "metrics.jsonl") if "train_loss" in m}
+    assert len(logged) == 12 and history == pytest.approx(logged)
+    assert config["n_layer"] == 2 and config["position"] == "rope"
+    assert samples >= 2
+
+
+def test_a_mistake_in_the_knobs_is_one_line_in_the_notebook(tmp_path):
+    with pytest.raises(papermill.PapermillExecutionError) as caught:
+        execute(tmp_path, n_layr=3)
+    assert caught.value.ename == "ConfigError" and "did you mean 'n_layer'" in caught.value.evalue
+    failed = nbformat.read(tmp_path / "out.ipynb", as_version=4)
+    (error,) = [
+        o for cell in failed.cells if cell.cell_type == "code" for o in cell.outputs if o.output_type == "error"
+    ]
+    assert len(error.traceback) == 1
+    assert not (tmp_path / "data").exists() and not (tmp_path / "runs").exists()
+
+
+def test_running_again_needs_no_edit(tmp_path):
+    """The same notebook in the same folder: finished runs are found, tokenized text is reused."""
+    _, run = execute(tmp_path)
+    first = json.loads((run / "summary.json").read_text())
+    notebook, run = execute(tmp_path)
+    again = json.loads((run / "summary.json").read_text())
+    assert (again["steps"], again["val_bpb"]) == (first["steps"], first["val_bpb"])
+    assert "tokenizing" not in texts_of(notebook)
+
+
+def test_committed_notebook_is_one_clean_run():
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    assert not any(output.output_type == "error" for cell in code for output in cell.outputs)
+    for cell in notebook.cells:
+        tags = cell.metadata.get("tags", [])
+        if "define" in tags:
+            assert not cell.outputs
+            assert not any(line.lstrip().startswith(("%", "!")) for line in cell.source.splitlines())
+
+
+def test_notebook_converts_to_a_program(tmp_path):
+    from nbconvert import ScriptExporter
+
+    source, _ = ScriptExporter().from_filename(str(NOTEBOOK))
+    compile(source, "LMHarness.py", "exec")
+    assert "get_ipython" not in source

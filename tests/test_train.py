@@ -1,0 +1,549 @@
+"""Around the loop and the loop itself: schedules, budget, run files, resuming bit for bit, stopping, bad steps."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch.optim import lr_scheduler
+
+import train_utils
+from checkpoint_utils import (
+    CheckpointError,
+    checkpoint_folders,
+    load_checkpoint,
+    newest_checkpoint,
+    save_checkpoint,
+)
+from notebook_utils import UserError
+from run_utils import RunLog, read_jsonl, run_state, show_run
+from train_utils import SCHEDULES, Budget, find_machine
+
+# --------------------------------------------------------------------------------------------- schedules
+
+
+def torch_schedule(make, steps=200):
+    """The factors that a torch scheduler gives over `steps`."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler = make(optimizer)
+    factors = []
+    for _ in range(steps):
+        factors.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return factors
+
+
+@pytest.mark.parametrize("name", ["cosine", "linear", "constant", "wsd"])
+def test_schedules_equal_torch(name):
+    steps, warm, decay = 200, 20, 80
+    tails = {
+        "cosine": lambda o: lr_scheduler.CosineAnnealingLR(o, steps - warm),
+        "linear": lambda o: lr_scheduler.LinearLR(o, 1.0, 0.0, steps - warm),
+        "constant": lambda o: lr_scheduler.ConstantLR(o, 1.0),
+        "wsd": lambda o: lr_scheduler.SequentialLR(
+            o, [lr_scheduler.ConstantLR(o, 1.0), lr_scheduler.LinearLR(o, 1.0, 0.0, decay)], [steps - warm - decay]
+        ),
+    }
+    reference = torch_schedule(tails[name], steps - warm)  # after the warmup, which torch starts above zero
+    ours = [SCHEDULES[name](step / steps, warm / steps, decay / steps) for step in range(steps)]
+    assert ours[:warm] == pytest.approx([step / warm for step in range(warm)])
+    assert ours[warm:] == pytest.approx(reference, abs=1e-9)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_schedules_are_sane_everywhere(name):
+    for warmup, decay in [(0.0, 0.0), (0.0, 1.0), (0.1, 0.5), (1.0, 0.0), (0.5, 0.5)]:
+        values = [SCHEDULES[name](i / 100, warmup, decay) for i in range(101)]
+        assert all(0 <= value <= 1 for value in values)
+    assert SCHEDULES["wsd"](1.0, 0.1, 0.5) == SCHEDULES["linear"](1.0, 0.1, 0) == 0
+    assert SCHEDULES["cosine"](1.0, 0.1, 0) == pytest.approx(0)
+
+
+def test_the_first_limit_of_a_budget_counts():
+    budget = Budget(max_steps=10, max_tokens=1000, max_hours=1.0)
+    assert budget.progress(5, 100, 36.0) == 0.5
+    assert budget.progress(5, 900, 36.0) == 0.9
+    assert budget.progress(5, 100, 7200.0) == 1.0
+    assert Budget(max_hours=1.0).tokens_needed(64) is None
+    assert Budget(max_steps=10).tokens_needed(64) == 640
+
+
+# ------------------------------------------------------------------------------------------- checkpoints
+
+
+def small_model(seed=0):
+    torch.manual_seed(seed)
+    model = torch.nn.Sequential(torch.nn.Embedding(8, 4), torch.nn.Linear(4, 8, bias=False))
+    model[1].weight = model[0].weight  # tied
+    return model, [torch.optim.AdamW(model.parameters())]
+
+
+def step(model, optimizers):
+    model(torch.arange(8)).square().mean().backward()
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_checkpoint_restores_weights_optimizer_and_random_state(tmp_path):
+    model, optimizers = small_model()
+    step(model, optimizers)
+    save_checkpoint(tmp_path, model, optimizers, {"step": 1, "tokens": 64, "seconds": 1.5}, keep=2)
+    expected_random = torch.rand(3)
+    step(model, optimizers)
+    other, others = small_model(seed=1)
+    state = load_checkpoint(newest_checkpoint(tmp_path), other, others)
+    assert torch.equal(torch.rand(3), expected_random)
+    assert (state["step"], state["tokens"], state["seconds"]) == (1, 64, 1.5)
+    step(other, others)
+    assert torch.equal(model[0].weight, other[0].weight)
+    assert other[0].weight is other[1].weight
+
+
+def test_only_the_newest_are_kept_and_nothing_is_executable(tmp_path):
+    model, optimizers = small_model()
+    for number in (1, 2, 3, 4):
+        save_checkpoint(tmp_path, model, optimizers, {"step": number}, keep=2)
+    folders = checkpoint_folders(tmp_path)
+    assert [folder.name for folder in folders] == ["step_00000003", "step_00000004"]
+    files = sorted(path.name for path in folders[-1].iterdir())
+    assert files == ["model.safetensors", "state.json", "training.pt"]
+    torch.load(folders[-1] / "training.pt", weights_only=True)
+    assert not list((tmp_path / "checkpoints").glob(".*"))
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "state"])
+def test_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, capsys, damage):
+    model, optimizers = small_model()
+    for number in (1, 2):
+        save_checkpoint(tmp_path, model, optimizers, {"step": number}, keep=2)
+    newest = checkpoint_folders(tmp_path)[-1]
+    file = newest / ("state.json" if damage == "state" else "model.safetensors")
+    content = bytearray(file.read_bytes())
+    if damage == "flip":
+        content[-1] ^= 255
+    file.write_bytes(content if damage == "flip" else content[: len(content) // 2])
+    if damage == "remove":
+        file.unlink()
+    assert newest_checkpoint(tmp_path).name == "step_00000001"
+    assert "step_00000002" in capsys.readouterr().out
+
+
+def test_checkpoint_of_another_architecture_is_refused(tmp_path):
+    model, optimizers = small_model()
+    save_checkpoint(tmp_path, model, optimizers, {"step": 1}, keep=1)
+    other = torch.nn.Sequential(torch.nn.Embedding(9, 4))
+    with pytest.raises(CheckpointError, match=r"0.weight is \(8, 4\) there and \(9, 4\) in the model"):
+        load_checkpoint(newest_checkpoint(tmp_path), other)
+
+
+# ---------------------------------------------------------------------------------------- run directory
+
+
+@pytest.mark.parametrize("name", ["../x", "/etc", "a/b", "", ".hidden", "a" * 101, "with space"])
+def test_run_names_stay_inside(tmp_path, name):
+    with pytest.raises(UserError, match="run_name"):
+        RunLog(tmp_path / "runs", name)
+    assert not (tmp_path / "runs").exists()
+
+
+def open_log(folder, name="run", config=None, at_step=0, **options):
+    """A run log that has begun."""
+    log = RunLog(folder, name, **options).__enter__()
+    log.begin(config or {"a": 1}, {"tokens": []}, {"python": "3"}, at_step=at_step)
+    return log
+
+
+def test_starting_over_keeps_the_earlier_run(tmp_path):
+    for expected in (None, "run.1", "run.2"):
+        log = open_log(tmp_path, start_over=True)
+        log.metrics(1, train_loss=1.0)
+        log.__exit__()
+        assert expected is None or (tmp_path / expected / "metrics.jsonl").exists()
+
+
+def test_run_log_is_live_and_drops_what_a_resume_will_write_again(tmp_path):
+    log = open_log(tmp_path)
+    for number in range(1, 6):
+        log.metrics(number, train_loss=1.0 / number)
+        assert read_jsonl(tmp_path / "run/metrics.jsonl")[-1] == {"step": number, "train_loss": 1.0 / number}
+    log.metrics(6, train_loss=math.nan)
+    assert read_jsonl(tmp_path / "run/metrics.jsonl")[-1]["train_loss"] is None
+    log.__exit__()
+    with (tmp_path / "run/metrics.jsonl").open("a") as file:
+        file.write('{"step": 7, "tra')  # what a power cut leaves
+    assert len(read_jsonl(tmp_path / "run/metrics.jsonl")) == 6
+    open_log(tmp_path, at_step=3).__exit__()
+    assert [line["step"] for line in read_jsonl(tmp_path / "run/metrics.jsonl")] == [1, 2, 3]
+
+
+def test_a_loss_spike_is_marked(tmp_path):
+    log = open_log(tmp_path)
+    for number in range(60):
+        log.metrics(number, train_loss=2.0 + 0.01 * (number % 5))
+    log.metrics(60, train_loss=3.0)
+    log.__exit__()
+    assert [line["step"] for line in read_jsonl(tmp_path / "run/metrics.jsonl") if "spike" in line] == [60]
+
+
+def test_a_second_trainer_is_refused_and_a_dead_one_is_not_in_the_way(tmp_path):
+    program = (
+        "import sys, time\nfrom run_utils import RunLog\n"
+        "log = RunLog(sys.argv[1], 'run').__enter__()\nprint('in', flush=True)\ntime.sleep(60)"
+    )
+    other = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline() == "in\n"
+    with pytest.raises(UserError, match="another process is training in"):
+        RunLog(tmp_path, "run").__enter__()
+    other.kill()
+    other.wait()
+    RunLog(tmp_path, "run").__enter__().__exit__()
+
+
+def test_changed_configs_are_told_and_what_does_not_fit_is_refused(tmp_path, capsys):
+    open_log(tmp_path, config={"n_layer": 2, "max_steps": 10, "source": "/home/me/texts/*.txt"}).__exit__()
+    log = RunLog(tmp_path, "run")
+    log.compare({"n_layer": 2, "max_steps": 20, "source": "/home/me/texts/*.txt"}, ["n_layer", "source"])
+    assert "max_steps: 10 before, 20 from here on" in capsys.readouterr().out
+    with pytest.raises(UserError, match="n_layer is 3 but run 'run' was begun with 2; use a new run_name"):
+        log.compare({"n_layer": 3, "max_steps": 10}, ["n_layer"])
+    assert "/home" not in (tmp_path / "run/config.json").read_text()
+
+
+def test_a_full_disk_keeps_lines_for_later(tmp_path, capsys):
+    """A real file-size limit: the log cannot grow for a while, then it can."""
+    import resource
+
+    log = open_log(tmp_path)
+    log.metrics(1, train_loss=1.0)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / "run/metrics.jsonl").stat().st_size + 10, hard))
+    try:
+        for number in (2, 3):
+            log.metrics(number, train_loss=1.0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, before)
+    log.metrics(4, train_loss=1.0)
+    log.__exit__()
+    assert [line["step"] for line in read_jsonl(tmp_path / "run/metrics.jsonl")] == [1, 2, 3, 4]
+    assert capsys.readouterr().out.count("cannot be written now") == 1
+
+
+# --------------------------------------------------------------------------------------------- the loop
+
+
+@pytest.fixture
+def settings(texts, tmp_path, tiny):
+    """settings(**overrides): a tiny run on the local texts, in a folder of its own."""
+
+    def make(**overrides):
+        base = {
+            "source": texts[0], "val_fraction": 0.2, "vocab_size": 257, "block_size": 16, "max_steps": 12, "lr": 0.01,
+            "data_dir": str(tmp_path / "data"), "runs_dir": str(tmp_path / "runs"), "eval_tokens": 512, "eval_every": 4,
+            "sample_every": 6, "checkpoint_every": 5, "sample_tokens": 4, "prompt": "line", "schedule": "cosine",
+        }  # fmt: skip
+        return tiny(**base | overrides)
+
+    return make
+
+
+def weights_of(lm, folder):
+    return lm.load_run(folder)[1].state_dict()
+
+
+def same(first, second):
+    return all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_run_directory_holds_what_it_promises(lm, settings, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    config = settings(source="texts/*.txt", data_dir="data", runs_dir="runs")
+    summary = lm.train(config)
+    folder = Path(config.runs_dir) / config.run_name
+    assert json.loads((folder / "summary.json").read_text()) == summary
+    assert lm.Config.from_dict(json.loads((folder / "config.json").read_text())) == config
+    assert set(summary) >= {
+        "parameters", "steps", "tokens", "train_seconds", "val_loss", "val_bpb", "tokens_per_second", "mfu",
+        "matmul_fraction", "peak_memory_bytes", "status",
+    }  # fmt: skip
+    assert summary["status"] == "finished" and summary["steps"] == 12 and summary["tokens"] == 12 * 64
+    environment = json.loads((folder / "environment.json").read_text())
+    assert environment["versions"]["torch"] == torch.__version__ and len(environment["notebook_sha256"]) == 64
+    metrics = read_jsonl(folder / "metrics.jsonl")
+    assert [line["step"] for line in metrics] == list(range(13))
+    for line in metrics[1:]:
+        assert set(line) >= {"step", "tokens", "seconds", "train_loss", "lr", "grad_norm", "tokens_per_second", "mfu"}
+    assert [line["step"] for line in metrics if "val_loss" in line] == [0, 4, 8, 12]
+    assert metrics[-1]["val_bpb"] == summary["val_bpb"] < metrics[0]["val_bpb"]
+    assert [line["step"] for line in read_jsonl(folder / "samples.jsonl")] == [0, 6, 12]
+    assert [path.name for path in checkpoint_folders(folder)] == ["step_00000010", "step_00000012"]
+
+
+def test_bits_per_byte_is_nats_over_ln2_and_bytes(lm, settings):
+    config = settings(max_steps=1)
+    summary = lm.train(config)
+    _, model, encoding = lm.load_run(Path(config.runs_dir) / config.run_name)
+    data = lm.load_data(config)
+    windows = data.windows("val", config.block_size)
+    rows = torch.from_numpy(windows.read(0, len(windows)))
+    nats = torch.nn.functional.cross_entropy(model(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten(), reduction="sum")
+    text_bytes = len(encoding.decode_bytes([t for t in rows[:, 1:].flatten().tolist() if t != encoding.eot_token]))
+    assert summary["val_bpb"] == pytest.approx(nats.item() / math.log(2) / text_bytes, rel=1e-5)
+    assert summary["val_loss"] == pytest.approx(nats.item() / rows[:, 1:].numel(), rel=1e-5)
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_micro_batches_give_the_same_gradient(lm, settings, optimizer):
+    runs = []
+    for micro_batch in (1, 2, 4):
+        config = settings(micro_batch=micro_batch, max_steps=3, optimizer=optimizer, run_name=f"micro{micro_batch}")
+        lm.train(config)
+        runs.append(read_jsonl(Path(config.runs_dir) / config.run_name / "metrics.jsonl")[1:])
+    for lines in zip(*runs):
+        for field, tolerance in [("train_loss", 1e-5), ("grad_norm", 1e-3)]:  # Muon rounds to 16 bits inside
+            assert [line[field] for line in lines] == pytest.approx([lines[0][field]] * 3, rel=tolerance)
+
+
+class Interrupt:
+    """Sends SIGINT to this process when the run has logged `after` steps."""
+
+    def __init__(self, folder, after):
+        self.folder, self.after = folder, after
+
+    def __enter__(self):
+        self.thread = threading.Thread(target=self.watch, daemon=True)
+        self.thread.start()
+
+    def watch(self):
+        while len(read_jsonl(self.folder / "metrics.jsonl")) <= self.after:
+            time.sleep(0.002)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    def __exit__(self, *exception):
+        self.thread.join(timeout=60)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"optimizer": "muon", "micro_batch": 1},
+        {"optimizer": "adamw", "schedule": "wsd"},
+        {
+            "optimizer": "muon",
+            "attention": "mha",
+            "position": "absolute",
+            "tie_embeddings": False,
+            "batch_tokens": 1024,
+        },
+    ],
+    ids=str,
+)
+def test_interrupted_and_resumed_is_the_same_run_bit_for_bit(lm, settings, change):
+    straight = settings(run_name="straight", max_steps=40, **change)
+    lm.train(straight)
+    broken = settings(run_name="broken", max_steps=40, **change)
+    runs = Path(broken.runs_dir)
+    for after in (3, 17):
+        with Interrupt(runs / "broken", after):
+            summary = lm.train(broken)
+        assert summary["status"] == "interrupted" and after < summary["steps"] < 40
+    assert lm.train(broken)["status"] == "finished"
+    assert same(weights_of(lm, runs / "straight"), weights_of(lm, runs / "broken"))
+    kept = ("step", "tokens", "train_loss", "lr", "grad_norm", "val_loss")
+    first, second = (
+        [{k: line[k] for k in kept if k in line} for line in read_jsonl(runs / name / "metrics.jsonl")]
+        for name in ("straight", "broken")
+    )
+    assert first == second
+
+
+def test_a_finished_run_is_not_trained_further(lm, settings):
+    config = settings()
+    first = lm.train(config)
+    again = lm.train(config)
+    assert (again["status"], again["steps"], again["val_bpb"]) == ("finished", first["steps"], first["val_bpb"])
+    more = lm.train(lm.replace(config, max_steps=20))
+    assert more["steps"] == 20
+
+
+def test_hours_end_a_run(lm, settings):
+    summary = lm.train(settings(max_steps=0, max_hours=2 / 3600, eval_every=1000))
+    assert summary["status"] == "finished" and 2.0 <= summary["train_seconds"] < 4.0
+
+
+TRAIN_PROGRAM = """
+import json, sys
+from notebook_utils import load_definitions
+lm = load_definitions()
+lm.torch.set_num_threads(1)
+lm.train(lm.Config.from_dict(json.load(open(sys.argv[1]))))
+"""
+
+
+def run_config(path, **options):
+    """Train the config in a JSON file in a process of its own."""
+    return subprocess.run([sys.executable, "-c", TRAIN_PROGRAM, str(path)], capture_output=True, text=True, **options)
+
+
+def test_killed_run_goes_on_from_its_checkpoint(lm, settings, tmp_path):
+    straight = settings(run_name="straight", max_steps=30)
+    lm.train(straight)
+    killed = settings(run_name="killed", max_steps=30)
+    (tmp_path / "config.json").write_text(json.dumps(killed.to_dict()))
+    process = subprocess.Popen(
+        [sys.executable, "-c", TRAIN_PROGRAM, str(tmp_path / "config.json")], stdout=subprocess.DEVNULL
+    )
+    folder = tmp_path / "runs" / "killed"
+    while not checkpoint_folders(folder) and process.poll() is None:
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    assert newest_checkpoint(folder) is not None and not (folder / "summary.json").exists()
+    assert lm.train(killed)["status"] == "finished"
+    assert same(weights_of(lm, tmp_path / "runs" / "straight"), weights_of(lm, folder))
+
+
+def test_a_run_is_seen_from_elsewhere(lm, settings, capsys):
+    """State and curves of a run that is being trained by another process, from its files alone."""
+    config = settings(max_steps=12)
+    lm.train(config)
+    folder = Path(config.runs_dir) / config.run_name
+    state = run_state(folder)
+    assert (state["status"], state["progress"], state["last"]["step"]) == ("finished", 1.0, 12)
+    with RunLog(config.runs_dir, config.run_name):
+        assert run_state(folder)["status"] == "running"
+    (folder / "summary.json").unlink()
+    assert run_state(folder)["status"] == "stopped"
+    show_run(folder)
+    printed = capsys.readouterr().out
+    assert "stopped, 100.0% of the budget" in printed and "sample of step 12" in printed
+    with pytest.raises(UserError, match="is it a run directory"):
+        run_state(folder / "checkpoints")
+
+
+def test_a_bad_step_never_reaches_the_weights(lm, settings, monkeypatch):
+    """A batch whose loss is not finite is skipped; when nothing else comes, the run ends as diverged."""
+    config = settings(max_steps=40, checkpoint_every=5)
+    real = torch.nn.functional.cross_entropy
+    calls = {"n": 0}
+
+    def poisoned(*args, **kwargs):
+        loss = real(*args, **kwargs)
+        if torch.is_grad_enabled():
+            calls["n"] += 1
+            if calls["n"] == 3 or calls["n"] > 20:
+                return loss * math.nan
+        return loss
+
+    monkeypatch.setattr(torch.nn.functional, "cross_entropy", poisoned)
+    summary = lm.train(config)
+    monkeypatch.undo()
+    folder = Path(config.runs_dir) / config.run_name
+    assert summary["status"] == "diverged" and summary["steps"] == 20 + lm.MAX_BAD_STEPS
+    lines = read_jsonl(folder / "metrics.jsonl")
+    skipped = [line["step"] for line in lines if "skipped_window" in line]
+    assert skipped == [3, *range(21, 21 + lm.MAX_BAD_STEPS)]
+    assert lines[3]["skipped_window"] == 2 * config.batch_tokens // config.block_size
+    assert all(torch.isfinite(tensor).all() for tensor in weights_of(lm, folder).values())
+    assert newest_checkpoint(folder).name == "step_00000020"
+
+
+def test_compile_failure_falls_back_and_says_why(settings, tmp_path):
+    """On a machine without a C++ compiler, here one whose PATH is empty and whose compile cache is new."""
+    (tmp_path / "config.json").write_text(json.dumps(settings(compile=True, max_steps=2, device="cpu").to_dict()))
+    env = os.environ | {"PATH": str(tmp_path), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    result = run_config(tmp_path / "config.json", env=env)
+    assert result.returncode == 0, result.stderr
+    assert "eager, since torch.compile failed" in result.stdout
+    assert json.loads(next((tmp_path / "runs").glob("*/summary.json")).read_text())["status"] == "finished"
+
+
+def test_compiled_training_runs(lm, settings, capsys):
+    summary = lm.train(settings(compile=True, max_steps=6))
+    assert summary["status"] == "finished"
+    assert "compiled in" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_a_second_training_leaves_no_first_model_behind(lm, settings, compile):
+    import gc
+    import weakref
+
+    made = []
+    real = lm.build_model
+
+    def watched(config):
+        model = real(config)
+        made.append(weakref.ref(model))
+        return model
+
+    lm.build_model = watched
+    try:
+        lm.train(settings(max_steps=2, compile=compile))
+    finally:
+        lm.build_model = real
+    gc.collect()
+    assert made and made[0]() is None
+
+
+# ------------------------------------------------------------------------------------------------- W&B
+
+
+def test_wandb_that_cannot_start_never_stops_a_run(lm, settings, monkeypatch, capsys):
+    monkeypatch.setenv("WANDB_BASE_URL", "not a url")
+    summary = lm.train(settings(wandb="online", max_steps=2))
+    assert summary["status"] == "finished"
+    assert "W&B" in capsys.readouterr().out
+
+
+def test_wandb_online_without_a_key_never_asks(lm, settings, monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("NETRC", str(tmp_path / "no_netrc"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked for input"))
+    summary = lm.train(settings(wandb="online", max_steps=2))
+    assert summary["status"] == "finished"
+    assert "logging offline" in capsys.readouterr().out
+
+
+def test_wandb_that_breaks_midway_is_said_once(tmp_path, capsys):
+    class Broken:
+        def log(self, *args, **kwargs):
+            raise ConnectionError("gone")
+
+    log = open_log(tmp_path)
+    log._wandb = Broken()
+    log.metrics(1, train_loss=1.0)
+    log.metrics(2, train_loss=1.0)
+    log.finish({})
+    assert capsys.readouterr().out.count("W&B stopped") == 1
+    assert len(read_jsonl(tmp_path / "run/metrics.jsonl")) == 2
+
+
+# ------------------------------------------------------------------------------------------------ machine
+
+
+def test_machine_on_this_computer():
+    machine = find_machine("cpu")
+    assert machine.dtype == torch.float32 and machine.memory > 1e9 and machine.peak_flops is None
+    assert train_utils.measure_matmul_flops(machine) > 1e9
+    assert machine.peak_memory() > 1e7
+
+
+@pytest.mark.cuda
+def test_training_on_cuda(lm, settings):
+    config = settings(device="cuda", compile=True, max_steps=6)
+    summary = lm.train(config)
+    assert summary["status"] == "finished" and 0 < summary["peak_memory_bytes"] < 1e9
+    before = torch.cuda.memory_allocated()
+    lm.train(settings(device="cuda", max_steps=2, run_name="second"))
+    assert torch.cuda.memory_allocated() <= before

@@ -1,0 +1,329 @@
+"""Documents and tokenizers: text as it is, and the numbers a model reads instead.
+
+A *document* is a `str`. Every tokenizer is a `tiktoken.Encoding` with an end-of-text token, so one code
+path encodes and decodes them all, whether it was published, learned here, or is plain bytes.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import itertools
+import json
+import os
+import re
+import site
+import sysconfig
+import time
+from collections.abc import Iterable, Iterator
+from glob import glob
+from pathlib import Path
+
+import regex
+import tiktoken
+import torch
+
+from notebook_utils import UserError
+
+END_OF_TEXT = "<|endoftext|>"
+# How text is cut into pieces before byte pairs merge: the pattern of GPT-4 and Llama 3, which keeps
+# words, runs of digits and runs of spaces apart (tiktoken: openai_public.py, cl100k_base).
+SPLIT_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+TEXT_SUFFIXES = (".txt", ".md", ".py")
+TABLE_SUFFIXES = (".jsonl", ".parquet")
+TEST_FOLDERS = {"test", "tests", "idle_test"}  # the standard library's own test suites
+MAX_DOCUMENT_BYTES = 64 << 20  # a longer text file is read as several documents, cut at line ends
+BPE_TRAINING_BYTES = 256 << 20  # text a BPE vocabulary is learned from; more changes it very little
+PROBE = "Größe 1234 🙂\r\n\tdef f(x):  # it's\x00\n"  # text with something of everything
+HUB_RETRIES = 5  # after a stream has broken off, with 1, 2, 4, … seconds between them
+
+Position = int | dict  # where reading a source goes on: a count of documents, or the state of a hub stream
+
+
+class DataError(UserError):
+    """Text, tokenizer or shards that cannot be used as they are."""
+
+
+# ---------------------------------------------------------------------------------------------- sources
+
+
+def source_files(source: str) -> list[Path] | None:
+    """The files behind a source, in an order unrelated to folders; None for a hub data set.
+
+    `"python"` is the standard library without its test suites, `"python+site"` adds every installed
+    package, a path, folder or glob is local files. Ordering by a hash of the name mixes the folders and
+    is the same on every machine. Raises `DataError` when nothing matches.
+    """
+    if source in ("python", "python+site"):
+        files = _python_files(with_site=source == "python+site")
+    elif _is_hub_name(source):
+        return None
+    else:
+        pattern = os.path.join(source, "**", "*") if os.path.isdir(source) else source
+        known = TEXT_SUFFIXES + TABLE_SUFFIXES
+        matches = [Path(name) for name in glob(os.path.expanduser(pattern), recursive=True)]
+        files = {path.as_posix(): path for path in matches if path.suffix in known and path.is_file()}
+        if not files:
+            other = sorted({path.suffix or path.name for path in matches if path.is_file()})
+            found = f"only {', '.join(other[:5])}" if other else "nothing"
+            raise DataError(
+                f"source {source!r}: no {', '.join(known)} file matches (found {found}); check the path or glob"
+            )
+    return [path for _, path in sorted((hashlib.sha256(name.encode()).digest(), path) for name, path in files.items())]
+
+
+def _is_hub_name(source: str) -> bool:
+    looks_local = os.path.exists(source) or source.endswith(TEXT_SUFFIXES + TABLE_SUFFIXES)
+    return not looks_local and re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", source) is not None
+
+
+def _python_files(with_site: bool) -> dict[str, Path]:
+    """Name to path of the Python sources on this machine; names are relative to their library folder."""
+    paths = sysconfig.get_paths()
+    packages = {Path(p).resolve() for p in [paths["purelib"], paths["platlib"], *site.getsitepackages()]}
+    stdlib = Path(paths["stdlib"]).resolve()
+    skipped = TEST_FOLDERS | {"site-packages", "dist-packages"}
+    files = {
+        path.relative_to(stdlib).as_posix(): path
+        for path in stdlib.rglob("*.py")
+        if not skipped & set(path.relative_to(stdlib).parts[:-1])
+    }
+    if with_site:
+        for root in packages:
+            files |= {f"site/{path.relative_to(root).as_posix()}": path for path in root.rglob("*.py")}
+    return files
+
+
+def iter_documents(source: str, text_column: str = "text", split: str = "train") -> Iterator[str]:
+    """Yield the documents of `source`, whole and with their line breaks as they are. Empty ones are left out."""
+    return (text for text, _ in read_documents(source, text_column, split))
+
+
+def read_documents(
+    source: str, text_column: str = "text", split: str = "train", start: Position = 0
+) -> Iterator[tuple[str, Position]]:
+    """Yield each document from `start` on, with the position after it, where a later call would go on.
+
+    `split` picks the split of a hub data set; `text_column` is read from JSONL, Parquet and hub rows.
+    Raises `DataError` naming the file, row or column that is wrong, or the hub that did not answer.
+    """
+    files = source_files(source)
+    if files is None:
+        yield from _hub_documents(source, text_column, split, start)
+        return
+    lenient = source in ("python", "python+site")  # Python sources may declare another encoding: skipped
+    documents = itertools.chain.from_iterable(
+        _table_documents(path, text_column) if path.suffix in TABLE_SUFFIXES else _text_documents(path, lenient)
+        for path in files
+    )
+    for number, text in enumerate((text for text in documents if text), 1):
+        if number > start:
+            yield text, number
+
+
+def _text_documents(path: Path, lenient: bool) -> Iterator[str]:
+    with path.open("rb") as file:
+        while lines := file.readlines(MAX_DOCUMENT_BYTES):
+            block = b"".join(lines)
+            try:
+                yield block.decode("utf-8")
+            except UnicodeDecodeError as error:
+                if lenient:
+                    return
+                raise DataError(
+                    f"{path}: not UTF-8 at byte {file.tell() - len(block) + error.start} (0x{block[error.start]:02x});"
+                    f" convert it, for example: iconv -f latin1 -t utf-8 {path.name}"
+                ) from None
+
+
+def _table_documents(path: Path, text_column: str) -> Iterator[str]:
+    """Rows of a JSONL or Parquet file, streamed by Hugging Face `datasets`."""
+    import datasets
+
+    if path.stat().st_size == 0:
+        return
+    builder = {".jsonl": "json", ".parquet": "parquet"}[path.suffix]
+    try:
+        rows = datasets.load_dataset(builder, data_files=str(path), split="train", streaming=True)
+        yield from _column(rows, text_column, str(path))
+    except DataError:
+        raise
+    except Exception as error:  # pyarrow's own words, with the line where they can be placed
+        where = f"{path}{_first_bad_line(path)}" if path.suffix == ".jsonl" else path
+        raise DataError(
+            f"{where}: not readable as {path.suffix[1:]} ({_first_line(error)}); mend or remove it"
+        ) from None
+
+
+def _first_bad_line(path: Path) -> str:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                json.dumps(json.loads(line or b"{}"), ensure_ascii=False).encode("utf-8")
+            except ValueError:
+                return f", line {number}"
+    return ""
+
+
+def hub_split(source: str, wanted: str) -> str:
+    """The split of a hub data set to read: for held-out text its validation or test split, where it has one."""
+    import datasets
+
+    name, _, config = source.partition(":")
+    available = datasets.get_dataset_split_names(name, config or None) if wanted != "train" else []
+    return next((split for split in (wanted, "test") if split in available), "train")
+
+
+def _hub_documents(source: str, text_column: str, split: str, start: Position) -> Iterator[tuple[str, Position]]:
+    """Rows of a hub data set, streamed. A stream that breaks off is taken up where it was, a few times."""
+    import datasets
+
+    name, _, config = source.partition(":")
+    failures, position, reached = 0, start, False
+    while True:
+        try:
+            split = hub_split(source, split)
+            rows = datasets.load_dataset(name, config or None, split=split, streaming=True)
+            if position:
+                rows.load_state_dict(position)
+            for text in _column(rows, text_column, f"{source} ({split})"):
+                failures, position, reached = 0, rows.state_dict(), True
+                if text:
+                    yield text, position
+            return
+        except DataError:
+            raise
+        except Exception as error:  # whatever the network libraries raise
+            failures += 1
+            if not reached or failures > HUB_RETRIES:  # opening is retried by the library itself
+                raise DataError(
+                    f"data set {source!r} could not be read from the Hugging Face hub ({_first_line(error)}); check the"
+                    " name and the network, or use source='python' or a local file"
+                ) from None
+            time.sleep(2 ** (failures - 1))
+
+
+def _column(rows: Iterable[dict], text_column: str, where: str) -> Iterator[str]:
+    for number, row in enumerate(rows):
+        if text_column not in row:
+            raise DataError(
+                f"{where}: no column {text_column!r}; there are {', '.join(map(repr, row))}: set text_column"
+            )
+        text = row[text_column]
+        if text is not None and not isinstance(text, str):
+            raise DataError(f"{where}, row {number}: column {text_column!r} holds {type(text).__name__}, not text")
+        yield text or ""
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+
+
+# ------------------------------------------------------------------------------------------- tokenizers
+
+
+def get_tokenizer(name: str, vocab_size: int, documents: Iterable[str] = ()) -> tiktoken.Encoding:
+    """A tokenizer as a `tiktoken.Encoding`: `"bytes"`, `"bpe"` or a tiktoken name such as `"gpt2"`.
+
+    `"bpe"` learns `vocab_size` tokens, end-of-text included, from `documents` (rustbpe trains, tiktoken
+    runs). Raises `DataError` for an unknown name, an unreachable vocabulary, or a `vocab_size` that the
+    tokenizer does not fit in.
+    """
+    if name == "bytes":
+        encoding = _encoding("bytes", {bytes([i]): i for i in range(256)}, r"[\s\S]{1,64}")
+    elif name == "bpe":
+        encoding = _train_bpe(documents, vocab_size)
+    elif name in tiktoken.list_encoding_names():
+        try:
+            encoding = tiktoken.get_encoding(name)
+        except Exception as error:
+            raise DataError(
+                f"tokenizer {name!r}: its vocabulary could not be downloaded ({type(error).__name__});"
+                " check the network, point TIKTOKEN_CACHE_DIR to a copy, or use tokenizer='bpe'"
+            ) from None
+    else:
+        names = ", ".join(["bytes", "bpe", *tiktoken.list_encoding_names()])
+        raise DataError(f"tokenizer {name!r} is not known; there are {names}")
+    if encoding.n_vocab > vocab_size:
+        raise DataError(
+            f"vocab_size is {vocab_size} but tokenizer {name!r} has {encoding.n_vocab} tokens;"
+            f" set vocab_size to {-(-encoding.n_vocab // 64) * 64} (a multiple of 64 suits GPUs)"
+        )
+    return encoding
+
+
+def _encoding(name: str, ranks: dict[bytes, int], pattern: str) -> tiktoken.Encoding:
+    return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: len(ranks)})
+
+
+def _train_bpe(documents: Iterable[str], vocab_size: int) -> tiktoken.Encoding:
+    import rustbpe
+
+    if vocab_size < 257:
+        raise DataError(f"vocab_size is {vocab_size} but BPE needs at least 257: 256 bytes and end-of-text")
+
+    def sample() -> Iterator[str]:
+        left = BPE_TRAINING_BYTES
+        for text in documents:
+            yield text
+            left -= len(text)
+            if left <= 0:
+                return
+
+    trainer = rustbpe.Tokenizer()
+    trainer.train_from_iterator(sample(), vocab_size - 1, pattern=SPLIT_PATTERN)
+    return _encoding("bpe", {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}, SPLIT_PATTERN)
+
+
+def tokenizer_to_dict(encoding: tiktoken.Encoding) -> dict:
+    """Everything `tokenizer_from_dict` needs, as JSON values; a token's id is its place in `tokens`."""
+    tokens = sorted(encoding._mergeable_ranks, key=encoding._mergeable_ranks.get)
+    return {
+        "name": encoding.name,
+        "pattern": encoding._pat_str,
+        "special_tokens": encoding._special_tokens,
+        "tokens": [base64.b64encode(token).decode() for token in tokens],
+    }
+
+
+def tokenizer_from_dict(fields: dict) -> tiktoken.Encoding:
+    """The encoding that `tokenizer_to_dict` described. Raises `DataError` for what cannot encode every text."""
+    try:
+        ranks = {base64.b64decode(token, validate=True): rank for rank, token in enumerate(fields["tokens"])}
+        special = fields["special_tokens"]
+        if len(ranks) != len(fields["tokens"]) or not all(bytes([byte]) in ranks for byte in range(256)):
+            raise ValueError("it does not hold every byte exactly once")
+        if END_OF_TEXT not in special or not all(len(ranks) <= number < 1 << 24 for number in special.values()):
+            raise ValueError(f"{END_OF_TEXT} or another special token has no number of its own")
+        if regex.compile(fields["pattern"]).fullmatch(""):
+            raise ValueError("its pattern matches nothing at all")
+        encoding = tiktoken.Encoding(
+            str(fields["name"]), pat_str=fields["pattern"], mergeable_ranks=ranks, special_tokens=special
+        )
+        if encoding.decode_bytes(encoding.encode_ordinary(PROBE)) != PROBE.encode():
+            raise ValueError("its pattern leaves text out")
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, regex.error) as error:
+        raise DataError(f"tokenizer.json is not usable ({_first_line(error)}); remove its folder") from None
+    return encoding
+
+
+def tokenizer_hash(encoding: tiktoken.Encoding) -> str:
+    """Names a tokenizer by what it does: equal for encodings that give the same ids."""
+    return hashlib.sha256(json.dumps(tokenizer_to_dict(encoding), sort_keys=True).encode()).hexdigest()
+
+
+def token_byte_counts(encoding: tiktoken.Encoding, vocab_size: int) -> torch.Tensor:
+    """(vocab_size,) int64: how many UTF-8 bytes each token stands for; 0 for special and unused ids."""
+    counts = torch.zeros(vocab_size, dtype=torch.int64)
+    for token, rank in encoding._mergeable_ranks.items():
+        counts[rank] = len(token)
+    return counts
+
+
+def decode_text(encoding: tiktoken.Encoding, ids: Iterable[int]) -> str:
+    """The text of ids up to the first end-of-text, without ids that stand for no text (untrained models draw them)."""
+    before_end = itertools.takewhile(lambda token: token != encoding.eot_token, ids)
+    return encoding.decode([token for token in before_end if token < len(encoding._mergeable_ranks)])
