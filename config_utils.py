@@ -27,7 +27,7 @@ LIMITS = {
 CHOICES = {
     "optimizer": ["muon", "adamw"],
     "schedule": list(SCHEDULES),
-    "dtype": ["auto", "bfloat16", "float32"],
+    "dtype": ["auto", "bfloat16", "float16", "float32"],
     "wandb": ["off", "online", "offline"],
     "resume": ["auto", "never"],
 }

@@ -51,13 +51,21 @@ def cache_bytes_per_token(config, bytes_per_value: int = 2) -> int:
     return 2 * config.n_layer * n_kv_head * (config.n_embd // config.n_head) * bytes_per_value
 
 
-def expected_loss(parameters: float, tokens: float) -> float:
-    """Nats per token that a model of this size reaches on this many tokens of web text.
+# The Chinchilla law with the corrected fit of Besiroglu et al. 2024 (arXiv 2404.10102): made on web text with a
+# 32k vocabulary, cosine AdamW and 50M to 16B parameters, so a guide for `day`, not for `demo`.
+E, A, ALPHA, B, BETA = 1.8172, 482.01, 0.3478, 2085.43, 0.3658
 
-    The Chinchilla law with the corrected fit of Besiroglu et al. 2024 (arXiv 2404.10102), made for a 32k
-    vocabulary, cosine AdamW and 50M to 16B parameters: a guide for `day`, not for `demo`.
-    """
-    return 1.8172 + 482.01 / parameters**0.3478 + 2085.43 / tokens**0.3658
+
+def expected_loss(parameters: float, tokens: float) -> float:
+    """Nats per token that a model of this size reaches on this many tokens of web text."""
+    return E + A / parameters**ALPHA + B / tokens**BETA
+
+
+def compute_optimal(flops: float) -> tuple[float, float]:
+    """Parameters and tokens for which the law expects the lowest loss, where 6 · parameters · tokens = `flops`."""
+    balance = (ALPHA * A / (BETA * B)) ** (1 / (ALPHA + BETA))
+    parameters = balance * (flops / 6) ** (BETA / (ALPHA + BETA))
+    return parameters, flops / 6 / parameters
 
 
 def training_memory(

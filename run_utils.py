@@ -20,6 +20,7 @@ import os
 import platform
 import re
 import secrets
+import shutil
 import statistics
 import subprocess
 from collections import deque
@@ -52,6 +53,8 @@ class RunLog:
         self._wandb = None
         self._unwritten: list[tuple[str, str]] = []
         self._losses: deque[float] = deque(maxlen=50)
+        self._rates: deque[float] = deque(maxlen=20)
+        self._expected_rate = 0.0
         self._start_over = start_over
 
     def __enter__(self) -> RunLog:
@@ -117,8 +120,42 @@ class RunLog:
         if wandb != "off":
             self._wandb = _start_wandb(self.folder, config, wandb)
 
+    def preflight(self, prediction: dict, machine: Machine, note: str, matmul_flops: float, keep: int) -> None:
+        """Print what the run will take. Raises `UserError` when memory or disk cannot hold it.
+
+        `prediction` is the notebook's, with the measured rate; `note` says how the model runs. A rate that falls
+        under half of it later is reported.
+        """
+        p, free_disk = prediction, shutil.disk_usage(self.folder).free / 1e9
+        needed, memory, peak = p["checkpoint (GB)"] * (keep + 1), machine.memory / 1e9, p["peak memory (GB)"]
+        flops = p["tokens per second"] * p["FLOPs per token"]
+        mfu = f", MFU {flops / machine.peak_flops:.0%}" if machine.peak_flops else ""
+        end = datetime.datetime.now() + datetime.timedelta(seconds=p["seconds"])
+        loss = f"{p['expected loss']:.2f} on web text" if p["expected loss"] == p["expected loss"] else "n/a, too small"
+        rows = {
+            "device": f"{machine.name}, {str(machine.dtype).removeprefix('torch.')}, {note}",
+            "memory": f"{peak:.2f} GB predicted at micro-batch {p['micro-batch']}, {memory:.1f} GB there",
+            "disk": f"{needed:.2f} GB for {keep + 1} checkpoints, {free_disk:.1f} GB free",
+            "speed": f"{p['tokens per second']:,.0f} tokens/s, {flops / matmul_flops:.0%} of matrix products{mfu}",
+            "budget": f"{p['tokens']:,.0f} tokens in {p['seconds'] / 3600:.2f} h, until {end:%Y-%m-%d %H:%M}",
+            "size": f"{p['parameters']:,} parameters, {p['tokens per parameter']:.2g} tokens for each",
+            "scaling law": f"loss {loss}; best size for so much compute {p['compute-optimal parameters']:,.0f}",
+        }  # fmt: skip
+        print("\n".join(f"  {name:12s} {text}" for name, text in rows.items()))
+        if p["micro-batch"] == 1 and peak > memory:
+            raise UserError(
+                f"no go: one sequence at a time is predicted to take {peak:.1f} GB and the device has {memory:.1f} GB;"
+                " use a smaller n_layer, n_embd, vocab_size or block_size"
+            )
+        if p["checkpoint (GB)"] > free_disk:
+            raise UserError(
+                f"no go: a checkpoint takes {p['checkpoint (GB)']:.2f} GB and {free_disk:.2f} GB are free in"
+                f" {self.folder.parent}; make room or set runs_dir"
+            )
+        self._expected_rate = p["tokens per second"]
+
     def metrics(self, step: int, **values: float | None) -> None:
-        """Append one line to metrics.jsonl. A loss far above the last fifty is marked as a spike."""
+        """Append one line to metrics.jsonl. A loss far above the last fifty is marked, a slow machine told."""
         loss = values.get("train_loss")
         if loss is not None and math.isfinite(loss):
             if len(self._losses) == self._losses.maxlen:
@@ -127,6 +164,13 @@ class RunLog:
                     values["spike"] = loss - mean
                     print(f"\nstep {step:,}: loss {loss:.3f} after a mean of {mean:.3f}")
             self._losses.append(loss)
+            self._rates.append(values.get("tokens_per_second", math.inf))
+            if len(self._rates) == self._rates.maxlen and statistics.median(self._rates) < self._expected_rate / 2:
+                rate = statistics.median(self._rates)
+                print(
+                    f"\nstep {step:,}: {rate:,.0f} tokens/s, under half of the {self._expected_rate:,.0f} at the start"
+                )
+                self._expected_rate = rate  # said once, until it halves again
         self._append("metrics.jsonl", {"step": step, **values})
         self._mirror(lambda run: run.log(values, step=step))
 

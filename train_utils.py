@@ -110,6 +110,10 @@ class Machine:
         """Matrix products in `dtype`, sums and norms in float32."""
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
 
+    def scaler(self) -> torch.amp.GradScaler:
+        """Keeps small gradients from vanishing in float16; does nothing in other precisions."""
+        return torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+
     def synchronize(self) -> None:
         """Wait for queued work, so that a clock read next is honest."""
         if self.device.type == "cuda":
@@ -125,7 +129,7 @@ class Machine:
         """Bytes that could be taken now."""
         if self.device.type == "cuda":
             return torch.cuda.mem_get_info(self.device)[0]
-        return psutil.virtual_memory().available
+        return min(self.memory, psutil.virtual_memory().available)
 
     def peak_memory(self) -> int:
         """Bytes: the most held by tensors on a GPU, by the whole process on a CPU."""
@@ -139,7 +143,7 @@ class Machine:
 
 
 def find_machine(device: str = "auto", dtype: str = "auto") -> Machine:
-    """Choose by capability: CUDA before CPU, bfloat16 from compute capability 8.0, else float32.
+    """Choose by capability: CUDA before CPU; bfloat16 from compute capability 8.0, float16 before, float32 on CPUs.
 
     Raises `UserError` for a device or precision that is not there.
     """
@@ -154,7 +158,7 @@ def find_machine(device: str = "auto", dtype: str = "auto") -> Machine:
     place = torch.device(device)
     has_bf16 = kind == "cuda" and torch.cuda.get_device_capability(place) >= (8, 0)
     if dtype == "auto":
-        dtype = "bfloat16" if has_bf16 else "float32"
+        dtype = "bfloat16" if has_bf16 else "float16" if kind == "cuda" else "float32"
     if kind == "cuda" and dtype == "bfloat16" and not has_bf16:
         raise UserError(f"dtype is 'bfloat16' but {torch.cuda.get_device_name(place)} has none (capability under 8.0)")
     if kind == "cuda":
@@ -188,16 +192,21 @@ def _keep_freed_memory() -> None:
 
 def measure_matmul_flops(machine: Machine) -> float:
     """FLOP/s of a large square matrix product in the run's precision: the rate to hold a training step against."""
-    size, repeats = (8192, 10) if machine.device.type == "cuda" else (1024, 20)
+    size, calls = (8192, 10) if machine.device.type == "cuda" else (1024, 10)
     a, b = torch.randn(2, size, size, device=machine.device, dtype=machine.dtype)
+    return 2 * size**3 / time_per_call(lambda: a @ b, machine, calls)
+
+
+def time_per_call(call: Callable, machine: Machine, calls: int = 5) -> float:
+    """Median seconds of a call, after one that is not timed."""
     seconds = []
-    for _ in range(repeats):
+    for _ in range(1 + calls):
         machine.synchronize()
         start = time.perf_counter()
-        a @ b
+        call()
         machine.synchronize()
         seconds.append(time.perf_counter() - start)
-    return 2 * size**3 / statistics.median(seconds)
+    return statistics.median(seconds[1:])
 
 
 def compile_or_eager(

@@ -1,5 +1,6 @@
 """Around the loop and the loop itself: schedules, budget, run files, resuming bit for bit, stopping, bad steps."""
 
+import hashlib
 import json
 import math
 import os
@@ -20,6 +21,7 @@ from checkpoint_utils import (
     checkpoint_folders,
     load_checkpoint,
     newest_checkpoint,
+    read_state,
     save_checkpoint,
 )
 from notebook_utils import UserError
@@ -146,6 +148,26 @@ def test_checkpoint_of_another_architecture_is_refused(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------- run directory
+
+
+def test_a_checkpoint_that_carries_code_is_refused(tmp_path):
+    """With checksums that match, as someone who means harm would write it."""
+
+    class Harm:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path / 'executed'}",)
+
+    model, optimizers = small_model()
+    path = save_checkpoint(tmp_path, model, optimizers, {"step": 1}, keep=1)
+    torch.save({"optimizers": [Harm()], "random": {}}, path / "training.pt")
+    state = json.loads((path / "state.json").read_text())
+    state.pop("sha256")
+    state["files"]["training.pt"] = hashlib.sha256((path / "training.pt").read_bytes()).hexdigest()
+    sealed = state | {"sha256": hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()}
+    (path / "state.json").write_text(json.dumps(sealed))
+    with pytest.raises(CheckpointError, match=r"training\.pt: refused"):
+        load_checkpoint(path, model, optimizers)
+    assert not (tmp_path / "executed").exists()
 
 
 @pytest.mark.parametrize("name", ["../x", "/etc", "a/b", "", ".hidden", "a" * 101, "with space"])
@@ -338,6 +360,8 @@ class Interrupt:
     [
         {"optimizer": "muon", "micro_batch": 1},
         {"optimizer": "adamw", "schedule": "wsd"},
+        {"optimizer": "muon", "schedule": "linear", "compile": True},
+        {"optimizer": "adamw", "schedule": "constant", "block_size": 64, "batch_tokens": 4096},  # over two epochs
         {
             "optimizer": "muon",
             "attention": "mha",
@@ -349,14 +373,14 @@ class Interrupt:
     ids=str,
 )
 def test_interrupted_and_resumed_is_the_same_run_bit_for_bit(lm, settings, change):
-    straight = settings(run_name="straight", max_steps=40, **change)
+    straight = settings(run_name="straight", max_steps=50, **change)
     lm.train(straight)
-    broken = settings(run_name="broken", max_steps=40, **change)
+    broken = settings(run_name="broken", max_steps=50, **change)
     runs = Path(broken.runs_dir)
     for after in (3, 17):
         with Interrupt(runs / "broken", after):
             summary = lm.train(broken)
-        assert summary["status"] == "interrupted" and after < summary["steps"] < 40
+        assert summary["status"] == "interrupted" and after < summary["steps"] < 50
     assert lm.train(broken)["status"] == "finished"
     assert same(weights_of(lm, runs / "straight"), weights_of(lm, runs / "broken"))
     kept = ("step", "tokens", "train_loss", "lr", "grad_norm", "val_loss")
@@ -435,7 +459,7 @@ def test_a_bad_step_never_reaches_the_weights(lm, settings, monkeypatch):
     """A batch whose loss is not finite is skipped; when nothing else comes, the run ends as diverged."""
     config = settings(max_steps=40, checkpoint_every=5)
     real = torch.nn.functional.cross_entropy
-    calls = {"n": 0}
+    calls = {"n": -6}  # the preflight makes six
 
     def poisoned(*args, **kwargs):
         loss = real(*args, **kwargs)
@@ -456,6 +480,106 @@ def test_a_bad_step_never_reaches_the_weights(lm, settings, monkeypatch):
     assert lines[3]["skipped_window"] == 2 * config.batch_tokens // config.block_size
     assert all(torch.isfinite(tensor).all() for tensor in weights_of(lm, folder).values())
     assert newest_checkpoint(folder).name == "step_00000020"
+
+
+OUT_OF_MEMORY_PROGRAM = """
+import json, resource, sys, psutil
+from notebook_utils import load_definitions
+lm = load_definitions()
+lm.torch.set_num_threads(1)
+config = lm.Config.from_dict(json.load(open(sys.argv[1])))
+set_up = lm.set_up
+def set_up_then_limit(*arguments):
+    run = set_up(*arguments)
+    room = psutil.Process().memory_info().vms + (128 << 20)
+    resource.setrlimit(resource.RLIMIT_AS, (room, room))
+    return run
+lm.set_up = set_up_then_limit
+lm.train(config)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the address space of a process, as Linux can")
+def test_out_of_memory_halves_the_micro_batch_and_changes_nothing(lm, settings, tmp_path):
+    """A process that may take 128 MB more is given micro-batches that need about 500."""
+    fits = settings(run_name="fits", micro_batch=8, block_size=64, vocab_size=8192, batch_tokens=8192, max_steps=2)
+    big = lm.replace(fits, run_name="big", micro_batch=128)
+    lm.train(fits)
+    (tmp_path / "config.json").write_text(json.dumps(big.to_dict()))
+    result = subprocess.run(
+        [sys.executable, "-c", OUT_OF_MEMORY_PROGRAM, tmp_path / "config.json"], capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    assert "out of memory; on with micro-batches of 64" in result.stdout
+    losses = [
+        [m["train_loss"] for m in read_jsonl(tmp_path / "runs" / name / "metrics.jsonl") if "train_loss" in m]
+        for name in ("fits", "big")
+    ]
+    assert len(losses[1]) == 2 and losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_micro_batch_auto_is_the_largest_that_fits(lm, tiny):
+    config = tiny(micro_batch="auto", block_size=64, batch_tokens=64 * 48)
+    model = lm.build_model(config)
+    optimizers = lm.build_optimizers(model, config)
+    chosen = []
+    for free in (1e6, 3e6, 1e7, 1e8, 1e12):
+        size = lm.choose_micro_batch(model, optimizers, config, 4, free)
+        needed = [sum(lm.training_memory(model, optimizers, config, n, 4).values()) for n in (size, 2 * size)]
+        assert 48 % size == 0 and (size == 1 or needed[0] < 0.8 * free) and (size == 48 or needed[1] > 0.8 * free * 0.6)
+        chosen.append(size)
+    assert chosen == sorted(chosen) and chosen[0] == 1 and chosen[-1] == 48
+
+
+def test_float16_trains_with_a_scaled_loss_and_resumes(lm, settings, monkeypatch):
+    """What a card without bfloat16 does, here on a CPU: the same losses as float32 to three digits."""
+    monkeypatch.setattr(lm, "measure_matmul_flops", lambda machine: 1e9)  # a minute, in float16 on a CPU
+    for dtype in ("float32", "float16"):
+        lm.train(settings(dtype=dtype, run_name=dtype, max_steps=6))
+    config = settings(dtype="float16", run_name="float16", max_steps=8)
+    assert lm.train(config)["steps"] == 8
+    wide, narrow = (
+        [m["train_loss"] for m in read_jsonl(Path(config.runs_dir) / name / "metrics.jsonl") if "train_loss" in m]
+        for name in ("float32", "float16")
+    )
+    assert narrow[:6] == pytest.approx(wide, rel=2e-3)
+    state = read_state(newest_checkpoint(Path(config.runs_dir) / "float16"))
+    assert state["scaler"]["scale"] >= 1024
+
+
+def test_preflight_says_no_before_anything_is_trained(lm, settings, tmp_path, capsys):
+    machine = find_machine("cpu")
+    config = settings(micro_batch=1)
+    log = open_log(tmp_path)
+    prediction = lm.predict(config, machine, 1e9, 0)
+    log.preflight(prediction, machine, "eager", 1e11, 2)
+    assert "GB predicted" in capsys.readouterr().out
+    with pytest.raises(UserError, match="no go: one sequence .* 99999.0 GB"):
+        log.preflight(prediction | {"peak memory (GB)": 99999.0}, machine, "eager", 1e11, 2)
+    with pytest.raises(UserError, match="no go: a checkpoint takes"):
+        log.preflight(prediction | {"checkpoint (GB)": 1e6}, machine, "eager", 1e11, 2)
+
+
+def test_a_machine_that_slows_down_is_told_once(lm, settings, tmp_path, capsys):
+    machine, config = find_machine("cpu"), settings(micro_batch=1)
+    log, prediction = open_log(tmp_path), lm.predict(config, machine, 1e9, 0)
+    log.preflight(prediction, machine, "eager", 1e11, 2)
+    for step in range(60):
+        rate = prediction["tokens per second"] * (1 if step < 20 else 0.4)
+        log.metrics(step, train_loss=1.0, tokens_per_second=rate)
+    assert capsys.readouterr().out.count("under half of the") == 1
+
+
+def test_nothing_secret_or_local_is_written_into_a_run(lm, settings, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef" * 2 + "01234567")
+    monkeypatch.setenv("HF_TOKEN", "hf_secretsecretsecret")
+    config = settings(max_steps=2, compile=True)
+    lm.train(config)
+    folder = Path(config.runs_dir) / config.run_name
+    for path in [path for path in folder.rglob("*") if path.is_file()]:
+        content = path.read_bytes()
+        for secret in (str(tmp_path), str(Path.home()) + "/", os.environ["WANDB_API_KEY"], os.environ["HF_TOKEN"]):
+            assert secret.encode() not in content, path
 
 
 def test_compile_failure_falls_back_and_says_why(settings, tmp_path):
