@@ -84,13 +84,13 @@ class RunLog:
                 path.rename(aside / path.name)
         print(f"starting over; the earlier run is now in {aside}")
 
-    def compare(self, config: dict, fixed: Iterable[str]) -> None:
-        """Print how `config` differs from the one this run was begun with.
+    def compare(self, config: dict, fixed: Iterable[str]) -> set[str]:
+        """Print how `config` differs from the one this run was begun with; returns the names that do.
 
         Raises `UserError` when one of the `fixed` fields differs: what is on disk would not fit it.
         """
         saved = read_json(self.folder / "config.json")
-        now = _portable(config)
+        now, changed = _portable(config), set()
         for name in now:
             if name in saved and saved[name] != now[name] and name != "resume":
                 if name in fixed:
@@ -99,6 +99,8 @@ class RunLog:
                         " use a new run_name, or resume='never' to start over"
                     )
                 print(f"  {name}: {saved[name]!r} before, {now[name]!r} from here on")
+                changed.add(name)
+        return changed
 
     def begin(self, config: dict, tokenizer: dict, environment: dict, wandb: str = "off", at_step: int = 0) -> None:
         """Write what the run is. Lines logged after `at_step`, by a run that was cut off later, are dropped.

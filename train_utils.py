@@ -239,8 +239,9 @@ def _first_line(error: BaseException) -> str:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a device, or the system behind a CPU, had no memory left for a tensor."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    """Whether a device, or the system behind a CPU, had no memory left for a tensor or for a kernel's own buffers."""
+    on_cpu = ("can't allocate memory", "could not create a primitive", "bad_alloc")  # torch, oneDNN, C++
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in on_cpu)
 
 
 class progress_bar:

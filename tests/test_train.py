@@ -396,8 +396,9 @@ def test_a_finished_run_is_not_trained_further(lm, settings):
     first = lm.train(config)
     again = lm.train(config)
     assert (again["status"], again["steps"], again["val_bpb"]) == ("finished", first["steps"], first["val_bpb"])
-    more = lm.train(lm.replace(config, max_steps=20))
+    more = lm.train(lm.replace(config, max_steps=20, micro_batch=2))
     assert more["steps"] == 20
+    assert read_state(newest_checkpoint(Path(config.runs_dir) / config.run_name))["micro_batch"] == 2
 
 
 def test_hours_end_a_run(lm, settings):
@@ -488,13 +489,15 @@ from notebook_utils import load_definitions
 lm = load_definitions()
 lm.torch.set_num_threads(1)
 config = lm.Config.from_dict(json.load(open(sys.argv[1])))
-set_up = lm.set_up
-def set_up_then_limit(*arguments):
-    run = set_up(*arguments)
-    room = psutil.Process().memory_info().vms + (128 << 20)
-    resource.setrlimit(resource.RLIMIT_AS, (room, room))
-    return run
-lm.set_up = set_up_then_limit
+within_memory = lm.Training.within_memory
+_, most = resource.getrlimit(resource.RLIMIT_AS)
+def limited(run, attempt):
+    resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + (128 << 20), most))
+    try:
+        return within_memory(run, attempt)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (most, most))
+lm.Training.within_memory = limited
 lm.train(config)
 """
 
