@@ -7,6 +7,7 @@ alone. Launching, rendezvous and restarts are torchrun's.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import math
 import os
@@ -64,9 +65,11 @@ def join_group(machine: Machine) -> Iterator[Group]:
     if not dist.is_torchelastic_launched():
         yield ALONE
         return
-    if machine.device.type == "cuda":
-        torch.cuda.set_device(machine.device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if machine.device.type == "cuda" else "gloo")
+    if not dist.is_initialized():  # once in the life of a process: the addresses of a group are not exchanged again
+        if machine.device.type == "cuda":
+            torch.cuda.set_device(machine.device)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if machine.device.type == "cuda" else "gloo")
+        atexit.register(dist.destroy_process_group)
     group = Group(dist.get_rank(), dist.get_world_size())
     with contextlib.ExitStack() as stack:
         if group.rank:
@@ -82,8 +85,6 @@ def join_group(machine: Machine) -> Iterator[Group]:
                 f"process {group.rank} of {group.size}: another process of this run is gone; start the same command"
                 " again, it goes on from the last checkpoint"
             ) from None
-        finally:
-            dist.destroy_process_group()
 
 
 def _is_lost_process(error: RuntimeError) -> bool:

@@ -1,4 +1,4 @@
-"""Several processes, started by torchrun on this machine: the same run as one gives, whoever is lost on the way."""
+"""Several processes, started by torchrun on this machine: the same run as one gives, whoever is lost."""
 
 import json
 import subprocess
