@@ -11,6 +11,8 @@ import atexit
 import contextlib
 import math
 import os
+import sys
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -24,6 +26,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from notebook_utils import UserError
 from train_utils import Machine
+
+if dist.is_torchelastic_launched() and os.environ["RANK"] != "0":
+    sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - one process speaks; errors show from all
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,7 @@ ALONE = Group()
 
 @contextlib.contextmanager
 def join_group(machine: Machine) -> Iterator[Group]:
-    """The processes that torchrun started, or `ALONE`; left together at the end. Only process 0 prints from here on.
+    """The processes that torchrun started, or `ALONE`; left together at the end.
 
     Raises `UserError` when one of them is lost: torchrun then ends the others, and the checkpoints stay.
     """
@@ -71,20 +76,16 @@ def join_group(machine: Machine) -> Iterator[Group]:
         dist.init_process_group("cpu:gloo,cuda:nccl" if machine.device.type == "cuda" else "gloo")
         atexit.register(dist.destroy_process_group)
     group = Group(dist.get_rank(), dist.get_world_size())
-    with contextlib.ExitStack() as stack:
-        if group.rank:
-            silence = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
-            stack.enter_context(contextlib.redirect_stdout(silence))
-        try:
-            yield group
-            dist.barrier()  # process 0 has written everything
-        except RuntimeError as error:
-            if not _is_lost_process(error):
-                raise
-            raise UserError(
-                f"process {group.rank} of {group.size}: another process of this run is gone; start the same command"
-                " again, it goes on from the last checkpoint"
-            ) from None
+    try:
+        yield group
+        group.barrier()  # process 0 has written everything
+    except RuntimeError as error:
+        if not _is_lost_process(error):
+            raise
+        raise UserError(
+            f"process {group.rank} of {group.size}: another process of this run is gone; start the same command again,"
+            " it goes on from the last checkpoint"
+        ) from None
 
 
 def _is_lost_process(error: RuntimeError) -> bool:
@@ -104,7 +105,9 @@ def spread(model: nn.Module, machine: Machine, group: Group, parallel: str) -> n
     if parallel == "ddp":
         model.to(machine.device)
         devices = [machine.device] if machine.device.type == "cuda" else None
-        return DistributedDataParallel(model, devices, broadcast_buffers=False, gradient_as_bucket_view=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # broadcast_buffers has another name from torch 2.13 on
+            return DistributedDataParallel(model, devices, broadcast_buffers=False, gradient_as_bucket_view=True)
     if machine.dtype == torch.float16:
         raise UserError("parallel is 'fsdp' but this device computes in float16; use parallel='ddp' or dtype='float32'")
     mesh = init_device_mesh(machine.device.type, (group.size,))
