@@ -148,7 +148,7 @@ class TokenData:
                     self.start_background()
                 elif running.poll():
                     lines = (self.folder / "work.log").read_text("utf-8").strip().splitlines() or ["it was killed"]
-                    raise DataError(f"tokenization stopped: {lines[-1].removeprefix('text_utils.DataError: ')}")
+                    raise DataError(f"tokenization stopped: {lines[-1].removeprefix('DataError: ')}")
                 done = self.folder / ".bytes_read"
                 bar.update((int(done.read_text() or 0) if done.exists() else 0) - bar.n)
                 time.sleep(0.1)
