@@ -9,6 +9,8 @@ help:
 	@echo 'make run    set up and execute the notebook: a trained model, its curve, its text   (PRESET=demo OVERRIDES="{n_layer: 2}")'
 	@echo 'make lab    set up and open the notebook in JupyterLab'
 	@echo 'make test   set up and run the tests'
+	@echo 'make test-long  also the tests that take minutes'
+	@echo 'make script set up and write the notebook as a program, LMHarness.py, for torchrun   (PRESET=day OVERRIDES="{…}")'
 	@echo 'make drill  set up and run the fault drills, half an hour: results/reliability.md'
 
 run: .venv/run
@@ -20,11 +22,21 @@ run: .venv/run
 	@$(BIN)/jupyter nbconvert --log-level ERROR --to html runs/LMHarness.ipynb
 	@echo 'The executed notebook is runs/LMHarness.ipynb, a page to read or send is runs/LMHarness.html.'
 
+script: .venv/run
+	@mkdir -p runs
+	@$(BIN)/papermill LMHarness.ipynb runs/LMHarness.ipynb --prepare-only --log-level ERROR -p preset '$(PRESET)' -y 'overrides: $(OVERRIDES)'
+	@$(BIN)/jupyter nbconvert --log-level ERROR --to script --output-dir . runs/LMHarness.ipynb \
+	    --TagRemovePreprocessor.enabled=True --TagRemovePreprocessor.remove_cell_tags=show
+	@echo 'LMHarness.py is the program: $(BIN)/torchrun --nproc-per-node=8 LMHarness.py'
+
 lab: .venv/run
 	$(BIN)/jupyter lab LMHarness.ipynb
 
 test: .venv/dev
 	$(BIN)/python -m pytest -q -n 2
+
+test-long: .venv/dev
+	$(BIN)/python -m pytest -q -m long
 
 drill: .venv/dev
 	$(BIN)/python -m drills.drill
@@ -41,4 +53,4 @@ drill: .venv/dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@ .venv/run
 
-.PHONY: help run lab test drill
+.PHONY: help run script lab test test-long drill

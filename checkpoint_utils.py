@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from notebook_utils import UserError
+from parallel_utils import shared_like, whole
 
 FILES = ("model.safetensors", "training.pt")
 
@@ -30,21 +31,26 @@ class CheckpointError(UserError):
     """A checkpoint that cannot be written or used."""
 
 
-def save_checkpoint(run: Path, model: torch.nn.Module, optimizers: list, state: dict, keep: int) -> Path:
+def save_checkpoint(
+    run: Path, model: torch.nn.Module, optimizers: list, state: dict, keep: int, writes: bool = True
+) -> Path:
     """Write `checkpoints/step_…` of a run beside, flush, rename, read back; only then remove all but the `keep` newest.
 
     `state` holds "step" and whatever else continues the run, as JSON values. Raises `CheckpointError` when the
-    disk is too full; what was there before is untouched.
+    disk is too full; what was there before is untouched. Where several processes train, all call it, since weights
+    may be shared out among them, and one `writes`: the files are the same.
     """
     folder = run / "checkpoints"
     target = folder / f"step_{state['step']:08d}"
     beside = folder / f".{target.name}.part"
+    weights = whole(_without_ties(model))
+    training = {"optimizers": whole([optimizer.state_dict() for optimizer in optimizers]), "random": _random_state()}
+    if not writes:
+        return target
     try:
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir(parents=True)
-        weights = {name: tensor.contiguous() for name, tensor in _without_ties(model).items()}
-        save_file(weights, beside / "model.safetensors")
-        training = {"optimizers": [optimizer.state_dict() for optimizer in optimizers], "random": _random_state()}
+        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, beside / "model.safetensors")
         torch.save(training, beside / "training.pt")
         state = state | {"files": {name: _sha256(beside / name) for name in FILES}}
         (beside / "state.json").write_text(json.dumps(state | {"sha256": _digest(state)}, indent=1), encoding="utf-8")
@@ -118,10 +124,17 @@ def load_checkpoint(path: Path, model: torch.nn.Module, optimizers: list = ()) -
             training = torch.load(path / "training.pt", map_location="cpu", weights_only=True)
             for optimizer, saved in zip(optimizers, training["optimizers"], strict=True):
                 groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+                parameters = [p for group in optimizer.param_groups for p in group["params"]]
+                for index, values in saved["state"].items():
+                    like = parameters[index]
+                    saved["state"][index] = {
+                        name: shared_like(value, like) if value.shape == like.shape else value
+                        for name, value in values.items()
+                    }
                 optimizer.load_state_dict(saved)
                 for group, kept in zip(optimizer.param_groups, groups):
                     group.update(kept)
-        except (pickle.UnpicklingError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        except (pickle.UnpicklingError, LookupError, ValueError, TypeError, AttributeError, RuntimeError) as error:
             raise CheckpointError(
                 f"{path / 'training.pt'}: refused ({_first_line(error)}); use a new run_name"
             ) from None
@@ -135,7 +148,7 @@ def load_weights(path: Path, model: torch.nn.Module) -> None:
     weights = load_file(path / "model.safetensors")
     with torch.no_grad():
         for name, tensor in _without_ties(model).items():
-            tensor.copy_(weights[name])
+            tensor.copy_(shared_like(weights[name], tensor))
 
 
 def check_weights(path: Path, model: torch.nn.Module) -> None:

@@ -30,6 +30,7 @@ CHOICES = {
     "dtype": ["auto", "bfloat16", "float16", "float32"],
     "wandb": ["off", "online", "offline"],
     "resume": ["auto", "never"],
+    "parallel": ["ddp", "fsdp"],
 }
 
 

@@ -148,7 +148,7 @@ class TokenData:
                     self.start_background()
                 elif running.poll():
                     lines = (self.folder / "work.log").read_text("utf-8").strip().splitlines() or ["it was killed"]
-                    raise DataError(f"tokenization stopped: {lines[-1].removeprefix('text_utils.DataError: ')}")
+                    raise DataError(f"tokenization stopped: {lines[-1].removeprefix('DataError: ')}")
                 done = self.folder / ".bytes_read"
                 bar.update((int(done.read_text() or 0) if done.exists() else 0) - bar.n)
                 time.sleep(0.1)
@@ -507,18 +507,27 @@ def _permutation(size: int, *seed: int) -> np.ndarray:
 
 
 class Batches:
-    """Endless micro-batches from `position` on, already on `device`.
+    """Endless micro-batches from `position` on, already on `device`; process `rank` of `size` gets every size-th.
 
     On CUDA the copy leaves from pinned memory and overlaps with the computation it is queued behind.
     """
 
-    def __init__(self, windows: TokenWindows, micro_batch: int, device: torch.device, position: int = 0) -> None:
-        self.windows, self.micro_batch, self.device, self.position = windows, micro_batch, device, position
+    def __init__(
+        self,
+        windows: TokenWindows,
+        micro_batch: int,
+        device: torch.device,
+        position: int = 0,
+        rank: int = 0,
+        size: int = 1,
+    ) -> None:
+        self.windows, self.micro_batch, self.device = windows, micro_batch, device
+        self.position, self.stride = position + rank * micro_batch, size * micro_batch
 
     def next(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens (B, T) and targets (B, T), the same windows shifted by one."""
         rows = torch.from_numpy(self.windows.read(self.position, self.micro_batch))
-        self.position += self.micro_batch
+        self.position += self.stride
         if self.device.type == "cuda":
             rows = rows.pin_memory()
         rows = rows.to(self.device, non_blocking=True)

@@ -69,9 +69,11 @@ def compute_optimal(flops: float) -> tuple[float, float]:
 
 
 def training_memory(
-    model: nn.Module, optimizers: list, config, micro_batch: int, matmul_bytes: int
+    model: nn.Module, optimizers: list, config, micro_batch: int, matmul_bytes: int, shares: int = 1
 ) -> dict[str, float]:
     """Predicted bytes of a training step on `micro_batch` sequences at a time, by what holds them.
+
+    `shares` is the number of processes among which weights, gradients and optimizer state are shared out.
 
     `matmul_bytes` is the size of a value in matrix products, 2 for bfloat16. Weights, gradients and
     optimizer state are exact. Activations count what backward needs per token and block: the inputs of
@@ -80,23 +82,25 @@ def training_memory(
     """
     parameters = count_parameters(model)["total"]
     state = 0
-    for optimizer in optimizers:  # Muon keeps one float32 average per weight, AdamW two
-        per_weight = 4 if isinstance(optimizer, torch.optim.Muon) else 8
+    for optimizer in optimizers:  # AdamW keeps two float32 averages per weight, Muon one
+        per_weight = 8 if isinstance(optimizer, torch.optim.AdamW) else 4
         state += per_weight * sum(p.numel() for group in optimizer.param_groups for p in group["params"])
     tokens = micro_batch * config.block_size
     kv_width = cache_bytes_per_token(config, 1) // config.n_layer  # keys and values, per block
     hidden = (3 if config.ffn == "gated" else 2) * config.n_ffn
     per_block = 2 * 4 * config.n_embd + matmul_bytes * (5 * config.n_embd + kv_width + hidden)
     return {
-        "weights": 4.0 * parameters + (matmul_bytes * parameters if matmul_bytes < 4 else 0),
-        "gradients": 4.0 * parameters,
-        "optimizer": float(state),
+        "weights": 4.0 * parameters / shares + (matmul_bytes * parameters if matmul_bytes < 4 else 0),
+        "gradients": 4.0 * parameters / shares,
+        "optimizer": state / shares,
         "activations": float(tokens * config.n_layer * per_block),
         "logits": 2.0 * tokens * config.vocab_size * matmul_bytes,
     }
 
 
-def choose_micro_batch(model: nn.Module, optimizers: list, config, matmul_bytes: int, free_memory: int) -> int:
+def choose_micro_batch(
+    model: nn.Module, optimizers: list, config, matmul_bytes: int, free_memory: int, shares: int = 1
+) -> int:
     """`config.micro_batch`; for "auto" the largest share of a step that is predicted to fit 80% of the free bytes.
 
     More than 65,536 tokens at a time is not tried: it fills any device, and would only take memory.
@@ -105,7 +109,7 @@ def choose_micro_batch(model: nn.Module, optimizers: list, config, matmul_bytes:
         return config.micro_batch
     sequences = config.batch_tokens // config.block_size
     for size in range(min(sequences, max(1, 65536 // config.block_size)), 1, -1):
-        needed = sum(training_memory(model, optimizers, config, size, matmul_bytes).values())
+        needed = sum(training_memory(model, optimizers, config, size, matmul_bytes, shares).values())
         if sequences % size == 0 and needed < 0.8 * free_memory:
             return size
     return 1

@@ -20,11 +20,21 @@ NOTEBOOK = Path(__file__).with_name("LMHarness.ipynb")
 class UserError(ValueError):
     """Something the user can mend. The message says what was wrong, where, and what to do.
 
-    IPython prints the one line instead of a stack trace.
+    IPython prints the one line instead of a stack trace, and so does a program.
     """
 
     def _render_traceback_(self) -> list[str]:
         return [f"{type(self).__name__}: {self}"]
+
+
+def _print_error(kind: type[BaseException], error: BaseException, trace: types.TracebackType | None) -> None:
+    if issubclass(kind, UserError):
+        print(*error._render_traceback_(), file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = _print_error
 
 
 def load_definitions(notebook: str | Path = NOTEBOOK) -> types.ModuleType:

@@ -38,11 +38,11 @@ class RunLog:
     """A run directory that this process, and no other, is writing. Mirrored to W&B where asked.
 
     Opening locks it; the lock goes with the process, however that ends. The local files are the truth and
-    are complete after every line. Raises `UserError` for a name that would lead elsewhere, and for a run that
-    another process is training.
+    are complete after every line. Where several processes train together, one `writes`. Raises `UserError` for
+    a name that would lead elsewhere, and for a run that another process is training.
     """
 
-    def __init__(self, runs_dir: str | Path, run_name: str, start_over: bool = False) -> None:
+    def __init__(self, runs_dir: str | Path, run_name: str, start_over: bool = False, writes: bool = True) -> None:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", run_name):
             raise UserError(
                 f"run_name is {run_name!r}; use up to 100 letters, digits, '.', '_', '-', a letter or digit first"
@@ -55,9 +55,11 @@ class RunLog:
         self._losses: deque[float] = deque(maxlen=50)
         self._rates: deque[float] = deque(maxlen=20)
         self._expected_rate = 0.0
-        self._start_over = start_over
+        self._start_over, self.writes = start_over, writes
 
     def __enter__(self) -> RunLog:
+        if not self.writes:
+            return self
         try:
             self._lock.acquire()
         except Timeout:
@@ -112,6 +114,8 @@ class RunLog:
                 f"run {self.folder.name!r} was begun with another tokenizer: the text it was learned from has"
                 " changed; use a new run_name"
             )
+        if not self.writes:
+            return
         config = _portable(config)
         (self.folder / "summary.json").unlink(missing_ok=True)  # of an earlier part of this run
         for name, value in [("config", config), ("tokenizer", tokenizer), ("environment", environment)]:
@@ -122,20 +126,23 @@ class RunLog:
         if wandb != "off":
             self._wandb = _start_wandb(self.folder, config, wandb)
 
-    def preflight(self, prediction: dict, machine: Machine, note: str, matmul_flops: float, keep: int) -> None:
+    def preflight(
+        self, prediction: dict, machine: Machine, note: str, matmul_flops: float, keep: int, processes: int = 1
+    ) -> None:
         """Print what the run will take. Raises `UserError` when memory or disk cannot hold it.
 
-        `prediction` is the notebook's, with the measured rate; `note` says how the model runs. A rate that falls
-        under half of it later is reported.
+        `prediction` is the notebook's, with the measured rate of all processes; `note` says how the model runs. A
+        rate that falls under half of it later is reported.
         """
         p, free_disk = prediction, shutil.disk_usage(self.folder).free / 1e9
         needed, memory, peak = p["checkpoint (GB)"] * (keep + 1), machine.memory / 1e9, p["peak memory (GB)"]
-        flops = p["tokens per second"] * p["FLOPs per token"]
+        flops = p["tokens per second"] * p["FLOPs per token"] / processes
+        each = f"{processes} × " if processes > 1 else ""
         mfu = f", MFU {flops / machine.peak_flops:.0%}" if machine.peak_flops else ""
         end = datetime.datetime.now() + datetime.timedelta(seconds=p["seconds"])
         loss = f"{p['expected loss']:.2f} on web text" if p["expected loss"] == p["expected loss"] else "n/a, too small"
         rows = {
-            "device": f"{machine.name}, {str(machine.dtype).removeprefix('torch.')}, {note}",
+            "device": f"{each}{machine.name}, {str(machine.dtype).removeprefix('torch.')}, {note}",
             "memory": f"{peak:.2f} GB predicted at micro-batch {p['micro-batch']}, {memory:.1f} GB there",
             "disk": f"{needed:.2f} GB for {keep + 1} checkpoints, {free_disk:.1f} GB free",
             "speed": f"{p['tokens per second']:,.0f} tokens/s, {flops / matmul_flops:.0%} of matrix products{mfu}",
@@ -189,6 +196,8 @@ class RunLog:
 
     def finish(self, summary: dict) -> None:
         """Write summary.json and close W&B."""
+        if not self.writes:
+            return
         try:
             _write_json(self.folder / "summary.json", summary)
         except OSError as error:
@@ -199,7 +208,8 @@ class RunLog:
     def _append(self, name: str, line: dict) -> None:
         """Add a line to a file; on a full disk, keep it and try again with the next one."""
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
-        self._unwritten.append((name, json.dumps(finite) + "\n"))  # JSON has no NaN
+        if self.writes:
+            self._unwritten.append((name, json.dumps(finite) + "\n"))  # JSON has no NaN
         try:
             while self._unwritten:
                 name, text = self._unwritten[0]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import math
+import os
 import platform
 import re
 import signal
@@ -145,17 +146,19 @@ class Machine:
 def find_machine(device: str = "auto", dtype: str = "auto") -> Machine:
     """Choose by capability: CUDA before CPU; bfloat16 from compute capability 8.0, float16 before, float32 on CPUs.
 
-    Raises `UserError` for a device or precision that is not there.
+    A process that torchrun started takes the CUDA device of its own number. Raises `UserError` for a device or
+    precision that is not there.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     kind = device.split(":")[0]
     count = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}.get(kind, 0)
-    index = int(device.split(":")[1]) if re.fullmatch(r"\w+:\d+", device) else 0
+    named = re.fullmatch(r"\w+:(\d+)", device)
+    index = int(named[1]) if named else int(os.environ.get("LOCAL_RANK", 0)) if kind == "cuda" else 0
     if index >= count:
         there = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
         raise UserError(f"device is {device!r} but this machine has {', '.join(there)}; use device='auto'")
-    place = torch.device(device)
+    place = torch.device(kind, index) if kind == "cuda" else torch.device(kind)
     has_bf16 = kind == "cuda" and torch.cuda.get_device_capability(place) >= (8, 0)
     if dtype == "auto":
         dtype = "bfloat16" if has_bf16 else "float16" if kind == "cuda" else "float32"
@@ -283,11 +286,12 @@ class progress_bar:
 class StopRequest:
     """Turns Ctrl-C, the notebook's stop button and SIGTERM into a request that the loop honours between steps.
 
-    A second Ctrl-C interrupts at once.
+    A second Ctrl-C interrupts at once, unless it comes within a second: torchrun passes on the one that the
+    terminal has sent already.
     """
 
     def __init__(self) -> None:
-        self.requested = False
+        self.requested, self._when = False, 0.0
 
     def __enter__(self) -> StopRequest:
         self._previous = {}
@@ -297,9 +301,11 @@ class StopRequest:
         return self
 
     def _handle(self, number: int, frame) -> None:
-        if self.requested and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.requested = True
+        if self.requested:
+            if number == signal.SIGINT and time.monotonic() - self._when > 1:
+                raise KeyboardInterrupt
+            return
+        self.requested, self._when = True, time.monotonic()
         print("\nstopping after this step; a checkpoint is written first (interrupt again to stop at once)")
 
     def __exit__(self, *exception) -> None:

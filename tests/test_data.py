@@ -177,7 +177,7 @@ def test_hub_that_does_not_answer_is_one_line():
     env = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
     result = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, timeout=120)
     last = result.stderr.strip().splitlines()[-1]
-    assert last.startswith("text_utils.DataError: data set 'owner/name:config' could not be read"), result.stderr
+    assert last.startswith("DataError: data set 'owner/name:config' could not be read"), result.stderr
     assert "source='python'" in last
 
 

@@ -1,0 +1,191 @@
+"""Several processes, started by torchrun on this machine: the same run as one gives, whoever is lost."""
+
+import json
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from checkpoint_utils import newest_checkpoint, read_state
+from data_utils import Batches
+from notebook_utils import NOTEBOOK, UserError
+from parallel_utils import ALONE, Group, micro_batch_of, spread
+from run_utils import read_json, read_jsonl
+
+PROGRAM = """
+import json, sys
+import torch
+import notebook_utils
+
+torch.set_num_threads(1)
+lm = notebook_utils.load_definitions()
+for values in json.loads(sys.argv[1]):
+    lm.train(lm.Config.from_dict(values))
+"""
+
+
+def torchrun(processes, *program, **options):
+    """Start `program` in so many processes on this machine."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", *program]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
+
+
+def train_together(processes, configs, folder):
+    """Run `configs` one after the other in so many processes; returns what was printed."""
+    program = folder / "program.py"
+    program.write_text(PROGRAM)
+    job = torchrun(processes, str(program), json.dumps([config.to_dict() for config in configs]))
+    printed, _ = job.communicate(timeout=300)
+    assert job.returncode == 0, printed[-3000:]
+    return printed
+
+
+def losses(config):
+    """Of every step, and of every evaluation."""
+    lines = read_jsonl(Path(config.runs_dir) / config.run_name / "metrics.jsonl")
+    return [[line[name] for line in lines if name in line] for name in ("train_loss", "val_loss")]
+
+
+@pytest.fixture
+def settings(texts, tmp_path, tiny):
+    """settings(**overrides): 50 steps of 8 sequences on a small folder of text, everything in 32 bits."""
+    folder = {"source": texts[0], "data_dir": str(tmp_path / "data"), "runs_dir": str(tmp_path / "runs")}
+
+    def make(**overrides):
+        values = {"batch_tokens": 128, "micro_batch": 1, "max_steps": 50, "eval_every": 25, "sample_every": 50}
+        values |= {"checkpoint_every": 25, "keep_checkpoints": 9, "dtype": "float32", "val_fraction": 0.2}
+        return tiny(**folder | values | overrides)
+
+    return make
+
+
+STEADY = {"schedule": "constant", "warmup": 0.0, "decay": 0.0}  # so that a longer budget is the same run
+KINDS = {"muon": {"optimizer": "muon"}, "adamw": {"optimizer": "adamw", "lr": 0.001}}
+
+
+def check_losses(lm, together):
+    """The losses and final weights of `together` are those of one process, which is run now."""
+    for config in together:
+        alone = replace(config, run_name=f"alone-{config.optimizer}")
+        if not (Path(alone.runs_dir) / alone.run_name).exists():
+            lm.train(alone)
+        for ours, expected in zip(losses(config), losses(alone)):
+            assert len(ours) == len(expected) > 1 and ours == pytest.approx(expected, rel=1e-5)
+        summary = read_json(Path(config.runs_dir) / config.run_name / "summary.json")
+        assert summary["status"] == "finished" and summary["tokens"] == config.max_steps * config.batch_tokens
+        _, model, _ = lm.load_run(Path(config.runs_dir) / config.run_name)
+        _, reference, _ = lm.load_run(Path(alone.runs_dir) / alone.run_name)
+        for (name, ours), theirs in zip(model.state_dict().items(), reference.state_dict().values()):
+            assert (ours - theirs).abs().max() < 1e-4, name
+
+
+def test_two_processes_train_the_run_of_one(lm, settings, tmp_path):
+    """Copies of the model, and shares of it; four micro-batches each; stopped halfway and resumed, bit for bit."""
+    short = STEADY | {"max_steps": 8, "eval_every": 4, "sample_every": 8}
+    copies = settings(run_name="ddp", parallel="ddp", **short | KINDS["muon"])
+    shares = settings(run_name="fsdp", parallel="fsdp", **short | KINDS["adamw"])
+    halves = [replace(shares, run_name="halves", max_steps=steps) for steps in (4, 8)]
+    printed = train_together(2, [copies, shares, *halves], tmp_path)
+    assert printed.count("fsdp from step 0") == 1  # one process speaks
+    check_losses(lm, [copies, shares])
+    straight, resumed = (newest_checkpoint(tmp_path / "runs" / name) for name in ("fsdp", "halves"))
+    assert read_state(straight)["files"] == read_state(resumed)["files"]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("processes", [2, 4])
+def test_fifty_steps_have_the_losses_of_one_process(lm, settings, tmp_path, processes):
+    together = [
+        settings(run_name=f"{name}-{way}", parallel=way, **kind)
+        for name, kind in KINDS.items()
+        for way in ("ddp", "fsdp")
+    ]
+    train_together(processes, together, tmp_path)
+    check_losses(lm, together)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_a_run_goes_on_with_another_number_of_processes(lm, settings, tmp_path, parallel):
+    """Two processes, then one, four, two again: the order of batches and the losses are those of one run."""
+    lm.train(settings(run_name="straight", **STEADY))
+    for processes, steps in [(2, 12), (1, 25), (4, 37), (2, 50)]:
+        config = settings(run_name="changing", parallel=parallel, max_steps=steps, **STEADY)
+        if processes > 1:
+            train_together(processes, [config], tmp_path)
+        else:
+            lm.train(config)
+    assert losses(config)[0] == pytest.approx(losses(settings(run_name="straight"))[0], rel=1e-5)
+
+
+def test_a_killed_process_ends_the_job_with_one_line(lm, settings, tmp_path):
+    config = settings(run_name="killed", max_steps=100_000, checkpoint_every=5, sample_every=100_000)
+    (tmp_path / "program.py").write_text(PROGRAM)
+    job = torchrun(2, str(tmp_path / "program.py"), json.dumps([config.to_dict()]))
+    run = tmp_path / "runs" / "killed"
+    while newest_checkpoint(run) is None and job.poll() is None:
+        time.sleep(0.1)
+    workers = {p.environ().get("RANK"): p for p in psutil.Process(job.pid).children() if "RANK" in p.environ()}
+    workers["1"].kill()
+    printed, _ = job.communicate(timeout=60)
+    assert job.returncode != 0
+    assert "another process of this run is gone; start the same command again" in printed
+    kept = read_state(newest_checkpoint(run))["step"]
+    summary = lm.train(settings(run_name="killed", max_steps=kept + 2))
+    assert summary["status"] == "finished" and summary["steps"] == kept + 2
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_accumulation_exchanges_gradients_once(lm, settings, parallel):
+    """Counted on one process: DDP exchanges even alone; FSDP2 not, so the other of two is only made believe."""
+    if parallel == "ddp":
+        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    else:
+        torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    config, machine = settings(), lm.find_machine("cpu")
+    runner = spread(lm.build_model(config), machine, Group(0, 2), parallel)
+    windows = lm.load_data(config).windows("train", config.block_size, 0)
+    counted = []
+    for steps in (1, 1, 4):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            lm.accumulate(runner, Batches(windows, 1, machine.device), steps, machine, machine.scaler())
+        exchanges = ("c10d::allreduce_", "c10d::_reduce_scatter_base_")
+        counted.append(sum(event.count for event in profile.key_averages() if event.key in exchanges))
+    torch.distributed.destroy_process_group()
+    assert counted[1] == counted[2] > 0
+
+
+def test_shares_of_a_batch(lm, settings):
+    data = lm.load_data(settings())
+    windows = data.windows("train", 16, 0)
+    alone = Batches(windows, 2, torch.device("cpu"), position=4)
+    expected = torch.cat([alone.next()[0] for _ in range(6)])
+    shares = [Batches(windows, 2, torch.device("cpu"), 4, rank, 3) for rank in range(3)]
+    together = torch.cat([share.next()[0] for _ in range(2) for share in shares])
+    assert torch.equal(together, expected)
+    assert micro_batch_of(ALONE, 6, 12) == 6 and micro_batch_of(ALONE, 5, 12) == 1
+    with pytest.raises(UserError, match="a batch of 8 sequences cannot be shared by 3 processes"):
+        micro_batch_of(Group(0, 3), 1, 8)
+
+
+def test_the_notebook_becomes_a_program_that_torchrun_starts(tmp_path):
+    """The two lines of the README."""
+    overrides = (
+        f"overrides: {{max_steps: 6, run_name: here, runs_dir: {tmp_path / 'runs'}, data_dir: {tmp_path / 'data'}}}"
+    )
+    prepared = tmp_path / "LMHarness.ipynb"
+    prepare = ["papermill", "--prepare-only", "-p", "preset", "smoke", "-y", overrides, str(NOTEBOOK), str(prepared)]
+    convert = ["jupyter", "nbconvert", "--to", "script", "--TagRemovePreprocessor.enabled=True"]
+    convert += ["--TagRemovePreprocessor.remove_cell_tags=show", str(prepared)]
+    for command in (prepare, convert):
+        subprocess.run([Path(sys.executable).parent / command[0], *command[1:]], check=True, capture_output=True)
+    job = torchrun(2, str(tmp_path / "LMHarness.py"))
+    printed, _ = job.communicate(timeout=300)
+    assert job.returncode == 0, printed[-3000:]
+    assert printed.count("finished: 3,072 tokens") == 1
