@@ -23,7 +23,7 @@ KNOWN_PATTERNS = (SPLIT_PATTERN, QWEN_PATTERN, GPT2_PATTERN, BYTES_PATTERN)
 
 
 def byte_letters() -> list[str]:
-    """The letter that stands for each byte in a byte-level file: itself where it prints (GPT-2's `bytes_to_unicode`)."""
+    """The letter for each byte in a byte-level file: itself where it prints (GPT-2's `bytes_to_unicode`)."""
     printing = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
     others = iter(range(256, 512))
     return [chr(byte if byte in printing else next(others)) for byte in range(256)]
@@ -82,11 +82,14 @@ def to_tokenizers(encoding: tiktoken.Encoding):
 def same_ids(encoding: tiktoken.Encoding, tokenizer) -> None:
     """Raise `DataError` unless both give the same ids for a text with something of everything."""
     for text in (PROBE, PROBE * 3 + "  \n \t 12345", "I'LL we'Ve  \r\n\r\n   x\n \n"):
-        ours, theirs = encoding.encode(text, allowed_special="all"), tokenizer.encode(text, add_special_tokens=False).ids
+        ours, theirs = (
+            encoding.encode(text, allowed_special="all"),
+            tokenizer.encode(text, add_special_tokens=False).ids,
+        )
         if ours != theirs:
             raise DataError(
-                f"tokenizer {encoding.name!r} gives {ours[:8]}… for {text[:12]!r}… and its tokenizers file {theirs[:8]}…:"
-                f" its pattern {encoding._pat_str!r} means something else there"
+                f"tokenizer {encoding.name!r} gives {ours[:8]}… for {text[:12]!r}… and as a tokenizers file"
+                f" {theirs[:8]}…: its pattern {encoding._pat_str!r} means something else there"
             )
     if tokenizer.token_to_id(END_OF_TEXT) not in (None, encoding.eot_token):
         raise DataError(f"{END_OF_TEXT} is {encoding.eot_token} here and {tokenizer.token_to_id(END_OF_TEXT)} there")
@@ -123,7 +126,8 @@ def read_tokenizer(folder: str | Path) -> tiktoken.Encoding:
     try:
         model, added = spec["model"], spec["added_tokens"]
         pattern = _pattern(spec, path)
-        byte_of = {letter: byte for byte, letter in enumerate(byte_letters())}
+        letters = byte_letters()
+        byte_of = {letter: byte for byte, letter in enumerate(letters)}
         special = {token["content"]: token["id"] for token in added}
         ranks = {
             bytes(byte_of[letter] for letter in text): number
@@ -137,7 +141,7 @@ def read_tokenizer(folder: str | Path) -> tiktoken.Encoding:
         _refuse(path, "merges", made != sorted(made), "are not in the order of the ids they make")
         if END_OF_TEXT not in special:
             special[END_OF_TEXT] = special.pop(_end_of_text(Path(folder)))
-        names = {token: "".join(byte_letters()[byte] for byte in token) for token in order}
+        names = {token: "".join(letters[byte] for byte in token) for token in order}
         listed = set(merges)
         for token in order:
             pair = recover_merge(token, ranks)
