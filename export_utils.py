@@ -97,9 +97,9 @@ def export_hf(run_dir: str | Path, out_dir: str | Path) -> Path:
     checkpoint = newest_checkpoint(run)
     if checkpoint is None:
         raise ExportError(f"{run} has no checkpoint yet")
-    if out.exists() and not _is_export(out):
+    if out.exists() and not (out.is_dir() and _is_export(out)):
         raise ExportError(f"{out} holds other things than an export; choose another folder")
-    beside = out.with_name(out.name + ".part")
+    beside = out.with_name(f".{out.name}.part")
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
     try:
