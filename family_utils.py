@@ -155,7 +155,10 @@ def to_hf_config(config: dict):
         settings |= {"multi_query": True} if family.attention == "mqa" else {}
         settings["n_ctx"] = values["block_size"]  # llama.cpp reads this name
     ends = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
-    return transformers.AutoConfig.for_model(family.model_type, **ends, **settings)
+    made = transformers.AutoConfig.for_model(family.model_type, **ends, **settings)
+    if family.model_type == "stablelm":
+        made.partial_rotary_factor = 1.0  # llama.cpp looks for it here
+    return made
 
 
 def model_fields(folder: Path) -> dict:

@@ -111,6 +111,9 @@ def save_tokenizer(encoding: tiktoken.Encoding, folder: Path, max_length: int) -
         split_special_tokens=True,
     )
     tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"  # under the class name that versions before 5 know too
+    fields = read_json(path) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    path.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
 
 
 def read_tokenizer(folder: str | Path) -> tiktoken.Encoding:
