@@ -90,7 +90,7 @@ HARMLESS = {
     "attn_pdrop", "initializer_range", "use_cache", "bos_token_id", "eos_token_id", "pad_token_id", "pretraining_tp",
     "max_window_layers", "no_rope_layer_interval", "summary_type", "summary_use_proj", "summary_activation",
     "summary_proj_to_labels", "summary_first_dropout", "attention_softmax_in_fp32", "scale_attention_softmax_in_fp32",
-    "reorder_and_upcast_attn", "n_ctx",
+    "reorder_and_upcast_attn", "n_ctx", "partial_rotary_factor",  # the library moves this one to rope_parameters
 }  # fmt: skip
 
 

@@ -212,6 +212,8 @@ OTHERS = [
     ("qwen3", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}, "layer_types|sliding_window"),
     ("qwen3", {"head_dim": 16}, "head_dim is 16"),
     ("stablelm", {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.25}}, "rope_parameters.*0.25"),
+    ("stablelm", {"partial_rotary_factor": 0.5, "rope_parameters": {"rope_theta": 1e4}}, "rope_parameters.*0.5"),
+    ("llama", {"partial_rotary_factor": 0.5, "rope_parameters": {"rope_theta": 1e4}}, "rope_parameters.*0.5"),
     ("stablelm", {"use_parallel_residual": True}, "use_parallel_residual is True"),
     ("starcoder2", {"sliding_window": 8}, "sliding_window is 8"),
     ("smollm3", {"no_rope_layers": [1, 0]}, "no_rope_layers"),
@@ -345,8 +347,8 @@ PIECES += [
 TEXTS = st.one_of(
     st.text(st.characters(exclude_categories=["Cs"]), max_size=40),
     st.lists(st.sampled_from(PIECES), max_size=12).map("".join),
-    st.tuples(st.sampled_from(DOCUMENTS), st.integers(0, 5000), st.integers(0, 120)).map(
-        lambda t: t[0][t[1] : t[1] + t[2]]
+    st.tuples(st.integers(0, len(DOCUMENTS) - 1), st.integers(0, 5000), st.integers(0, 120)).map(
+        lambda t: DOCUMENTS[t[0]][t[1] : t[1] + t[2]]
     ),
     st.text(" \n\t\r\u00a0'sS1aA\u0301.!", max_size=30),
 )
