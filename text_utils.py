@@ -226,7 +226,8 @@ def _first_line(error: BaseException) -> str:
 
 
 def get_tokenizer(name: str, vocab_size: int, documents: Iterable[str] = ()) -> tiktoken.Encoding:
-    """A tokenizer as a `tiktoken.Encoding`: `"bytes"`, `"bpe"` or a tiktoken name such as `"gpt2"`.
+    """A tokenizer as a `tiktoken.Encoding`: `"bytes"`, `"bpe"`, a tiktoken name such as `"gpt2"`, or the folder of a
+    Hugging Face tokenizer.json.
 
     `"bpe"` learns `vocab_size` tokens, end-of-text included, from `documents` (rustbpe trains, tiktoken
     runs). Raises `DataError` for an unknown name, an unreachable vocabulary, or a `vocab_size` that the
@@ -244,9 +245,13 @@ def get_tokenizer(name: str, vocab_size: int, documents: Iterable[str] = ()) -> 
                 f"tokenizer {name!r}: its vocabulary could not be downloaded ({type(error).__name__});"
                 " check the network, point TIKTOKEN_CACHE_DIR to a copy, or use tokenizer='bpe'"
             ) from None
+    elif (Path(name).expanduser() / "tokenizer.json").is_file():
+        from tokenizer_export import read_tokenizer
+
+        encoding = read_tokenizer(Path(name).expanduser())
     else:
         names = ", ".join(["bytes", "bpe", *tiktoken.list_encoding_names()])
-        raise DataError(f"tokenizer {name!r} is not known; there are {names}")
+        raise DataError(f"tokenizer {name!r} is not known; there are {names}, or the folder of a tokenizer.json")
     if encoding.n_vocab > vocab_size:
         raise DataError(
             f"vocab_size is {vocab_size} but tokenizer {name!r} has {encoding.n_vocab} tokens;"

@@ -1,0 +1,434 @@
+"""Models and tokenizers leave and come back: `transformers` computes the same from the files, and nothing is lost."""
+
+import json
+import shutil
+from itertools import islice
+
+import pytest
+import torch
+import transformers
+from conftest import LM
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from test_data import TOKENIZERS
+
+from checkpoint_utils import save_checkpoint
+from export_utils import ExportError, config_from_hf, export_hf, import_hf
+from family_utils import FAMILIES, families_table, family_of
+from notebook_utils import UserError
+from text_utils import DataError, get_tokenizer, iter_documents, tokenizer_to_dict
+from tokenizer_export import read_tokenizer, save_tokenizer, to_tokenizers
+
+BYTES = get_tokenizer("bytes", 257)
+ENVIRONMENT = {"commit": "abc123", "device": "a CPU", "dtype": "float32", "versions": {"torch": "2.13.0"}}
+
+
+def settings_of(family):
+    """The overrides that a row of the table stands for."""
+    kv = {"any": {"attention": "gqa", "n_kv_head": 2}, "mha": {"attention": "mha"}, "mqa": {"n_kv_head": 1}}
+    return {name: getattr(family, name) for name in ("position", "ffn", "norm", "qk_norm")} | kv[family.attention]
+
+
+def make_run(folder, config, encoding=BYTES):
+    """A run directory whose weights are far from their initial values, and the model in it."""
+    model = LM.build_model(config)
+    with torch.no_grad():  # gains other than one, biases other than zero
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    folder.mkdir(parents=True)
+    files = [("config", config.to_dict()), ("tokenizer", tokenizer_to_dict(encoding)), ("environment", ENVIRONMENT)]
+    for name, value in files:
+        (folder / f"{name}.json").write_text(json.dumps(value))
+    state = {"step": 20, "tokens": 5120, "seconds": 1.5, "scores": {"val_loss": 3.25, "val_bpb": 1.5}}
+    save_checkpoint(folder, model, [], state, keep=1)
+    return model
+
+
+def exported(tmp_path, tiny, **overrides):
+    config = tiny(**{"block_size": 80, "batch_tokens": 320} | overrides)
+    model = make_run(tmp_path / "run", config)
+    return config, model, export_hf(tmp_path / "run", tmp_path / "out")
+
+
+CASES = [(family, {"tie_embeddings": tied}) for family in FAMILIES for tied in (True, False)] + [
+    (family, change)
+    for family in FAMILIES
+    if family.position == "rope"
+    for change in ({"n_kv_head": 1, "rope_base": 500.0}, {"n_head": 8, "n_kv_head": 2}, {"attention": "mha"})
+]
+CASES += [
+    (FAMILIES[0], {"rope_base": 500000.0, "norm_eps": 1e-6}),
+    (FAMILIES[1], {"rope_base": 500000.0, "norm_eps": 1e-6, "n_embd": 96, "n_head": 6, "n_kv_head": 3}),
+    (FAMILIES[0], {"n_position": 128}),
+    (FAMILIES[7], {"n_position": 128, "norm_eps": 1e-6}),
+]
+
+
+@pytest.mark.parametrize(
+    ("family", "change"), CASES, ids=[f"{f.model_type}-{'-'.join(map(str, c.values()))}" for f, c in CASES]
+)
+def test_transformers_computes_the_same_and_the_way_back_is_exact(lm, tiny, tmp_path, family, change):
+    config, model, out = exported(tmp_path, tiny, **settings_of(family) | change)
+    theirs, loaded = transformers.AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert not any(loaded[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert theirs.config.model_type == family.model_type == family_of(config.to_dict()).model_type
+    tokens = torch.randint(0, 256, (2, config.block_size), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        ours, logits = model(tokens), theirs(tokens).logits
+    assert (ours - logits).abs().max() < 1e-4
+    assert (ours - logits).norm() / ours.norm() < 1e-5 and (ours - logits).abs().max() < 1e-5 * ours.abs().max()
+    theirs.generation_config.eos_token_id = None  # an untrained model may well write it
+    mask = torch.ones_like(tokens[:, :16])
+    written = theirs.generate(tokens[:, :16], attention_mask=mask, max_new_tokens=64, do_sample=False)
+    assert torch.equal(written, lm.generate(model, tokens[:, :16], 64, temperature=0))
+
+    values, state = import_hf(out)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    assert set(state) == set(model.state_dict())
+    unused = {"rope_base"} if config.position != "rope" else set()
+    for name in set(values) - {"block_size", "n_kv_head", "attention"} - unused:
+        assert values[name] == getattr(config, name), name
+    assert values["block_size"] == config.positions
+    assert values["n_kv_head"] == model.blocks[0].attention.K
+    again = tiny(**values | {"batch_tokens": 4 * config.positions})
+    copy = lm.build_model(again)
+    copy.load_state_dict(state)
+    with torch.no_grad():
+        assert torch.equal(copy(tokens), ours)
+    import_hf(out, config.to_dict())  # the config that it came from fits
+
+
+@pytest.mark.parametrize("family", [FAMILIES[0], FAMILIES[7]], ids=lambda family: family.model_type)
+def test_export_of_an_import_is_the_same_files(tiny, tmp_path, family):
+    config, _, out = exported(tmp_path, tiny, **settings_of(family))
+    values, state = import_hf(out)
+    again = tiny(**values | {"batch_tokens": 320})
+    model = make_run(tmp_path / "again", again)
+    model.load_state_dict(state)
+    save_checkpoint(tmp_path / "again", model, [], {"step": 21}, keep=1)
+    second = export_hf(tmp_path / "again", tmp_path / "second")
+    for path in out.iterdir():
+        if path.name != "README.md":
+            assert path.read_bytes() == (second / path.name).read_bytes(), path.name
+
+
+def test_every_combination_exports_or_names_the_part_in_the_way(lm, tiny):
+    assert len(families_table().splitlines()) == 1 + len(FAMILIES)
+    parts = {"position": lm.POSITIONS, "ffn": lm.FFNS, "norm": lm.NORMS, "qk_norm": (False, True)}
+    mapped = {tuple(getattr(family, part) for part in parts) for family in FAMILIES}
+    refused = 0
+    for position in parts["position"]:
+        for ffn in parts["ffn"]:
+            for norm in parts["norm"]:
+                for qk_norm in parts["qk_norm"]:
+                    choice = dict(zip(parts, (position, ffn, norm, qk_norm)))
+                    config = tiny(attention="mha", **choice).to_dict()
+                    if tuple(choice.values()) in mapped:
+                        family_of(config)
+                        continue
+                    with pytest.raises(ExportError) as caught:
+                        family_of(config)
+                    named = str(caught.value).split()[0]
+                    assert named in parts and repr(config[named]) in str(caught.value) and "\n" not in str(caught.value)
+                    refused += 1
+    assert refused == 24 - len(mapped)
+    with pytest.raises(ExportError, match="attention 'gqa' with 2 key/value heads .*'absolute'; 4 or 1 for 4"):
+        family_of(tiny(position="absolute", ffn="mlp", norm="layer", qk_norm=False).to_dict())
+    with pytest.raises(ExportError, match="attention 'window'"):
+        family_of(tiny(attention="window").to_dict())
+
+
+def test_a_refused_model_leaves_nothing_behind(tiny, tmp_path):
+    make_run(tmp_path / "run", tiny(position="none", qk_norm=True))
+    with pytest.raises(ExportError, match="qk_norm True .*position 'none'"):
+        export_hf(tmp_path / "run", tmp_path / "out")
+    make_run(tmp_path / "good", tiny())
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    with pytest.raises(ExportError, match="mine holds other things"):
+        export_hf(tmp_path / "good", tmp_path / "mine")
+    shutil.rmtree(tmp_path / "good" / "checkpoints")
+    with pytest.raises(ExportError, match="no checkpoint"):
+        export_hf(tmp_path / "good", tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["good", "mine", "run"]
+
+
+def test_card_and_settings_for_generation(tiny, tmp_path):
+    config, _, out = exported(tmp_path, tiny)
+    card = (out / "README.md").read_text()
+    stated = ["python", "muon", "lr 0.02", "5,120 in 20 steps", "val_loss 3.2500", "val_bpb 1.5000", "commit abc123"]
+    assert all(part in card for part in stated), card
+    assert str(tmp_path) not in "".join(
+        path.read_text() for path in out.glob("*.[jm]*") if path.suffix != ".safetensors"
+    )
+    generation = transformers.GenerationConfig.from_pretrained(out)
+    assert generation.eos_token_id == generation.bos_token_id == 256
+    assert export_hf(tmp_path / "run", out) == out  # an export is replaced
+
+
+def test_shards_of_the_library_come_back(tiny, tmp_path):
+    _, model, out = exported(tmp_path, tiny, tie_embeddings=False)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(out)
+    shutil.rmtree(out)
+    theirs.save_pretrained(out, max_shard_size="40KB")
+    assert len(list(out.glob("*.safetensors"))) > 2
+    _, state = import_hf(out)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+
+
+# ----------------------------------------------------------------------------------------------- coming in
+
+FOREIGN = [
+    ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}, "rope_parameters.*linear"),
+    ({"rope_scaling": {"type": "linear", "factor": 4.0}}, "rope_parameters.*linear"),
+    ({"attention_bias": True}, "attention_bias is True"),
+    ({"mlp_bias": True}, "mlp_bias is True"),
+    ({"hidden_act": "gelu"}, "hidden_act is gelu"),
+    ({"head_dim": 16}, "head_dim is 16.* 8"),
+    ({"model_type": "mixtral"}, "model_type 'mixtral' is not one of llama"),
+    ({"quantization_config": {"bits": 4}}, "quantization_config"),
+    ({"auto_map": {"AutoModel": "evil.py"}}, "auto_map"),
+    ({"hidden_size": 1 << 40}, "hidden_size is 1099511627776"),
+    ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000"),
+    ({"num_attention_heads": 3}, "refused by transformers"),
+    ({"num_hidden_layers": 3}, r"model.layers.2.* is missing there, \("),
+    ({"num_hidden_layers": 1}, r"model.layers.1.* there, not here"),
+    ({"vocab_size": 300}, r"model.embed_tokens.weight is \(257, 32\) there and \(300, 32\)"),
+]
+
+
+@pytest.mark.parametrize(("change", "named"), FOREIGN, ids=[str(next(iter(change))) for change, _ in FOREIGN])
+def test_what_this_stack_does_not_have_is_named(tiny, tmp_path, change, named):
+    _, _, out = exported(tmp_path, tiny, qk_norm=False)
+    path = out / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ExportError, match=named) as caught:
+        import_hf(out)
+    assert "\n" not in str(caught.value)
+
+
+OTHERS = [
+    ("qwen3", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}, "layer_types|sliding_window"),
+    ("qwen3", {"head_dim": 16}, "head_dim is 16"),
+    ("stablelm", {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.25}}, "rope_parameters.*0.25"),
+    ("stablelm", {"partial_rotary_factor": 0.5, "rope_parameters": {"rope_theta": 1e4}}, "rope_parameters.*0.5"),
+    ("llama", {"partial_rotary_factor": 0.5, "rope_parameters": {"rope_theta": 1e4}}, "rope_parameters.*0.5"),
+    ("stablelm", {"use_parallel_residual": True}, "use_parallel_residual is True"),
+    ("starcoder2", {"sliding_window": 8}, "sliding_window is 8"),
+    ("smollm3", {"no_rope_layers": [1, 0]}, "no_rope_layers"),
+    ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is True"),
+    ("gpt2", {"activation_function": "relu"}, "activation_function is relu"),
+    ("apertus", {"hidden_act": "xielu"}, "hidden_act is xielu"),
+]
+
+
+@pytest.mark.parametrize(("model_type", "change", "named"), OTHERS, ids=[f"{o[0]}-{next(iter(o[1]))}" for o in OTHERS])
+def test_features_of_each_family_are_named(tiny, tmp_path, model_type, change, named):
+    family = next(family for family in FAMILIES if family.model_type == model_type)
+    _, _, out = exported(tmp_path, tiny, **settings_of(family))
+    path = out / "config.json"
+    values = {name: value for name, value in json.loads(path.read_text()).items() if name != "layer_types"}
+    path.write_text(json.dumps(values | change))
+    with pytest.raises(ExportError, match=named):
+        import_hf(out)
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "gpt_bigcode", "starcoder2"])
+def test_biases_are_refused_unless_zero(tiny, tmp_path, model_type):
+    family = next(family for family in FAMILIES if family.model_type == model_type)
+    _, _, out = exported(tmp_path, tiny, **settings_of(family))
+    weights = load_file(out / "model.safetensors")
+    name = next(name for name in weights if name.endswith("proj.bias"))
+    assert not weights[name].any()
+    weights[name][3] = 0.5
+    save_file(weights, out / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ExportError, match=f"{name} is a bias that is not zero"):
+        import_hf(out)
+
+
+def test_damaged_and_missing_files_are_one_line(tiny, tmp_path):
+    _, _, out = exported(tmp_path, tiny)
+    weights = (out / "model.safetensors").read_bytes()
+    (out / "model.safetensors").write_bytes(weights[:100])
+    with pytest.raises(ExportError, match="not readable"):
+        import_hf(out)
+    (out / "model.safetensors").unlink()
+    with pytest.raises(ExportError, match="safetensors only"):
+        import_hf(out)
+    (out / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": "../run/config.json"}}))
+    with pytest.raises(ExportError, match="safetensors only"):
+        import_hf(out)
+    (out / "config.json").write_text("[]")
+    with pytest.raises(UserError, match="holds list"):
+        import_hf(out)
+    with pytest.raises(ExportError, match="neither a folder here nor"):
+        import_hf(tmp_path / "nowhere")
+
+
+def test_training_begins_with_a_checkpoint(lm, tiny, tmp_path, texts, capsys):
+    _, model, out = exported(tmp_path, tiny, tie_embeddings=False, rope_base=500.0)
+    here = {
+        "runs_dir": str(tmp_path / "runs"),
+        "data_dir": str(tmp_path / "data"),
+        "source": texts[0],
+        "val_fraction": 0.2,
+    }
+    here |= {"batch_tokens": 320, "run_name": "on", "max_steps": 3, "eval_every": 3, "lr": 1e-9, "embedding_lr": 1e-9}
+    config = lm.Config.from_preset("smoke", **config_from_hf(out) | here | {"weight_decay": 0.0})
+    assert lm.train(config)["steps"] == 3
+    _, trained, encoding = lm.load_run(tmp_path / "runs" / "on")
+    for ours, begun in zip(trained.parameters(), model.parameters()):
+        assert torch.allclose(ours, begun, atol=1e-6)  # the rate is as good as zero
+    assert encoding.encode_ordinary("Größe") == BYTES.encode_ordinary("Größe")
+    shutil.rmtree(out)  # not needed to go on
+    assert lm.train(lm.replace(config, max_steps=4))["steps"] == 4
+    with pytest.raises(UserError, match="init_from is '' but run 'on' was begun with"):
+        lm.train(lm.replace(config, init_from=""))
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"n_layer": 3}, "n_layer is 3 but 2"),
+        ({"rope_base": 1e4}, "rope_base is 10000.0 but 500.0"),
+        ({"qk_norm": False}, "qk_norm is False but True"),
+        ({"n_kv_head": 1}, "n_kv_head is 1 but 2"),
+        ({"tokenizer": "bpe", "source": "python"}, "tokenizer 'bpe'.*set tokenizer to that folder"),
+    ],
+    ids=str,
+)
+def test_a_config_that_does_not_fit_its_checkpoint_is_one_line(lm, tiny, tmp_path, texts, change, named):
+    _, _, out = exported(tmp_path, tiny, rope_base=500.0, vocab_size=300)
+    values = config_from_hf(out) | {"batch_tokens": 320, "source": texts[0], "val_fraction": 0.2, "run_name": "off"}
+    values |= {"runs_dir": str(tmp_path / "runs"), "data_dir": str(tmp_path / "data")}
+    if "tokenizer" in change:
+        change = change | {"source": texts[0]}
+    with pytest.raises(ExportError, match=named):
+        lm.train(lm.Config.from_preset("smoke", **values | change))
+
+
+# ---------------------------------------------------------------------------------------------- tokenizers
+
+DOCUMENTS = list(islice(iter_documents("python"), 120))
+PIECES = [
+    "<|endoftext|>",
+    "<|",
+    "\r\n",
+    "\n\n",
+    "   ",
+    "\t\t",
+    " \n ",
+    "I'LL",
+    "'ſ",
+    "we'Ve",
+    "1234567",
+    "٣٤٥",
+    "  \u3000",
+]
+PIECES += [
+    "👩‍👩‍👧",
+    "é",
+    "e\u0301",
+    "नमस्ते",
+    "中文字",
+    "<div>",
+    "!=",
+    "...",
+    "\x00",
+    "\u200d",
+    "ß",
+    "İ",
+    "\u2028",
+    "\x85",
+    "$",
+    "::",
+]
+TEXTS = st.one_of(
+    st.text(st.characters(exclude_categories=["Cs"]), max_size=40),
+    st.lists(st.sampled_from(PIECES), max_size=12).map("".join),
+    st.tuples(st.integers(0, len(DOCUMENTS) - 1), st.integers(0, 5000), st.integers(0, 120)).map(
+        lambda t: DOCUMENTS[t[0]][t[1] : t[1] + t[2]]
+    ),
+    st.text(" \n\t\r\u00a0'sS1aA\u0301.!", max_size=30),
+)
+KINDS = TOKENIZERS | {"bpe": lambda: get_tokenizer("bpe", 2000, DOCUMENTS)}
+
+
+@pytest.fixture(scope="module", params=KINDS, name="leaving")
+def _leaving(request, tmp_path_factory):
+    """A tokenizer, the folder it was saved in, and what `transformers` and `tokenizers` load from there."""
+    encoding, folder = KINDS[request.param](), tmp_path_factory.mktemp("tokenizer")
+    save_tokenizer(encoding, folder, 1 << 20)
+    return encoding, folder, transformers.AutoTokenizer.from_pretrained(folder), to_tokenizers(encoding)
+
+
+def test_tokenizers_give_the_same_ids_on_ten_thousand_texts(leaving):
+    encoding, _, theirs, plain = leaving
+    seen = set()
+
+    @given(st.lists(TEXTS, min_size=40, max_size=60, unique=True))
+    @settings(max_examples=110, deadline=None)
+    def check(texts):
+        ids = theirs(texts).input_ids
+        for text, found in zip(texts, ids):
+            assert found == encoding.encode_ordinary(text), text  # end-of-text written in a text is text
+            if "<|" in text:
+                assert plain.encode(text).ids == encoding.encode(text, allowed_special="all"), text
+            seen.add(text)
+        assert [theirs.decode(found) for found in ids] == texts
+
+    check()
+    for start in range(0, 40000, 100):  # and code, line by line and across lines
+        check.hypothesis.inner_test([document[start : start + 97] for document in DOCUMENTS if start < len(document)])
+    assert len(seen) > 10_000
+
+
+def test_tokenizers_come_back(leaving):
+    encoding, folder, _, _ = leaving
+    again = read_tokenizer(folder)
+    assert (again._mergeable_ranks, again._special_tokens) == (encoding._mergeable_ranks, encoding._special_tokens)
+    for text in [*DOCUMENTS[:10], *PIECES, " \n \n"]:
+        assert again.encode_ordinary(text) == encoding.encode_ordinary(text)
+    assert get_tokenizer(str(folder), encoding.n_vocab).n_vocab == encoding.n_vocab
+
+
+@pytest.mark.parametrize("name", ["cl100k_base", "o200k_base"])
+def test_patterns_of_larger_vocabularies_cut_the_same(name, monkeypatch):
+    """Their vocabularies need a download; their patterns, with special ids after a gap, are tried on another."""
+    import tiktoken
+    from tiktoken_ext import openai_public
+
+    monkeypatch.setattr(openai_public, "load_tiktoken_bpe", lambda *_, **__: {})
+    pattern = openai_public.ENCODING_CONSTRUCTORS[name]()["pat_str"]
+    ranks = KINDS["bpe"]()._mergeable_ranks
+    special = {"<|endoftext|>": len(ranks) + 5, "<|fim|>": len(ranks) + 9}
+    encoding = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+    theirs = to_tokenizers(encoding)
+
+    @given(st.lists(TEXTS, min_size=20, max_size=20))
+    @settings(max_examples=60, deadline=None)
+    def check(texts):
+        for text in texts:
+            assert theirs.encode(text).ids == encoding.encode(text, allowed_special="all"), text
+
+    check()
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"normalizer": {"type": "NFC"}}, "normalizer changes the text"),
+        ({"pre_tokenizer": {"type": "Metaspace"}}, "pre_tokenizer is .*Metaspace"),
+        ({"model": {"type": "WordPiece"}}, "model is WordPiece"),
+        ({"model": {"type": "BPE", "vocab": {"a": 5}, "merges": []}}, "ids have gaps"),
+        ({"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True}}, "adds a space"),
+    ],
+    ids=["normalizer", "metaspace", "wordpiece", "gaps", "prefix"],
+)
+def test_other_tokenizers_are_refused_by_name(tmp_path, change, named):
+    save_tokenizer(BYTES, tmp_path, 100)
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(DataError, match=named):
+        read_tokenizer(tmp_path)
