@@ -79,15 +79,16 @@ def held_out_documents(data: TokenData, tokens: int | None = None) -> list[str]:
 # ------------------------------------------------------------------------------------- multiple choice
 
 
-def make_questions(documents: list[str], count: int = QUESTIONS, seed: int = 0) -> list[dict]:
+def make_questions(documents: list[str], block_size: int, count: int = QUESTIONS, seed: int = 0) -> list[dict]:
     """Up to `count` questions in HellaSwag's format: "ctx", "endings", and "label", the place of the true ending.
 
     A text is cut at a space between two words: what comes before is the context, what follows the true ending,
     and what follows such cuts in other documents (other places, where there is only one) are the wrong ones.
-    A function of its arguments. Text without spaces gives none.
+    Endings have less than `block_size` bytes, so that they fit in a context whatever the tokenizer. A function of its
+    arguments. Text without spaces gives none.
     """
     random = np.random.default_rng(seed)
-    cuts = [(number, *cut) for number, text in enumerate(documents) for cut in _cuts(text)]
+    cuts = [(number, *cut) for number, text in enumerate(documents) for cut in _cuts(text, block_size)]
     alone = len({number for number, _, _ in cuts}) == 1
     questions = []
     for number, context, truth in (cuts[i] for i in random.permutation(len(cuts))[:count]):
@@ -100,9 +101,10 @@ def make_questions(documents: list[str], count: int = QUESTIONS, seed: int = 0) 
     return questions
 
 
-def _cuts(text: str) -> Iterator[tuple[str, str]]:
+def _cuts(text: str, block_size: int) -> Iterator[tuple[str, str]]:
     """(context, ending) at spaces between words, about one in every CONTEXT_CHARACTERS characters."""
     fewest, most = ENDING_CHARACTERS
+    most = max(fewest, min(most, block_size - 1))
     reached = CONTEXT_CHARACTERS // 2
     for match in re.finditer(r"(?<=\S) (?=\w)", text):
         cut = match.start()
@@ -111,7 +113,7 @@ def _cuts(text: str) -> Iterator[tuple[str, str]]:
             if cut > CONTEXT_CHARACTERS and "\n" in context:
                 context = context[context.index("\n") + 1 :]
             ending = re.match(rf"[\s\S]{{{fewest},{most}}}(?=\s)", text[cut + 1 : cut + most + 2])
-            if ending and context.strip():
+            if ending and context.strip() and len(ending[0].encode()) < block_size:
                 yield context, ending[0].rstrip()
                 reached = cut + CONTEXT_CHARACTERS
 
@@ -133,14 +135,14 @@ def encode_pair(encoding: tiktoken.Encoding, context: str, continuation: str) ->
 
 
 def write_tasks(folder: str | Path, questions: list[dict], documents: list[str]) -> None:
-    """Both tasks as JSON lines, each with the file that describes it to lm_eval."""
+    """Both tasks as JSON lines, each with the file that describes it to lm_eval. One without lines is left out."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    rows = {"endings": questions, "documents": [{"text": text} for text in documents]}
-    for name, text in [("endings", QUESTIONS_YAML), ("documents", DOCUMENTS_YAML)]:
-        (folder / f"{name}.yaml").write_text(text, encoding="utf-8")
-        lines = "".join(json.dumps(row) + "\n" for row in rows[name])
-        (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+    documents = [{"text": text} for text in documents]
+    for name, rows, text in [("endings", questions, QUESTIONS_YAML), ("documents", documents, DOCUMENTS_YAML)]:
+        if rows:
+            (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+            (folder / f"{name}.yaml").write_text(text, encoding="utf-8")
 
 
 def read_questions(path: str | Path) -> list[dict]:
