@@ -29,8 +29,8 @@ def by_notebook(lm, run: Path, folder: Path) -> dict[str, dict[str, float]]:
     config, model, encoding = lm.load_run(run, machine.device)
     if not any((folder / f"{name}.jsonl").exists() for name in TASKS):
         data = lm.load_data(config)
-        questions = make_questions(held_out_documents(data, 8 * config.eval_tokens), config.block_size)
-        write_tasks(folder, questions, held_out_documents(data, config.eval_tokens))
+        texts = held_out_documents(data, 8 * config.eval_tokens)
+        write_tasks(folder, make_questions(texts, config.block_size), texts)
     scores = {}
     if (folder / "endings.jsonl").exists():
         questions = read_questions(folder / "endings.jsonl")
