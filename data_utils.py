@@ -124,6 +124,15 @@ class TokenData:
         """The windows of one split: shuffled by `seed`, or in text order without one."""
         return TokenWindows(self, split, block_size, seed)
 
+    def documents(self, split: str) -> Iterator[np.ndarray]:
+        """The token ids of each document of one split, as far as it is on disk, without its end-of-text token."""
+        windows = self.windows(split, 1)
+        for shard in range(len(windows.shards)):
+            ids, start = windows._tokens(shard), 0
+            for end in np.flatnonzero(ids == self.encoding.eot_token):
+                yield ids[start:end]
+                start = end + 1
+
     def start_background(self) -> None:
         """Tokenize in another process, which ends with this one. One at a time is enough for a folder."""
         running = _background.get(self.folder)

@@ -183,10 +183,10 @@ class RunLog:
         self._append("metrics.jsonl", {"step": step, **values})
         self._mirror(lambda run: run.log(values, step=step))
 
-    def sample(self, step: int, prompt: str, text: str) -> None:
-        """Append one line to samples.jsonl."""
-        self._append("samples.jsonl", {"step": step, "prompt": prompt, "text": text})
-        self._mirror(lambda run: run.log({"sample": _wandb_html(prompt, text)}, step=step))
+    def sample(self, step: int, prompt: str, text: str, **scores: float) -> None:
+        """Append one line to samples.jsonl, with the scores of what is written at this step."""
+        self._append("samples.jsonl", {"step": step, "prompt": prompt, "text": text, **scores})
+        self._mirror(lambda run: run.log({"sample": _wandb_html(prompt, text), **scores}, step=step))
 
     def median_rate(self) -> float:
         """Tokens per second of the median step; 0 before there is one."""

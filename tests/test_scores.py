@@ -1,0 +1,251 @@
+"""Scores: the notebook's are lm_eval's, on the same files; and what the files and the parse rule promise."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import LM
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import eval_utils
+from eval_utils import encode_pair, held_out_documents, held_out_functions, make_questions, parses
+from notebook_utils import UserError
+from run_utils import read_jsonl
+from text_utils import get_tokenizer, iter_documents
+
+lm_eval = pytest.importorskip("lm_eval", reason="lm_eval is not installed: see requirements-dev.txt")
+
+from lm_eval.api.model import TemplateLM  # noqa: E402
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window  # noqa: E402
+
+from bench import scores as bench_scores  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def code(tmp_path_factory):
+    """A folder of Python files that are a little alike and a little different; returns its glob."""
+    folder = tmp_path_factory.mktemp("code")
+    words = ["alpha", "beta", "gamma", "delta", "größe", "zeta", "eta", "theta", "iota", "kappa"]
+    random = np.random.default_rng(0)
+    for number in range(24):
+        names = [str(random.choice(words)) for _ in range(60)]
+        body = "".join(
+            f"def {a}_{number}({b}):\n    # the {a} of every {b} is what the {c} was before it\n"
+            f"    total = {b} + {i}\n    return total * {i}\n\n\n"
+            for i, (a, b, c) in enumerate(zip(names, names[1:], names[2:]))
+        )
+        (folder / f"{number:02d}.py").write_text(f'"""File {number}."""\n\n\n{body}', encoding="utf-8")
+    return str(folder / "*.py")
+
+
+@pytest.fixture(scope="module")
+def run(code, tmp_path_factory):
+    """A run of a few steps on that code, with a learned vocabulary; returns its folder and its held-out text."""
+    folder = tmp_path_factory.mktemp("run")
+    config = LM.Config.from_preset(
+        "smoke", n_embd=32, n_ffn=48, block_size=64, vocab_size=400, batch_tokens=256, max_steps=40, sample_every=20,
+        val_fraction=0.3, source=code, run_name="scored", data_dir=str(folder / "data"), runs_dir=str(folder),
+        device="cpu",
+    )  # fmt: skip
+    LM.train(config)
+    return folder / "scored", LM.load_data(config)
+
+
+def test_scores_equal_those_of_lm_eval(lm, run, capsys):
+    """The whole way: a run, exported, scored by the harness on the files, from the same command as `make scores`."""
+    folder, data = run
+    config, model, encoding = lm.load_run(folder)
+    texts = held_out_documents(data)
+    questions = make_questions(texts, config.block_size, count=60)
+    eval_utils.write_tasks(folder / "scores", questions, texts)
+    result = bench_scores.compare(folder)
+    ours, theirs = result["notebook"], result["lm_eval"]
+    for name in ("acc", "acc_norm", "acc_stderr", "acc_norm_stderr"):
+        assert ours["endings"][name] == pytest.approx(theirs["endings"][name], abs=1e-9), name
+    assert ours["endings"]["acc_norm_stderr"] > 0
+    assert ours["documents"]["bits_per_byte"] == pytest.approx(theirs["documents"]["bits_per_byte"], rel=1e-4)
+    assert "acc_norm" in capsys.readouterr().out
+    # and the loop's own evaluation, on the same text in windows, is close: other borders, end-of-text tokens too
+    windows, counts = data.windows("val", config.block_size), lm.token_byte_counts(encoding, config.vocab_size)
+    in_windows = lm.evaluate(model, windows, counts, lm.find_machine("cpu", "float32"), 8, 1 << 30)["val_bpb"]
+    assert ours["documents"]["bits_per_byte"] == pytest.approx(in_windows, rel=0.02)
+
+
+def test_a_context_too_long_loses_its_beginning_in_both(lm, run):
+    """One question with a context of several windows: cut from the left, token for token as lm_eval cuts it."""
+    folder, data = run
+    config, model, encoding = lm.load_run(folder)
+    text = held_out_documents(data)[0]
+    machine = lm.find_machine("cpu", "float32")
+    context, ending = encode_pair(encoding, text[:2000], " the end")
+    sums = [lm.log_likelihoods(model, [(context[-keep:], ending)], 64, machine) for keep in (10**6, 65 - len(ending))]
+    assert torch.equal(*sums)
+    with torch.no_grad():
+        row = torch.tensor(context + ending)[-65:]
+        chosen = model(row[None, :-1])[0].log_softmax(-1).gather(1, row[1:, None])[-len(ending) :]
+    assert sums[0].item() == pytest.approx(chosen.sum().item(), rel=1e-5)
+    with pytest.raises(UserError, match="a continuation has 70 tokens and block_size is 64"):
+        lm.log_likelihoods(model, [([1], [2] * 70)], 64, machine)
+
+
+class Encoder(TemplateLM):
+    """lm_eval's own way from texts to tokens, with one of our tokenizers behind it."""
+
+    def __init__(self, encoding):
+        self.encoding = encoding
+
+    def tok_encode(self, string, add_special_tokens=None, **kwargs):
+        return self.encoding.encode_ordinary(string)
+
+    eot_token_id = 0
+    _loglikelihood_tokens = loglikelihood_rolling = generate_until = None
+
+
+PIECES = st.text(st.sampled_from("ab (:\n\t é🙂_0#'\""), min_size=1, max_size=12)
+
+
+@settings(max_examples=300, deadline=None)
+@given(PIECES, PIECES)
+def test_pairs_are_cut_as_lm_eval_cuts_them(run, context, ending):
+    encoding = run[1].encoding
+    if not context.strip():
+        with pytest.raises(UserError, match="needs a token of its own"):
+            encode_pair(encoding, context, ending)
+        return
+    theirs = Encoder(encoding)._encode_pair(context, ending)
+    if theirs[1]:
+        assert encode_pair(encoding, context, ending) == theirs
+    else:
+        with pytest.raises(UserError, match="needs a token of its own"):
+            encode_pair(encoding, context, ending)
+
+
+@pytest.mark.parametrize("length", [1, 2, 7, 8, 9, 16, 17, 40])
+def test_windows_of_a_document_are_those_of_lm_eval(lm, length, monkeypatch):
+    """Each token once, and with the context that the harness gives it."""
+    encoding = get_tokenizer("bytes", 257)
+    text, seen = "".join(chr(65 + i) for i in range(length)), []
+    monkeypatch.setattr(lm, "log_likelihoods", lambda model, pairs, *_: seen.extend(pairs) or torch.zeros(len(pairs)))
+    lm.score_documents(None, encoding, [text], 8, None)
+    windows = get_rolling_token_windows(encoding.encode_ordinary(text), 256, 8, 1)
+    assert seen == [make_disjoint_window(pair) for pair in windows]
+
+
+def test_standard_error_and_chance(lm, run):
+    folder, data = run
+    config, model, encoding = lm.load_run(folder)
+    machine = lm.find_machine("cpu", "float32")
+    questions = make_questions(held_out_documents(data), 64, count=9)
+    scores = lm.score_choices(model, encoding, questions, 64, machine)
+    right = [1.0] * round(9 * scores["acc_norm"]) + [0.0] * (9 - round(9 * scores["acc_norm"]))
+    assert scores["acc_norm_stderr"] == pytest.approx(np.std(right, ddof=1) / 3)
+    assert scores["chance"] == 0.25
+    uneven = [questions[0] | {"endings": questions[0]["endings"][:2], "label": 0}, *questions[1:2]]
+    assert lm.score_choices(model, encoding, uneven, 64, machine)["chance"] == pytest.approx(3 / 8)
+
+
+def test_questions_are_a_function_of_the_text(run):
+    texts = held_out_documents(run[1])
+    questions = make_questions(texts, 64)
+    assert questions == make_questions(list(texts), 64) and len(questions) > 20
+    assert questions != make_questions(texts, 64, seed=1)
+    for question in questions:
+        context, endings, truth = question["ctx"], question["endings"], question["endings"][question["label"]]
+        assert len(set(endings)) == 4 and context == context.rstrip()
+        home = [text for text in texts if f"{context} {truth}" in text]
+        assert home and all(len(ending.encode()) < 64 for ending in endings)
+    labels = [question["label"] for question in make_questions(texts, 64, count=400)]
+    assert set(labels) == {0, 1, 2, 3}
+    assert make_questions(["ohneleerzeichen" * 100, "zwei"], 64) == []
+    assert make_questions(texts, 16) == []  # no ending fits
+    assert len(make_questions([" ".join(f"word{i}" for i in range(2000))], 256)) > 5  # one document
+
+
+def test_held_out_documents_are_the_text(run, code):
+    texts = held_out_documents(run[1])
+    everything = set(iter_documents(code))
+    assert len(texts) == run[1].manifest["documents"]["val"] and set(texts) <= everything
+    assert sum(len(text.encode()) for text in texts) == run[1].manifest["bytes"]["val"]
+    assert held_out_documents(run[1], tokens=1) == texts[:1]
+
+
+def test_loss_by_position_averages_to_the_loss(lm, run):
+    folder, data = run
+    config, model, encoding = lm.load_run(folder)
+    machine, windows = lm.find_machine("cpu", "float32"), data.windows("val", 64)
+    positions = lm.loss_by_position(model, windows, machine, 1 << 20)
+    assert positions.shape == (64,)
+    row = torch.from_numpy(np.concatenate([windows.read(i, 1) for i in range(len(windows))]))
+    with torch.no_grad():
+        expected = -model(row[:, :-1]).log_softmax(-1).gather(2, row[:, 1:, None]).squeeze(2)
+    assert torch.allclose(positions, expected.mean(0).double(), atol=1e-4)
+    loss = lm.evaluate(model, windows, lm.token_byte_counts(encoding, 400), machine, 4, 1 << 30)["val_loss"]
+    assert positions.mean().item() == pytest.approx(loss, rel=1e-5)
+
+
+def test_what_parses():
+    assert parses("def f(x):\n", "    return x\n")
+    assert parses("def f(x):\n", "    return x\n    y = (1,\n")  # the last of two lines is unfinished
+    assert not parses("def f(x):\n", "    return x\n    y = (1,\n  2,\n 3\n")  # three of four
+    assert not parses("def", " f(x:\n    return x\n")
+    assert parses("x = '", "\\d'\ny")  # an odd escape is a warning, not an error
+    assert parses("x = 1", "") and not parses("def f(", "")
+    for hostile in ["\0", "(" * 5000, "-" * 100_000 + "1", "\ud800", "é = '\u2028'\n'"]:
+        parses("x = ", hostile)  # comes back, with an answer
+
+
+def test_functions_are_begun_and_the_share_is_logged(lm, run):
+    folder, data = run
+    rows = held_out_functions(data, 4, 30)
+    assert rows.shape == (4, 30)
+    assert all(data.encoding.decode(row.tolist()).startswith(("def ", "class ")) for row in rows)
+    samples = read_jsonl(folder / "samples.jsonl")
+    assert [sample["step"] for sample in samples] == [0, 20, 40]
+    assert all(0 <= sample["parse_share"] <= 1 for sample in samples)
+
+
+def test_text_that_is_not_python_has_no_share(lm, tiny, texts, tmp_path):
+    config = tiny(source=texts[0], data_dir=str(tmp_path))
+    assert lm.parse_share(lm.build_model(config), lm.load_data(config), lm.find_machine("cpu")) == {}
+
+
+BAD_QUESTIONS = [
+    ("", "is empty"),
+    ("{", r"line 1: not JSON"),
+    ("[1]", "line 1: holds list, not an object"),
+    ('{"endings": ["a", "b"], "label": 0}', "line 1: ctx is 'None'"),
+    ('{"ctx": " ", "endings": ["a", "b"], "label": 0}', "line 1: ctx is ' '"),
+    ('{"ctx": "a", "endings": ["a"], "label": 0}', "line 1: endings is"),
+    ('{"ctx": "a", "endings": ["a", ""], "label": 0}', "line 1: endings is"),
+    ('{"ctx": "a", "endings": ["a", "b"], "label": 2}', "label is 2 with 2 endings"),
+    ('{"ctx": "a", "endings": ["a", "b"], "label": true}', "label is True"),
+    ("[" * 100_000, "line 1: not JSON"),
+]
+
+
+@pytest.mark.parametrize(("content", "message"), BAD_QUESTIONS)
+def test_a_file_of_questions_that_is_none_gets_one_line(tmp_path, content, message):
+    path = tmp_path / "endings.jsonl"
+    path.write_text(content)
+    with pytest.raises(UserError, match=message) as caught:
+        eval_utils.read_questions(path)
+    assert "\n" not in str(caught.value) and str(path) in str(caught.value)
+
+
+def test_task_files_come_back(tmp_path):
+    texts = ["a\r\nb\u2028c\x0b", "🙂"]
+    questions = [{"ctx": "é\u2028", "endings": ["a", "b"], "label": 1}]
+    eval_utils.write_tasks(tmp_path, questions, texts)
+    assert eval_utils.read_questions(tmp_path / "endings.jsonl") == questions
+    assert eval_utils.read_texts(tmp_path / "documents.jsonl") == texts
+    (tmp_path / "bad.jsonl").write_bytes(b'{"text": "\xff"}')
+    with pytest.raises(UserError, match="not readable as text"):
+        eval_utils.read_texts(tmp_path / "bad.jsonl")
+    (tmp_path / "bad.jsonl").write_text(json.dumps({"text": 3}))
+    with pytest.raises(UserError, match="text is '3'"):
+        eval_utils.read_texts(tmp_path / "bad.jsonl")
+    eval_utils.write_tasks(tmp_path / "none", [], texts)
+    assert not (tmp_path / "none" / "endings.jsonl").exists()
+    assert (tmp_path / "none" / "documents.yaml").exists()
