@@ -9,6 +9,7 @@ help:
 	@echo 'make run    set up and execute the notebook: a trained model, its curve, its text   (PRESET=demo OVERRIDES="{n_layer: 2}")'
 	@echo 'make lab    set up and open the notebook in JupyterLab'
 	@echo 'make test   set up and run the tests'
+	@echo 'make scores  set up and score a run with lm_eval, beside the notebook: RUN=runs/demo-22b52b'
 	@echo 'make drill  set up and run the fault drills, half an hour: results/reliability.md'
 
 run: .venv/run
@@ -26,6 +27,10 @@ lab: .venv/run
 test: .venv/dev
 	$(BIN)/python -m pytest -q -n 2
 
+scores: .venv/dev
+	@test -n "$(RUN)" || { echo 'make scores RUN=runs/... : which run?'; exit 1; }
+	@HF_HUB_OFFLINE=1 $(BIN)/python -m bench.scores '$(RUN)'
+
 drill: .venv/dev
 	$(BIN)/python -m drills.drill
 
@@ -41,4 +46,4 @@ drill: .venv/dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@ .venv/run
 
-.PHONY: help run lab test drill
+.PHONY: help run lab test scores drill
