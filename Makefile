@@ -11,6 +11,7 @@ help:
 	@echo 'make test   set up and run the tests'
 	@echo 'make test-long  also the tests that take minutes'
 	@echo 'make script set up and write the notebook as a program, LMHarness.py, for torchrun   (PRESET=day OVERRIDES="{…}")'
+	@echo 'make scores  set up and score a run with lm_eval, beside the notebook: RUN=runs/demo-22b52b'
 	@echo 'make drill  set up and run the fault drills, half an hour: results/reliability.md'
 
 run: .venv/run
@@ -38,6 +39,10 @@ test: .venv/dev
 test-long: .venv/dev
 	$(BIN)/python -m pytest -q -m long
 
+scores: .venv/dev
+	@test -n "$(RUN)" || { echo 'make scores RUN=runs/... : which run?'; exit 1; }
+	@HF_HUB_OFFLINE=1 $(BIN)/python -m bench.scores '$(RUN)'
+
 drill: .venv/dev
 	$(BIN)/python -m drills.drill
 
@@ -53,4 +58,4 @@ drill: .venv/dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@ .venv/run
 
-.PHONY: help run script lab test test-long drill
+.PHONY: help run script lab test test-long scores drill
