@@ -11,7 +11,7 @@ help:
 	@echo 'make test   set up and run the tests'
 	@echo 'make test-long  also the tests that take minutes'
 	@echo 'make script set up and write the notebook as a program, LMHarness.py, for torchrun   (PRESET=day OVERRIDES="{…}")'
-	@echo 'make scores  set up and score a run with lm_eval, beside the notebook: RUN=runs/demo-22b52b'
+	@echo 'make scores  set up and score a run with lm_eval, beside the notebook: RUN=runs/demo-1aa596'
 	@echo 'make drill  set up and run the fault drills, half an hour: results/reliability.md'
 
 run: .venv/run
