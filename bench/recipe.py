@@ -5,8 +5,9 @@
     python -m bench.recipe --seconds        seconds per step of both optimizers, on a quiet machine
     python -m bench.recipe --tokens 2200000 --threads 2 --only recipes
 
-A run at fixed tokens gives the same loss on a slow or busy machine as on a fast one. Each has one thread, so several can
-go side by side (`--jobs`). Results are lines of results/recipe.jsonl; what is there is not run again, failures included.
+A run at fixed tokens gives the same loss on a slow or busy machine as on a fast one. Each has one thread, so several
+can go side by side (`--jobs`). Results are lines of results/recipe.jsonl; what is there is not run again, failures
+included.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import argparse
 import json
 import math
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
