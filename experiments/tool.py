@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -27,7 +26,7 @@ import torch
 from tqdm import tqdm
 
 from model_utils import count_parameters, flops_per_token
-from notebook_utils import NOTEBOOK, load_definitions
+from notebook_utils import NOTEBOOK, UserError, load_definitions
 from run_utils import read_json, read_jsonl
 
 # What a run of a sweep does without, unless it is asked for
@@ -66,8 +65,8 @@ def sweep(
     runs = []
     for label, values in variants.items():
         for seed in seeds:
-            config = lm.Config.from_preset(preset, **(PLAIN | common | values | {"seed": seed}))
-            config = config if "run_name" in common | values else _named(lm, label, config, source)
+            config = lm.Config.from_preset(preset, **(PLAIN | common | values | {"seed": seed, "run_name": ""}))
+            config = _named(lm, config, source)
             with torch.device("meta"):  # an unknown variant, and what the model holds
                 runs.append((label, config, lm.build_model(config)))
     on_gpu = any(lm.find_machine(config.device).device.type == "cuda" for _, config, _ in runs)
@@ -86,6 +85,38 @@ def sweep(
         if row["error"]:
             print(f"{row['label']}, seed {row['seed']} {row['status']}: {row['error']}")
     return pd.DataFrame(rows)
+
+
+def equal_size(variants: dict[str, dict], parameters: int = 0, preset="smoke", **common) -> dict[str, dict]:
+    """The variants, each with the `n_ffn` that gives it as many parameters outside the embedding and the head as the
+    first has, or `parameters`. Raises UserError where attention alone takes more.
+    """
+    lm, sized = load_definitions(), {}
+
+    def count(values: dict, n_ffn: int) -> int:
+        with torch.device("meta"):
+            return non_embedding(lm.build_model(lm.Config.from_preset(preset, **(common | values | {"n_ffn": n_ffn}))))
+
+    for label, values in variants.items():
+        first, second = count(values, 1), count(values, 2)
+        if not parameters:
+            parameters = count(
+                values, (common | values).get("n_ffn") or lm.PRESETS[preset].get("n_ffn", lm.Config.n_ffn)
+            )
+        n_ffn = 1 + round((parameters - first) / (second - first))
+        if n_ffn < 1:
+            raise UserError(
+                f"{label!r} has {first:,} parameters with the smallest feed-forward, more than {parameters:,}; give it a"
+                " smaller n_embd or n_layer"
+            )
+        sized[label] = values | {"n_ffn": n_ffn}
+    return sized
+
+
+def non_embedding(model: torch.nn.Module) -> int:
+    """Parameters outside the embedding and the head: of blocks, norms and positions."""
+    counts = count_parameters(model)
+    return counts["total"] - counts["embedding"] - counts["head"]
 
 
 def curves(table: pd.DataFrame) -> pd.DataFrame:
@@ -138,12 +169,11 @@ def _source() -> str:
     return "\n".join(cell.source for cell in cells if "define" in cell.metadata.get("tags", []))
 
 
-def _named(lm, label: str, config, source: str):
-    """The config, with a run_name that changes with whatever may change the result, and a runs_dir of the sweeps' own."""
+def _named(lm, config, source: str):
+    """The config, with a run_name that changes with whatever may change the result."""
     values = {name: value for name, value in config.to_dict().items() if name not in KEEPING}
-    digest = hashlib.sha256(json.dumps([values, source], sort_keys=True).encode()).hexdigest()[:8]
-    words = re.sub(r"[^A-Za-z0-9]+", "-", label).strip("-")[:60] or "run"
-    return lm.replace(config, run_name=f"{words}-s{config.seed}-{digest}")
+    digest = hashlib.sha256(json.dumps([values, source], sort_keys=True).encode()).hexdigest()[:10]
+    return lm.replace(config, run_name=f"sweep-{digest}")
 
 
 def _summary(config) -> dict | None:
@@ -169,13 +199,11 @@ def _row(label: str, variants: dict, config, model, error: str) -> dict:
     varied = dict.fromkeys(name for values in variants.values() for name in values)
     folder = Path(config.runs_dir) / config.run_name
     summary = read_json(folder / "summary.json") if (folder / "summary.json").exists() else {}
-    counts = count_parameters(model)
     tokens = summary.get("tokens", 0)
     return {
         "label": label, "seed": config.seed, **{name: getattr(config, name) for name in varied},
-        "status": summary.get("status", "failed"), "parameters": counts["total"],
-        "block_parameters": counts["attention"] + counts["ffn"] + counts["norms"], "steps": summary.get("steps", 0),
-        "tokens": tokens, "flops": tokens * flops_per_token(model, config),
+        "status": summary.get("status", "failed"), "parameters": count_parameters(model)["total"],
+        "non_embedding": non_embedding(model), "steps": summary.get("steps", 0), "tokens": tokens, "flops": tokens * flops_per_token(model, config),
         **{name: summary.get(name) for name in ("val_loss", "val_bpb", "train_seconds", "tokens_per_second")},
         "run": folder.as_posix(), "error": error,
     }  # fmt: skip

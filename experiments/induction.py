@@ -1,0 +1,207 @@
+"""The phase change: do induction heads, in-context learning and a bump in the loss come together?
+
+Olsson et al. 2022, In-context Learning and Induction Heads, transformer-circuits.pub. An induction head finds the
+earlier occurrence of the present token and reads what followed it.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from checkpoint_utils import checkpoint_folders, load_weights, read_state
+from experiments.tool import COLOURS, plot_sweep, sweep
+from model_utils import attention_maps
+from notebook_utils import load_definitions
+from run_utils import read_json
+
+
+TITLE = "The phase change"
+SCALES = {
+    "cpu": {
+        "variants": {
+            "mha, rope": {"attention": "mha", "position": "rope"}, "gqa, rope": {"attention": "gqa", "position": "rope"},
+            "mha, none": {"attention": "mha", "position": "none"}, "gqa, none": {"attention": "gqa", "position": "none"},
+            "one layer": {"attention": "mha", "position": "rope", "n_layer": 1},
+        },
+        "seeds": (0, 1),
+        "common": {
+            "n_layer": 2, "n_embd": 64, "n_head": 2, "n_kv_head": 1, "n_ffn": 128, "block_size": 256, "vocab_size": 512,
+            "val_fraction": 0.05, "batch_tokens": 1024, "micro_batch": 4, "weight_decay": 0.0, "schedule": "constant",
+            "lr": 0.015, "embedding_lr": 0.015, "max_steps": 3000, "eval_every": 10**9, "checkpoint_every": 60,
+            "keep_checkpoints": 10**6,
+        },
+    },
+    "gpu": {
+        "variants": {
+            "mha, rope": {"attention": "mha", "position": "rope"}, "gqa, rope": {"attention": "gqa", "position": "rope"},
+            "mha, none": {"attention": "mha", "position": "none"}, "gqa, none": {"attention": "gqa", "position": "none"},
+            "one layer": {"attention": "mha", "position": "rope", "n_layer": 1},
+        },
+        "seeds": (0, 1, 2),
+        "common": {
+            "n_layer": 4, "n_embd": 512, "n_head": 8, "n_kv_head": 2, "n_ffn": 1024, "block_size": 512,
+            "vocab_size": 8192, "source": "python+site", "batch_tokens": 32768, "micro_batch": "auto",
+            "schedule": "constant", "max_steps": 3000, "eval_every": 10**9, "checkpoint_every": 50,
+            "keep_checkpoints": 10**6, "compile": True,
+        },
+    },
+}  # fmt: skip
+FORMED = 0.2  # an induction head is one with a prefix-matching score of more than this
+
+
+def prefix_matching(maps: Tensor, period: int) -> Tensor:
+    """Of attention (..., T, T) on tokens that repeat after `period`, the part (...) that induction explains, 0 to 1.
+
+    The mean weight, over tokens t that occurred before, on the token after the earlier occurrence: t - period + 1.
+    """
+    diagonal = maps.diagonal(offset=1 - period, dim1=-2, dim2=-1)  # element k: row k + period - 1, column k
+    return diagonal[..., 1:].mean(-1)  # from row `period`, the first repeated token
+
+
+def in_context_score(losses: Tensor) -> float:
+    """Loss late in the context minus early, in nats per token, of losses (B, T): below 0 where context helps.
+
+    Olsson et al. compare token 500 with token 50 of 512; here, for less noise, the tokens from 85% to 100% of the
+    context with those from 5% to 15%.
+    """
+    T = losses.size(-1)
+    early, late = losses[..., T // 20 : T * 3 // 20], losses[..., T * 17 // 20 :]
+    return (late.mean() - early.mean()).item()
+
+
+def repeated_tokens(vocab_size: int, block_size: int, sequences: int, seed: int = 0) -> Tensor:
+    """Random tokens (sequences, block_size) whose second half repeats the first: nothing but induction predicts it."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(vocab_size, (sequences, block_size // 2), generator=generator).repeat(1, 2)
+
+
+@torch.no_grad()
+def measure_run(folder: str | Path, data_dir="data", sequences: int = 8, windows: int = 64) -> pd.DataFrame:
+    """A row per checkpoint: step, tokens, held-out loss, in-context score, prefix matching of the best and of every head.
+
+    Kept in the run's folder as induction.csv; all checkpoints but the newest are then removed.
+    """
+    lm, folder = load_definitions(), Path(folder)
+    if (folder / "induction.csv").exists():
+        return pd.read_csv(folder / "induction.csv")
+    config = lm.replace(lm.Config.from_dict(read_json(folder / "config.json")), data_dir=str(data_dir))
+    machine = lm.find_machine(config.device)
+    model, data = lm.build_model(config).to(machine.device), lm.load_data(config)
+    held_out = data.windows("val", config.block_size)
+    chosen = np.linspace(0, len(held_out), min(windows, len(held_out)), endpoint=False).astype(int)
+    text = torch.from_numpy(np.concatenate([held_out.read(i, 1) for i in chosen])).to(machine.device)
+    repeated = repeated_tokens(data.encoding.eot_token, config.block_size, sequences).to(machine.device)
+    rows = []
+    for checkpoint in checkpoint_folders(folder):
+        load_weights(checkpoint, model)
+        state = read_state(checkpoint)
+        parts = [F.cross_entropy(model(t[:, :-1]).mT, t[:, 1:], reduction="none") for t in text.split(16)]
+        losses = torch.cat(parts)  # (B, T)
+        scores = torch.stack([prefix_matching(attention_maps(model, row), len(row) // 2) for row in repeated]).mean(0)
+        heads = {f"layer {n}, head {h}": s for n, layer in enumerate(scores.tolist()) for h, s in enumerate(layer)}
+        row = {"step": state["step"], "tokens": state["tokens"], "loss": losses.mean().item()}
+        rows.append(row | {"in_context": in_context_score(losses), "prefix": scores.max().item()} | heads)
+    table = pd.DataFrame(rows)
+    table.to_csv(folder / "induction.csv", index=False, float_format="%.5g")
+    for checkpoint in checkpoint_folders(folder)[:-1]:
+        shutil.rmtree(checkpoint)
+    return table
+
+
+def measure(scale: dict, **options) -> pd.DataFrame:
+    """A row per checkpoint of each run."""
+    table = sweep(scale["variants"], seeds=scale["seeds"], **(scale["common"] | options))
+    parts = []
+    for run in table[table.status == "finished"].itertuples():
+        parts.append(measure_run(run.run, options.get("data_dir", "data")).assign(label=run.label, seed=run.seed))
+    return pd.concat(parts, ignore_index=True)
+
+
+def bump(tokens: np.ndarray, loss: np.ndarray) -> tuple[float, float]:
+    """How far (nats) a loss curve rises above its lower convex hull, and where (tokens).
+
+    A loss that only flattens is its own hull. Where it falls, rests and falls again, as at the phase change of Olsson
+    et al., it stands above it. The curve is smoothed by a running median of five points.
+    """
+    loss = pd.Series(np.asarray(loss, dtype=float)).rolling(5, center=True, min_periods=1).median().to_numpy()
+    tokens, hull = np.asarray(tokens, dtype=float), []
+    for i in range(len(tokens)):
+        while len(hull) > 1:
+            a, b = hull[-2:]
+            if (loss[b] - loss[a]) * (tokens[i] - tokens[a]) < (loss[i] - loss[a]) * (tokens[b] - tokens[a]):
+                break
+            hull.pop()
+        hull.append(i)
+    above = loss - np.interp(tokens, tokens[hull], loss[hull])
+    return float(above.max()), float(tokens[above.argmax()])
+
+
+def events(table: pd.DataFrame) -> pd.DataFrame:
+    """For each run, in tokens: when the best head and the in-context score are half way to their end, and the bump."""
+    rows = []
+    for (label, seed), run in table.groupby(["label", "seed"], sort=False):
+        prefix, context = run.prefix.iloc[-5:].mean(), run.in_context.iloc[-5:].mean()
+        height, place = bump(run.tokens.to_numpy(), run.loss.to_numpy())
+        rows.append(
+            {
+                "label": label,
+                "seed": seed,
+                "prefix": prefix,
+                "in_context": context,
+                "bump": height,
+                "bump_at": place,
+                "prefix_at": run.tokens[run.prefix >= prefix / 2].min() if prefix > FORMED else math.nan,
+                "in_context_at": run.tokens[run.in_context <= context / 2].min(),
+            }  # fmt: skip
+        )
+    return pd.DataFrame(rows)
+
+
+def draw(table: pd.DataFrame) -> plt.Figure:
+    """Loss, in-context score and prefix matching against tokens, for each variant; dots mark the half-way points."""
+    figure, axes = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained", sharex=True)
+    halfway = events(table)
+    names = {"loss": "held-out loss (nats per token)", "in_context": "in-context score (nats per token)"}
+    names["prefix"] = "prefix matching of the best head"
+    for ax, (column, name) in zip(axes, names.items()):
+        plot_sweep(table.assign(tokens=table.tokens / 1e6), x="tokens", y=column, ax=ax)
+        ax.set(xlabel="training tokens (millions)", ylabel=name)
+        for number, (_, runs) in enumerate(halfway.groupby("label", sort=False)):
+            for at in runs.prefix_at.dropna():
+                ax.axvline(at / 1e6, color=COLOURS[number], linestyle=":", linewidth=1)
+    axes[0].set(title="Loss", ylim=(None, table.loss.quantile(0.95)))
+    axes[1].set(title="Late in the context minus early")
+    axes[2].set(title="Attention to what followed the last time")
+    return figure
+
+
+def say(table: pd.DataFrame) -> str:
+    """What was seen, from the numbers."""
+    text, found = [], events(table)
+    for label, runs in found.groupby("label", sort=False):
+        formed = runs.prefix_at.notna()
+        line = (
+            f"{label}: best head {_spread(runs.prefix, '.2f')}, in-context score {_spread(runs.in_context, '.3f')} nats,"
+            f" the loss {_spread(runs.bump, '.3f')} nats above its convex hull"
+        )
+        if formed.any():
+            at = runs[formed]
+            line += (
+                f"; heads half formed after {_spread(at.prefix_at / 1e6, '.2f')}M tokens, the in-context score half there"
+                f" after {_spread(at.in_context_at / 1e6, '.2f')}M, the bump at {_spread(at.bump_at / 1e6, '.2f')}M"
+            )
+        text.append(line + ".")
+    return " ".join(text)
+
+
+def _spread(values: pd.Series, form: str) -> str:
+    return f"{values.mean():{form}} ± {values.std():{form}}"
