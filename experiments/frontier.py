@@ -1,7 +1,7 @@
 """Larger or longer: of equal compute, how much should go into parameters and how much into tokens?
 
-Hoffmann et al. 2022, arXiv 2203.15556, approach 2: at each budget a parabola of loss in the logarithm of the size, whose
-lowest points follow a power law. Beside it, the corrected fit of Besiroglu et al. 2024, arXiv 2404.10102.
+Hoffmann et al. 2022, arXiv 2203.15556, approach 2: at each budget a parabola of loss in the logarithm of the size, and
+a power law through the lowest points. Beside it, the corrected fit of Besiroglu et al. 2024, arXiv 2404.10102.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def variants(scale: dict) -> dict[str, dict]:
             config = lm.Config.from_preset("smoke", **(common | values))
             with torch.device("meta"):
                 step = flops_per_token(lm.build_model(config), config) * config.batch_tokens
-            if 20 <= budget / step:
+            if budget / step >= 20:
                 found[f"{n_layer} × {n_embd}, {budget:.0e}"] = values | {
                     "max_steps": round(budget / step), "eval_every": 10**9
                 }  # fmt: skip
@@ -175,24 +175,25 @@ def say(table: pd.DataFrame) -> str:
             else "outside the sizes tried"
         )
         text.append(
-            f"With {point.budget:.0e} FLOPs the best size is {where} (published law: {published:,.0f}); the smallest model"
-            f" tried, on the most tokens, is {losses.iloc[0] - losses.min():.3f} nats worse than the best, the largest"
-            f" {losses.iloc[-1] - losses.min():.3f}. Equal compute was {times.min():,.0f} to {times.max():,.0f} s."
+            f"With {point.budget:.0e} FLOPs ({times.min():,.0f} to {times.max():,.0f} s) the best size is {where}; the"
+            f" published law says {published:,.0f}. The smallest model, on the most tokens, ends"
+            f" {losses.iloc[0] - losses.min():.3f} nats above the best, the largest"
+            f" {losses.iloc[-1] - losses.min():.3f}."
         )
     text.append(f"Two seeds of a run differ by a standard deviation of {noise:.3f} nats.")
     if len(inside) > 1:
         power = power_law(inside.budget, inside.parameters)[1]
         expected = power_law(points.budget, [compute_optimal(budget)[0] for budget in points.budget])[1]
         text.append(
-            f"The best size grows as compute to the power {power:.2f} ± {spread_of_power(table):.2f}, where the published law"
+            f"The best size grows as compute to the power {power:.2f} ± {spread_of_power(table):.2f}; the published law"
             f" has {expected:.2f}."
         )
     if len(inside) == len(points) and (inside.parameters.diff().dropna() > 0).all():
         ratio = np.exp(np.mean(np.log([compute_optimal(p.budget)[0] / p.parameters for p in inside.itertuples()])))
         text.append(
-            "Neither the largest model nor the most tokens wins, and more compute wants both: **the finding holds here**, with"
-            f" best sizes that the published law, made for web text and models of 50M parameters and more, misses by a factor"
-            f" of {max(ratio, 1 / ratio):.1f}."
+            "Neither the largest model nor the most tokens wins, and more compute wants more of both: **the finding"
+            " holds here.** The published law, made on web text with models of 50M parameters and more, is"
+            f" {ratio:.2f} times these sizes."
         )
     else:
         text.append("A best size that grows with compute, between the sizes tried, **was not seen here.**")

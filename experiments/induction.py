@@ -23,15 +23,17 @@ from model_utils import attention_maps
 from notebook_utils import load_definitions
 from run_utils import read_json
 
-
 TITLE = "The phase change"
+VARIANTS = {
+    "mha, rope": {"attention": "mha", "position": "rope"},
+    "gqa, rope": {"attention": "gqa", "position": "rope"},
+    "mha, none": {"attention": "mha", "position": "none"},
+    "gqa, none": {"attention": "gqa", "position": "none"},
+    "one layer": {"attention": "mha", "position": "rope", "n_layer": 1},  # which cannot form them: the control
+}
 SCALES = {
     "cpu": {
-        "variants": {
-            "mha, rope": {"attention": "mha", "position": "rope"}, "gqa, rope": {"attention": "gqa", "position": "rope"},
-            "mha, none": {"attention": "mha", "position": "none"}, "gqa, none": {"attention": "gqa", "position": "none"},
-            "one layer": {"attention": "mha", "position": "rope", "n_layer": 1},
-        },
+        "variants": VARIANTS,
         "seeds": (0, 1),
         "common": {
             "n_layer": 2, "n_embd": 64, "n_head": 2, "n_kv_head": 1, "n_ffn": 128, "block_size": 256, "vocab_size": 512,
@@ -41,11 +43,7 @@ SCALES = {
         },
     },
     "gpu": {
-        "variants": {
-            "mha, rope": {"attention": "mha", "position": "rope"}, "gqa, rope": {"attention": "gqa", "position": "rope"},
-            "mha, none": {"attention": "mha", "position": "none"}, "gqa, none": {"attention": "gqa", "position": "none"},
-            "one layer": {"attention": "mha", "position": "rope", "n_layer": 1},
-        },
+        "variants": VARIANTS,
         "seeds": (0, 1, 2),
         "common": {
             "n_layer": 4, "n_embd": 512, "n_head": 8, "n_kv_head": 2, "n_ffn": 1024, "block_size": 512,
@@ -86,7 +84,7 @@ def repeated_tokens(vocab_size: int, block_size: int, sequences: int, seed: int 
 
 @torch.no_grad()
 def measure_run(folder: str | Path, data_dir="data", sequences: int = 8, windows: int = 64) -> pd.DataFrame:
-    """A row per checkpoint: step, tokens, held-out loss, in-context score, prefix matching of the best and of every head.
+    """A row per checkpoint: step, tokens, held-out loss, in-context score, prefix matching of the best and every head.
 
     Kept in the run's folder as induction.csv; all checkpoints but the newest are then removed.
     """
@@ -190,14 +188,14 @@ def say(table: pd.DataFrame) -> str:
     for label, runs in found.groupby("label", sort=False):
         formed = runs.prefix_at.notna()
         line = (
-            f"{label}: best head {_spread(runs.prefix, '.2f')}, in-context score {_spread(runs.in_context, '.3f')} nats,"
-            f" the loss {_spread(runs.bump, '.3f')} nats above its convex hull"
+            f"{label}: best head {_spread(runs.prefix, '.2f')}, in-context score {_spread(runs.in_context, '.3f')}"
+            f" nats, loss up to {_spread(runs.bump, '.3f')} nats above its hull"
         )
         if formed.any():
             at = runs[formed]
             line += (
-                f"; heads half formed after {_spread(at.prefix_at / 1e6, '.2f')}M tokens, the in-context score half there"
-                f" after {_spread(at.in_context_at / 1e6, '.2f')}M, the bump at {_spread(at.bump_at / 1e6, '.2f')}M"
+                f"; half of the first after {_spread(at.prefix_at / 1e6, '.2f')}M tokens, half of the second after"
+                f" {_spread(at.in_context_at / 1e6, '.2f')}M, the bump at {_spread(at.bump_at / 1e6, '.2f')}M"
             )
         text.append(line + ".")
     return " ".join(text)

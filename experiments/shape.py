@@ -23,7 +23,10 @@ SCALES = {
         },
     },
     "gpu": {
-        "shapes": {"small": [(2, 384), (4, 256), (8, 192), (16, 128)], "large": [(2, 768), (4, 512), (8, 384), (16, 256)]},
+        "shapes": {
+            "small": [(2, 384), (4, 256), (8, 192), (16, 128)],
+            "large": [(2, 768), (4, 512), (8, 384), (16, 256)],
+        },
         "heads": {2: 6, 4: 4, 8: 3, 16: 2}, "seeds": (0, 1, 2),
         "common": {
             "attention": "mha", "block_size": 512, "vocab_size": 8192, "source": "python+site", "val_fraction": 0.01,
@@ -69,7 +72,7 @@ def draw(table: pd.DataFrame) -> plt.Figure:
         plot_sweep(later, x=x, y="val_loss", ax=ax)
         ax.set(xscale="log", title=f"Loss against {'tokens' if x == 'tokens' else 'compute'}")
         ax.legend(fontsize=6, title="layers × channels", title_fontsize=7)
-    for number, (size, rows) in enumerate(last(table).groupby("size", sort=False)):
+    for number, (_, rows) in enumerate(last(table).groupby("size", sort=False)):
         ends = rows.groupby("n_layer").val_loss.agg(["mean", "std"])
         label = f"{rows.non_embedding.mean():,.0f} parameters"
         axes[2].errorbar(
@@ -94,7 +97,7 @@ def say(table: pd.DataFrame) -> str:
         best, worst = of_size.idxmin()[1], of_size.idxmax()[1]
         several = np.ptp(deeper[size])
         text.append(
-            f"At {ends[ends['size'] == size].non_embedding.mean():,.0f} parameters outside the embedding, the best depth is"
+            f"At {ends[ends['size'] == size].non_embedding.mean():,.0f} parameters outside the embedding, best are"
             f" {best} layers ({of_size.min():.3f} nats) and the worst {worst} ({of_size.max():.3f}): the shape is worth"
             f" {np.ptp(of_size):.3f} nats, {several:.3f} among the shapes of more than {table.n_layer.min()} layer"
             f"{'s' if table.n_layer.min() > 1 else ''}."

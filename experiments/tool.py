@@ -106,8 +106,8 @@ def equal_size(variants: dict[str, dict], parameters: int = 0, preset="smoke", *
         n_ffn = 1 + round((parameters - first) / (second - first))
         if n_ffn < 1:
             raise UserError(
-                f"{label!r} has {first:,} parameters with the smallest feed-forward, more than {parameters:,}; give it a"
-                " smaller n_embd or n_layer"
+                f"{label!r} has {first:,} parameters with the smallest feed-forward, more than {parameters:,};"
+                " give it a smaller n_embd or n_layer"
             )
         sized[label] = values | {"n_ffn": n_ffn}
     return sized
@@ -130,7 +130,7 @@ def curves(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def plot_sweep(table: pd.DataFrame, x="tokens", y="val_loss", ax=None, band=True, **style) -> plt.Axes:
-    """Mean over seeds for each label, with one standard deviation either way: points, or lines where x takes many values.
+    """Mean over seeds for each label, with one standard deviation either way: points, or lines where x has many values.
 
     Takes what `sweep` or `curves` returns. Axes are named after the columns.
     """
@@ -203,7 +203,8 @@ def _row(label: str, variants: dict, config, model, error: str) -> dict:
     return {
         "label": label, "seed": config.seed, **{name: getattr(config, name) for name in varied},
         "status": summary.get("status", "failed"), "parameters": count_parameters(model)["total"],
-        "non_embedding": non_embedding(model), "steps": summary.get("steps", 0), "tokens": tokens, "flops": tokens * flops_per_token(model, config),
+        "non_embedding": non_embedding(model), "steps": summary.get("steps", 0),
+        "tokens": tokens, "flops": tokens * flops_per_token(model, config),
         **{name: summary.get(name) for name in ("val_loss", "val_bpb", "train_seconds", "tokens_per_second")},
         "run": folder.as_posix(), "error": error,
     }  # fmt: skip
