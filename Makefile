@@ -3,12 +3,14 @@
 PYTHON ?= python3
 PRESET ?= auto
 OVERRIDES ?= {}
+SCALE ?= cpu
 BIN := .venv/bin
 
 help:
 	@echo 'make run    set up and execute the notebook: a trained model, its curve, its text   (PRESET=demo OVERRIDES="{n_layer: 2}")'
 	@echo 'make lab    set up and open the notebook in JupyterLab'
 	@echo 'make test   set up and run the tests'
+	@echo 'make experiments  set up and answer the four questions, an hour on two cores: results/experiments.md'
 	@echo 'make drill  set up and run the fault drills, half an hour: results/reliability.md'
 
 run: .venv/run
@@ -41,4 +43,7 @@ drill: .venv/dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@ .venv/run
 
-.PHONY: help run lab test drill
+experiments: .venv/run
+	$(BIN)/python -m experiments --scale $(SCALE)
+
+.PHONY: help run lab test drill experiments

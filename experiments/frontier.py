@@ -48,7 +48,7 @@ def variants(scale: dict) -> dict[str, dict]:
             with torch.device("meta"):
                 step = flops_per_token(lm.build_model(config), config) * config.batch_tokens
             if budget / step >= 20:
-                found[f"{n_layer} × {n_embd}, {budget:.0e}"] = values | {
+                found[f"{n_layer} × {n_embd}, {budget:g}"] = values | {
                     "max_steps": round(budget / step), "eval_every": 10**9
                 }  # fmt: skip
     return found
@@ -123,7 +123,7 @@ def draw(table: pd.DataFrame) -> plt.Figure:
             fmt=MARKERS[number],
             capsize=3,
             color=colour,
-            label=f"{budget:.0e} FLOPs",
+            label=f"{budget:.1e} FLOPs",
         )
         x = np.linspace(np.log(ends.index.min()), np.log(ends.index.max()))
         left.plot(
@@ -175,7 +175,7 @@ def say(table: pd.DataFrame) -> str:
             else "outside the sizes tried"
         )
         text.append(
-            f"With {point.budget:.0e} FLOPs ({times.min():,.0f} to {times.max():,.0f} s) the best size is {where}; the"
+            f"With {point.budget:.1e} FLOPs ({times.min():,.0f} to {times.max():,.0f} s) the best size is {where}; the"
             f" published law says {published:,.0f}. The smallest model, on the most tokens, ends"
             f" {losses.iloc[0] - losses.min():.3f} nats above the best, the largest"
             f" {losses.iloc[-1] - losses.min():.3f}."

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from checkpoint_utils import checkpoint_folders, load_weights, read_state
-from experiments.tool import COLOURS, plot_sweep, sweep
+from experiments.tool import COLOURS, places, plot_sweep, sweep
 from model_utils import attention_maps
 from notebook_utils import load_definitions
 from run_utils import read_json
@@ -83,15 +83,16 @@ def repeated_tokens(vocab_size: int, block_size: int, sequences: int, seed: int 
 
 
 @torch.no_grad()
-def measure_run(folder: str | Path, data_dir="data", sequences: int = 8, windows: int = 64) -> pd.DataFrame:
+def measure_run(folder: str | Path, sequences: int = 8, windows: int = 64, **where) -> pd.DataFrame:
     """A row per checkpoint: step, tokens, held-out loss, in-context score, prefix matching of the best and every head.
 
-    Kept in the run's folder as induction.csv; all checkpoints but the newest are then removed.
+    `where` are fields that a run directory does not keep: data_dir, and a source by its absolute path. The table stays
+    in the run's folder as induction.csv; all checkpoints but the newest are then removed.
     """
     lm, folder = load_definitions(), Path(folder)
     if (folder / "induction.csv").exists():
         return pd.read_csv(folder / "induction.csv")
-    config = lm.replace(lm.Config.from_dict(read_json(folder / "config.json")), data_dir=str(data_dir))
+    config = lm.replace(lm.Config.from_dict(read_json(folder / "config.json")), **where)
     machine = lm.find_machine(config.device)
     model, data = lm.build_model(config).to(machine.device), lm.load_data(config)
     held_out = data.windows("val", config.block_size)
@@ -120,7 +121,7 @@ def measure(scale: dict, **options) -> pd.DataFrame:
     table = sweep(scale["variants"], seeds=scale["seeds"], **(scale["common"] | options))
     parts = []
     for run in table[table.status == "finished"].itertuples():
-        parts.append(measure_run(run.run, options.get("data_dir", "data")).assign(label=run.label, seed=run.seed))
+        parts.append(measure_run(run.run, **places(options)).assign(label=run.label, seed=run.seed))
     return pd.concat(parts, ignore_index=True)
 
 

@@ -16,8 +16,9 @@ import torch.nn.functional as F
 
 from checkpoint_utils import load_weights, newest_checkpoint
 from experiments import choices
-from experiments.tool import COLOURS, MARKERS, equal_size, sweep
+from experiments.tool import COLOURS, MARKERS, equal_size, places, sweep
 from notebook_utils import load_definitions
+from run_utils import read_json
 
 TITLE = "Beyond the trained length"
 SCALES = choices.SCALES
@@ -35,7 +36,7 @@ def measure(scale: dict, **options) -> pd.DataFrame:
     table = sweep(kinds, seeds=scale["seeds"], **(common | options))
     rows = []
     for run in table[table.status == "finished"].itertuples():
-        losses = loss_by_position(run.run, length, options.get("data_dir", "data"))
+        losses = loss_by_position(run.run, length, **places(options))
         for at, loss in zip(np.linspace(0, length, BINS, endpoint=False), losses.view(BINS, -1).mean(1).tolist()):
             middle = at + length / BINS / 2
             row = {"position": run.label, "seed": run.seed, "trained": length // TIMES, "at": middle, "loss": loss}
@@ -44,11 +45,14 @@ def measure(scale: dict, **options) -> pd.DataFrame:
 
 
 @torch.no_grad()
-def loss_by_position(folder: str | Path, length: int, data_dir="data", windows: int = 64, batch: int = 8):
-    """Mean held-out loss (length,) at each token of windows of `length`, of a run that may have seen shorter ones."""
+def loss_by_position(folder: str | Path, length: int, windows: int = 64, batch: int = 8, **where) -> torch.Tensor:
+    """Mean held-out loss (length,) at each token of windows of `length`, of a run that may have seen shorter ones.
+
+    `where` as for `measure_run`.
+    """
     lm = load_definitions()
-    config, _, _ = lm.load_run(folder)
-    config = lm.replace(config, n_position=max(length, config.n_position), data_dir=str(data_dir))
+    config = lm.Config.from_dict(read_json(Path(folder) / "config.json"))
+    config = lm.replace(config, n_position=max(length, config.n_position), **where)
     model, machine = lm.build_model(config), lm.find_machine(config.device)
     load_weights(newest_checkpoint(Path(folder)), model)
     held_out = lm.load_data(config).windows("val", length)

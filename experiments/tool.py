@@ -163,6 +163,11 @@ NAMES = {
 }
 
 
+def places(options: dict) -> dict:
+    """Of overrides, those that a run directory does not keep: where text and shards lie."""
+    return {name: options[name] for name in ("source", "data_dir") if name in options}
+
+
 def _source() -> str:
     """The notebook's definitions, as text."""
     cells = nbformat.read(NOTEBOOK, as_version=4).cells

@@ -9,7 +9,8 @@ import pandas as pd
 import pytest
 import torch
 
-from experiments import choices, curves, equal_size, frontier, induction, plot_sweep, shape, sweep
+from experiments import choices, curves, equal_size, frontier, induction, lengths, plot_sweep, shape, sweep
+from experiments.tool import places
 from notebook_utils import UserError
 
 
@@ -19,7 +20,8 @@ def common(tmp_path, texts):
     return {
         "source": texts[0], "val_fraction": 0.2, "tokenizer": "bytes", "vocab_size": 257, "n_embd": 32, "n_ffn": 48,
         "block_size": 16, "batch_tokens": 64, "micro_batch": 4, "max_steps": 6, "eval_every": 3, "eval_tokens": 256,
-        "checkpoint_every": 2, "keep_checkpoints": 9, "runs_dir": str(tmp_path / "runs"), "data_dir": str(tmp_path / "data"), "device": "cpu",
+        "checkpoint_every": 2, "keep_checkpoints": 9, "device": "cpu",
+        "runs_dir": str(tmp_path / "runs"), "data_dir": str(tmp_path / "data"),
     }  # fmt: skip
 
 
@@ -44,10 +46,14 @@ def test_sweep_makes_a_tidy_table_reuses_what_is_finished_and_reports_what_fails
     axes = plot_sweep(steps, x="flops", y="val_loss")
     assert axes.get_xlabel() == "training compute (FLOPs)" and len(axes.lines) == 1
 
-    measured = induction.measure_run(good.run, common["data_dir"], sequences=1, windows=2)
+    where = places(common)
+    measured = induction.measure_run(good.run, sequences=1, windows=2, **where)
     assert list(measured.step) == [2, 4, 6] and measured.prefix.between(0, 1).all()
     assert len(list((Path(good.run) / "checkpoints").glob("step_*"))) == 1
-    assert induction.measure_run(good.run).equals(measured)
+    pd.testing.assert_frame_equal(induction.measure_run(good.run), measured, rtol=1e-3)  # as kept
+
+    losses = lengths.loss_by_position(good.run, 64, windows=3, **where)  # four times the trained 16
+    assert losses.shape == (64,) and losses.isfinite().all()
 
 
 def test_a_configuration_that_cannot_work_is_refused_before_training(common):
