@@ -8,25 +8,18 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
+from experiments.scales import CPU, GPU
 from experiments.tool import COLOURS, equal_size, sweep
 
 TITLE = "The choices"
 SCALES = {
     "cpu": {
         "seeds": (0, 1, 2),
-        "common": {
-            "n_layer": 2, "n_embd": 64, "n_head": 4, "n_kv_head": 2, "block_size": 128, "vocab_size": 512,
-            "val_fraction": 0.05, "batch_tokens": 1024, "micro_batch": 8, "weight_decay": 0.0, "warmup": 0.02,
-            "lr": 0.015, "embedding_lr": 0.015, "max_steps": 1000, "eval_every": 10**9, "checkpoint_every": 500,
-        },
+        "common": CPU | {"n_layer": 2, "n_embd": 64, "n_head": 4, "n_kv_head": 2, "max_steps": 900},
     },
     "gpu": {
         "seeds": (0, 1, 2),
-        "common": {
-            "n_layer": 8, "n_embd": 512, "n_head": 8, "n_kv_head": 4, "block_size": 512, "vocab_size": 8192,
-            "source": "python+site", "batch_tokens": 65536, "micro_batch": "auto", "warmup": 0.02, "max_steps": 3000,
-            "eval_every": 10**9, "checkpoint_every": 1000, "compile": True,
-        },
+        "common": GPU | {"n_layer": 8, "n_embd": 512, "n_head": 8, "n_kv_head": 4, "max_steps": 4000},
     },
 }  # fmt: skip
 

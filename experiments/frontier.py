@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from experiments.scales import CPU, GPU
 from experiments.tool import COLOURS, MARKERS, sweep
 from model_utils import compute_optimal, flops_per_token
 from notebook_utils import load_definitions
@@ -20,19 +21,12 @@ SCALES = {
     "cpu": {
         "sizes": [(1, 24), (2, 32), (2, 48), (3, 64), (4, 80), (4, 112)], "head_size": 8,
         "budgets": [2e11, 6e11, 1.8e12], "seeds": (0, 1),
-        "common": {
-            "attention": "mha", "block_size": 128, "vocab_size": 512, "val_fraction": 0.05, "batch_tokens": 1024,
-            "micro_batch": 8, "weight_decay": 0.0, "warmup": 0.05, "checkpoint_every": 1000,
-        },
+        "common": CPU | {"attention": "mha", "warmup": 0.05},
     },
     "gpu": {
         "sizes": [(4, 128), (5, 192), (6, 256), (8, 384), (10, 512), (12, 768)], "head_size": 64,
         "budgets": [2e15, 1e16, 5e16], "seeds": (0, 1),
-        "common": {
-            "attention": "mha", "block_size": 512, "vocab_size": 8192, "source": "python+site", "val_fraction": 0.01,
-            "batch_tokens": 32768, "micro_batch": "auto", "weight_decay": 0.0, "warmup": 0.05, "checkpoint_every": 1000,
-            "compile": True,
-        },
+        "common": GPU | {"attention": "mha", "warmup": 0.05},
     },
 }  # fmt: skip
 
@@ -48,29 +42,17 @@ def variants(scale: dict) -> dict[str, dict]:
             with torch.device("meta"):
                 step = flops_per_token(lm.build_model(config), config) * config.batch_tokens
             if budget / step >= 20:
-                found[f"{n_layer} × {n_embd}, {budget:g}"] = values | {
-                    "max_steps": round(budget / step), "eval_every": 10**9
-                }  # fmt: skip
+                found[f"{n_layer} × {n_embd}, {budget:g}"] = values | {"max_steps": round(budget / step)}
     return found
 
 
 def measure(scale: dict, **options) -> pd.DataFrame:
     """A row per run, with its budget in FLOPs."""
     table = sweep(variants(scale), seeds=scale["seeds"], **(scale["common"] | options))
-    columns = [
-        "label",
-        "seed",
-        "n_layer",
-        "n_embd",
-        "parameters",
-        "tokens",
-        "flops",
-        "train_seconds",
-        "val_loss",
-        "val_bpb",
-    ]
     table = table[table.status == "finished"]
-    return table[columns].assign(budget=table.label.str.split(", ").str[1].astype(float))
+    return table.drop(columns=["status", "run", "error", "max_steps", "tokens_per_second"]).assign(
+        budget=table.label.str.split(", ").str[1].astype(float)
+    )
 
 
 def fit(table: pd.DataFrame) -> pd.DataFrame:

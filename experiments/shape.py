@@ -9,6 +9,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
+from experiments.scales import CPU, GPU
 from experiments.tool import COLOURS, curves, equal_size, plot_sweep, sweep
 
 TITLE = "Size, not shape"
@@ -16,11 +17,7 @@ SCALES = {
     "cpu": {
         "shapes": {"small": [(1, 48), (2, 32), (4, 24), (8, 16)], "large": [(1, 96), (2, 64), (4, 48), (8, 32)]},
         "heads": {1: 6, 2: 4, 4: 3, 8: 2}, "seeds": (0, 1, 2),
-        "common": {
-            "attention": "mha", "block_size": 128, "vocab_size": 512, "val_fraction": 0.05, "batch_tokens": 2048,
-            "micro_batch": 16, "weight_decay": 0.0, "warmup": 0.02, "max_steps": 900, "eval_every": 60,
-            "eval_tokens": 16384, "checkpoint_every": 300,
-        },
+        "common": CPU | {"attention": "mha", "batch_tokens": 2048, "micro_batch": 16, "max_steps": 700},
     },
     "gpu": {
         "shapes": {
@@ -28,11 +25,7 @@ SCALES = {
             "large": [(2, 768), (4, 512), (8, 384), (16, 256)],
         },
         "heads": {2: 6, 4: 4, 8: 3, 16: 2}, "seeds": (0, 1, 2),
-        "common": {
-            "attention": "mha", "block_size": 512, "vocab_size": 8192, "source": "python+site", "val_fraction": 0.01,
-            "batch_tokens": 65536, "micro_batch": "auto", "weight_decay": 0.0, "warmup": 0.02, "max_steps": 4000,
-            "eval_every": 200, "eval_tokens": 131072, "checkpoint_every": 1000, "compile": True,
-        },
+        "common": GPU | {"attention": "mha", "max_steps": 4000},
     },
 }  # fmt: skip
 
@@ -52,7 +45,11 @@ def variants(scale: dict) -> dict[str, dict]:
 
 def measure(scale: dict, **options) -> pd.DataFrame:
     """A row per evaluation of each run."""
-    table = sweep(variants(scale), seeds=scale["seeds"], **(scale["common"] | options))
+    table = sweep(
+        variants(scale),
+        seeds=scale["seeds"],
+        **(scale["common"] | {"eval_every": scale["common"]["max_steps"] // 14} | options),
+    )
     points = curves(table).dropna(subset=["val_loss"])
     about = table[["label", "seed", "n_layer", "n_embd", "n_ffn", "non_embedding"]]
     kept = points[["label", "seed", "step", "tokens", "flops", "seconds", "val_loss", "val_bpb"]]
