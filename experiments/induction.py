@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from checkpoint_utils import checkpoint_folders, load_weights, read_state
+from experiments.scales import CPU, GPU
 from experiments.tool import COLOURS, places, plot_sweep, sweep
 from model_utils import attention_maps
 from notebook_utils import load_definitions
@@ -35,25 +36,21 @@ SCALES = {
     "cpu": {
         "variants": VARIANTS,
         "seeds": (0, 1),
-        "common": {
-            "n_layer": 2, "n_embd": 64, "n_head": 2, "n_kv_head": 1, "n_ffn": 128, "block_size": 256, "vocab_size": 512,
-            "val_fraction": 0.05, "batch_tokens": 1024, "micro_batch": 4, "weight_decay": 0.0, "schedule": "constant",
-            "lr": 0.015, "embedding_lr": 0.015, "max_steps": 3000, "eval_every": 10**9, "checkpoint_every": 60,
-            "keep_checkpoints": 10**6,
+        "common": CPU | {
+            "n_layer": 4, "n_embd": 64, "n_head": 4, "n_kv_head": 2, "n_ffn": 32, "block_size": 256, "micro_batch": 4,
+            "schedule": "constant", "max_steps": 4000, "checkpoint_every": 80, "keep_checkpoints": 10**6,
         },
     },
     "gpu": {
         "variants": VARIANTS,
         "seeds": (0, 1, 2),
-        "common": {
-            "n_layer": 4, "n_embd": 512, "n_head": 8, "n_kv_head": 2, "n_ffn": 1024, "block_size": 512,
-            "vocab_size": 8192, "source": "python+site", "batch_tokens": 32768, "micro_batch": "auto",
-            "schedule": "constant", "max_steps": 3000, "eval_every": 10**9, "checkpoint_every": 50,
-            "keep_checkpoints": 10**6, "compile": True,
+        "common": GPU | {
+            "n_layer": 4, "n_embd": 512, "n_head": 8, "n_kv_head": 4, "n_ffn": 256, "schedule": "constant",
+            "max_steps": 4000, "checkpoint_every": 50, "keep_checkpoints": 10**6,
         },
     },
 }  # fmt: skip
-FORMED = 0.2  # an induction head is one with a prefix-matching score of more than this
+FORMED = 0.05  # prefix matching from which a head counts as one for induction; even attention gives about 0.005
 
 
 def prefix_matching(maps: Tensor, period: int) -> Tensor:
@@ -83,7 +80,7 @@ def repeated_tokens(vocab_size: int, block_size: int, sequences: int, seed: int 
 
 
 @torch.no_grad()
-def measure_run(folder: str | Path, sequences: int = 8, windows: int = 64, **where) -> pd.DataFrame:
+def measure_run(folder: str | Path, sequences: int = 8, windows: int = 128, **where) -> pd.DataFrame:
     """A row per checkpoint: step, tokens, held-out loss, in-context score, prefix matching of the best and every head.
 
     `where` are fields that a run directory does not keep: data_dir, and a source by its absolute path. The table stays
@@ -125,7 +122,7 @@ def measure(scale: dict, **options) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True)
 
 
-def bump(tokens: np.ndarray, loss: np.ndarray) -> tuple[float, float]:
+def bump(tokens: pd.Series | np.ndarray, loss: pd.Series | np.ndarray) -> tuple[float, float]:
     """How far (nats) a loss curve rises above its lower convex hull, and where (tokens).
 
     A loss that only flattens is its own hull. Where it falls, rests and falls again, as at the phase change of Olsson
@@ -144,24 +141,32 @@ def bump(tokens: np.ndarray, loss: np.ndarray) -> tuple[float, float]:
     return float(above.max()), float(tokens[above.argmax()])
 
 
+def halfway(tokens: pd.Series, score: pd.Series) -> float:
+    """Tokens at which a score is half of the way from its median in the first quarter to its mean in the last tenth.
+
+    The score is smoothed by a running median of five points, and it is the last crossing that counts.
+    """
+    smooth = score.rolling(5, center=True, min_periods=1).median()
+    begin, end = score.iloc[: len(score) // 4].median(), score.iloc[-max(1, len(score) // 10) :].mean()
+    before = (smooth - begin) / (end - begin) < 0.5
+    return float(tokens[before].max())
+
+
 def events(table: pd.DataFrame) -> pd.DataFrame:
-    """For each run, in tokens: when the best head and the in-context score are half way to their end, and the bump."""
+    """A row per run: final scores, when (in tokens) head and in-context score were half way, and the bump.
+
+    The bump is looked for after the first quarter: the fast fall of the beginning is not smooth either.
+    """
     rows = []
     for (label, seed), run in table.groupby(["label", "seed"], sort=False):
-        prefix, context = run.prefix.iloc[-5:].mean(), run.in_context.iloc[-5:].mean()
-        height, place = bump(run.tokens.to_numpy(), run.loss.to_numpy())
-        rows.append(
-            {
-                "label": label,
-                "seed": seed,
-                "prefix": prefix,
-                "in_context": context,
-                "bump": height,
-                "bump_at": place,
-                "prefix_at": run.tokens[run.prefix >= prefix / 2].min() if prefix > FORMED else math.nan,
-                "in_context_at": run.tokens[run.in_context <= context / 2].min(),
-            }  # fmt: skip
-        )
+        tenth = max(1, len(run) // 10)
+        prefix, context = run.prefix.iloc[-tenth:].mean(), run.in_context.iloc[-tenth:].mean()
+        height, place = bump(run.tokens[len(run) // 4 :], run.loss[len(run) // 4 :])
+        row = {"label": label, "seed": seed, "prefix": prefix, "in_context": context, "bump": height, "bump_at": place}
+        formed = prefix > FORMED
+        row["prefix_at"] = halfway(run.tokens, run.prefix) if formed else math.nan
+        row["in_context_at"] = halfway(run.tokens, run.in_context) if formed else math.nan
+        rows.append(row)
     return pd.DataFrame(rows)
 
 
@@ -187,18 +192,36 @@ def say(table: pd.DataFrame) -> str:
     """What was seen, from the numbers."""
     text, found = [], events(table)
     for label, runs in found.groupby("label", sort=False):
-        formed = runs.prefix_at.notna()
-        line = (
-            f"{label}: best head {_spread(runs.prefix, '.2f')}, in-context score {_spread(runs.in_context, '.3f')}"
-            f" nats, loss up to {_spread(runs.bump, '.3f')} nats above its hull"
+        text.append(
+            f"{label}: best head {_spread(runs.prefix, '.2f')}, in-context score {_spread(runs.in_context, '.2f')}"
+            f" nats, bump {_spread(runs.bump, '.3f')} nats."
         )
-        if formed.any():
-            at = runs[formed]
-            line += (
-                f"; half of the first after {_spread(at.prefix_at / 1e6, '.2f')}M tokens, half of the second after"
-                f" {_spread(at.in_context_at / 1e6, '.2f')}M, the bump at {_spread(at.bump_at / 1e6, '.2f')}M"
-            )
-        text.append(line + ".")
+    formed = found[found.prefix_at.notna()]
+    text.append(
+        f"Induction heads (prefix matching above {FORMED}) formed in {len(formed)} of {len(found)} runs"
+        + (f": {', '.join(formed.groupby('label', sort=False).size().index)}." if len(formed) else ".")
+    )
+    if len(formed) < 2:
+        return " ".join(text) + " **The phase change was not seen here.**"
+    gap = (formed.in_context_at - formed.prefix_at) / 1e6
+    span = table.tokens.max() / 1e6
+    text.append(
+        f"There, the head was half formed after {_spread(formed.prefix_at / 1e6, '.2f')}M tokens, and the in-context"
+        f" score half way {_spread(gap, '+.2f')}M tokens from that, of {span:.1f}M in all."
+    )
+    together = gap.abs().max() < span / 5
+    text.append(f"**The two come {'together' if together else 'at different times'} here.**")
+    control = found[found.prefix_at.isna()]
+    noise = control.bump.max() if len(control) else 0.0
+    clear = formed[formed.bump > 1.5 * noise]
+    away = (clear.bump_at - clear.prefix_at).abs() / 1e6
+    seen = len(clear) == len(formed) and away.max() < span / 5
+    text.append(
+        f"A bump in the loss, more than half higher than the {noise:.3f} nats of runs without such heads, is there in"
+        f" {len(clear)} of the {len(formed)}"
+        + (f", {away.mean():.2f}M tokens from the half-way point on average" if len(clear) else "")
+        + f": **the bump {'coincides' if seen else 'does not show in each'}.**"
+    )
     return " ".join(text)
 
 
