@@ -38,7 +38,7 @@ SCALES = {
         "seeds": (0, 1),
         "common": CPU | {
             "n_layer": 4, "n_embd": 64, "n_head": 4, "n_kv_head": 2, "n_ffn": 32, "block_size": 256, "micro_batch": 4,
-            "schedule": "constant", "max_steps": 4000, "checkpoint_every": 80, "keep_checkpoints": 10**6,
+            "schedule": "constant", "max_steps": 4500, "checkpoint_every": 90, "keep_checkpoints": 10**6,
         },
     },
     "gpu": {

@@ -20,13 +20,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-import nbformat
 import pandas as pd
 import torch
 from tqdm import tqdm
 
 from model_utils import count_parameters, flops_per_token
-from notebook_utils import NOTEBOOK, UserError, load_definitions
+from notebook_utils import NOTEBOOK, UserError, defining_cells, load_definitions
 from run_utils import read_json, read_jsonl
 
 # What a run of a sweep does without, unless it is asked for
@@ -61,7 +60,7 @@ def sweep(
     A run that fails is a row with its `error`, and the others go on. `jobs` is, unless given, the number of cores over
     `threads`, and 1 on a GPU. Raises UserError for a configuration that cannot work, before anything is trained.
     """
-    lm, source = load_definitions(), _source()
+    lm, source = load_definitions(), "\n".join(source for _, source in defining_cells())
     runs = []
     for label, values in variants.items():
         for seed in seeds:
@@ -166,12 +165,6 @@ NAMES = {
 def places(options: dict) -> dict:
     """Of overrides, those that a run directory does not keep: where text and shards lie."""
     return {name: options[name] for name in ("source", "data_dir") if name in options}
-
-
-def _source() -> str:
-    """The notebook's definitions, as text."""
-    cells = nbformat.read(NOTEBOOK, as_version=4).cells
-    return "\n".join(cell.source for cell in cells if "define" in cell.metadata.get("tags", []))
 
 
 def _named(lm, config, source: str):
