@@ -71,15 +71,16 @@ def sweep(
     on_gpu = any(lm.find_machine(config.device).device.type == "cuda" for _, config, _ in runs)
     jobs = jobs or (1 if on_gpu else max(1, (os.cpu_count() or 1) // threads))
 
-    with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(runs), unit="run", file=sys.stdout) as bar:
+    different = {config.run_name: config for _, config, _ in runs}  # two labels may mean the same run
+    with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(different), unit="run", file=sys.stdout) as bar:
 
         def finish(config) -> str:
             error = "" if _summary(config) else _train(config, threads)
             bar.update()
             return error
 
-        errors = list(pool.map(finish, [config for _, config, _ in runs]))
-    rows = [_row(label, variants, *run, error) for (label, *run), error in zip(runs, errors)]
+        errors = dict(zip(different, pool.map(finish, different.values())))
+    rows = [_row(label, variants, config, model, errors[config.run_name]) for label, config, model in runs]
     for row in rows:
         if row["error"]:
             print(f"{row['label']}, seed {row['seed']} {row['status']}: {row['error']}")

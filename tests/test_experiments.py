@@ -26,19 +26,19 @@ def common(tmp_path, texts):
 
 
 def test_sweep_makes_a_tidy_table_reuses_what_is_finished_and_reports_what_fails(common, capsys):
-    variants = {"shallow": {"n_layer": 1}, "diverging": {"n_layer": 1, "source": "nowhere/*.txt"}}
+    variants = {"shallow": {"n_layer": 1}, "nowhere": {"n_layer": 1, "source": "nowhere/*.txt"}}
     table = sweep(variants, seeds=(0,), jobs=1, **common)
-    assert list(table.label) == ["shallow", "diverging"] and not table.isna().loc[0].any()
+    assert list(table.label) == ["shallow", "nowhere"] and not table.isna().loc[0].any()
     good, bad = table.iloc[0], table.iloc[1]
     assert good.status == "finished" and good.error == "" and good.n_layer == 1 and good.steps == 6
     assert good.tokens == 6 * 64 and good.parameters == good.non_embedding + 257 * 32
     assert bad.status == "failed" and "nowhere" in bad.error and math.isnan(bad.val_loss)
-    assert "diverging, seed 0 failed" in capsys.readouterr().out
+    assert "nowhere, seed 0 failed" in capsys.readouterr().out
 
     summary = Path(good.run) / "summary.json"
     written = summary.stat().st_mtime_ns
-    again = sweep({"another label": {"n_layer": 1}}, **common)
-    assert summary.stat().st_mtime_ns == written and again.val_loss[0] == good.val_loss
+    again = sweep({"another label": {"n_layer": 1}, "and one more": {"n_layer": 1}}, **common)
+    assert summary.stat().st_mtime_ns == written and (again.val_loss == good.val_loss).all()
     assert json.loads(summary.read_text())["val_loss"] == good.val_loss
 
     steps = curves(table)
