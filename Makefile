@@ -3,6 +3,7 @@
 PYTHON ?= python3
 PRESET ?= auto
 OVERRIDES ?= {}
+SCALE ?= cpu
 BIN := .venv/bin
 
 help:
@@ -12,6 +13,7 @@ help:
 	@echo 'make test-long  also the tests that take minutes'
 	@echo 'make script set up and write the notebook as a program, LMHarness.py, for torchrun   (PRESET=day OVERRIDES="{…}")'
 	@echo 'make scores  set up and score a run with lm_eval, beside the notebook: RUN=runs/demo-1aa596'
+	@echo 'make experiments  set up and answer the four questions, an hour on two cores: results/experiments.md'
 	@echo 'make drill  set up and run the fault drills, half an hour: results/reliability.md'
 
 run: .venv/run
@@ -58,4 +60,7 @@ drill: .venv/dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@ .venv/run
 
-.PHONY: help run script lab test test-long scores drill
+experiments: .venv/run
+	$(BIN)/python -m experiments --scale $(SCALE)
+
+.PHONY: help run script lab test test-long scores drill experiments

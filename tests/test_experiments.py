@@ -1,0 +1,130 @@
+"""The tool that answers questions by training, and the scores that the findings are made of."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from experiments import choices, curves, equal_size, frontier, induction, lengths, plot_sweep, shape, sweep
+from experiments.tool import places
+from notebook_utils import UserError
+
+
+@pytest.fixture
+def common(tmp_path, texts):
+    """Overrides for runs of a second, in a folder of their own."""
+    return {
+        "source": texts[0], "val_fraction": 0.2, "tokenizer": "bytes", "vocab_size": 257, "n_embd": 32, "n_ffn": 48,
+        "block_size": 16, "batch_tokens": 64, "micro_batch": 4, "max_steps": 6, "eval_every": 3, "eval_tokens": 256,
+        "checkpoint_every": 2, "keep_checkpoints": 9, "device": "cpu",
+        "runs_dir": str(tmp_path / "runs"), "data_dir": str(tmp_path / "data"),
+    }  # fmt: skip
+
+
+def test_sweep_makes_a_tidy_table_reuses_what_is_finished_and_reports_what_fails(common, capsys):
+    variants = {"shallow": {"n_layer": 1}, "nowhere": {"n_layer": 1, "source": "nowhere/*.txt"}}
+    table = sweep(variants, seeds=(0,), jobs=1, **common)
+    assert list(table.label) == ["shallow", "nowhere"] and not table.isna().loc[0].any()
+    good, bad = table.iloc[0], table.iloc[1]
+    assert good.status == "finished" and good.error == "" and good.n_layer == 1 and good.steps == 6
+    assert good.tokens == 6 * 64 and good.parameters == good.non_embedding + 257 * 32
+    assert bad.status == "failed" and "nowhere" in bad.error and math.isnan(bad.val_loss)
+    assert "nowhere, seed 0 failed" in capsys.readouterr().out
+
+    summary = Path(good.run) / "summary.json"
+    written = summary.stat().st_mtime_ns
+    again = sweep({"another label": {"n_layer": 1}, "and one more": {"n_layer": 1}}, **common)
+    assert summary.stat().st_mtime_ns == written and (again.val_loss == good.val_loss).all()
+    assert json.loads(summary.read_text())["val_loss"] == good.val_loss
+
+    steps = curves(table)
+    assert set(steps.label) == {"shallow"} and steps.step.max() == 6 and steps.flops.max() == good.flops
+    axes = plot_sweep(steps, x="flops", y="val_loss")
+    assert axes.get_xlabel() == "training compute (FLOPs)" and len(axes.lines) == 1
+
+    where = places(common)
+    measured = induction.measure_run(good.run, sequences=1, windows=2, **where)
+    assert list(measured.step) == [2, 4, 6] and measured.prefix.between(0, 1).all()
+    assert len(list((Path(good.run) / "checkpoints").glob("step_*"))) == 1
+    pd.testing.assert_frame_equal(induction.measure_run(good.run), measured, rtol=1e-3)  # as kept
+
+    losses = lengths.loss_by_position(good.run, 64, windows=3, **where)  # four times the trained 16
+    assert losses.shape == (64,) and losses.isfinite().all()
+
+
+def test_a_configuration_that_cannot_work_is_refused_before_training(common):
+    with pytest.raises(UserError, match="did you mean 'gqa'"):
+        sweep({"a": {}, "b": {"attention": "gqaa"}}, **common)
+    with pytest.raises(UserError, match="smaller n_embd or n_layer"):
+        equal_size({"small": {"n_embd": 16}, "large": {"n_embd": 256}}, **(common | {"n_ffn": 16}))
+    assert not Path(common["runs_dir"]).exists()
+
+
+@pytest.mark.parametrize("scale", ["cpu", "gpu"])
+def test_grids_are_of_equal_size_and_budgets_are_met(lm, scale):
+    def size(values, common):
+        config = lm.Config.from_preset("smoke", **(common | values))
+        with torch.device("meta"):
+            model = lm.build_model(config)
+        counts = lm.count_parameters(model)
+        return counts["total"] - counts["embedding"] - counts["head"], lm.flops_per_token(model, config), config
+
+    for finding, groups in ((shape, 2), (choices, 1)):
+        settings = finding.SCALES[scale]
+        variants = finding.variants(settings)
+        for group in np.array_split([size(values, settings["common"])[0] for values in variants.values()], groups):
+            assert len(group) >= 4 and group.max() / group.min() < 1.02
+    settings = frontier.SCALES[scale]
+    for label, values in frontier.variants(settings).items():
+        _, flops, config = size(values, settings["common"])
+        assert config.max_steps * config.batch_tokens * flops == pytest.approx(float(label.split(", ")[1]), rel=0.03)
+
+
+def test_prefix_matching_is_one_for_perfect_induction_and_almost_nothing_for_uniform_attention():
+    period = 32
+    tokens = induction.repeated_tokens(1000, 2 * period, 3)
+    assert torch.equal(tokens[:, :period], tokens[:, period:])
+    perfect = torch.zeros(1, 2 * period, 2 * period)
+    for t in range(period, 2 * period):
+        earlier = (tokens[0, :t] == tokens[0, t]).nonzero()[0]
+        perfect[0, t, earlier + 1] = 1
+    uniform = torch.ones(1, 2 * period, 2 * period).tril()
+    uniform /= uniform.sum(-1, keepdim=True)
+    previous = torch.eye(2 * period).roll(-1, dims=1)[None]
+    assert induction.prefix_matching(perfect, period) == 1
+    assert 0 < induction.prefix_matching(uniform, period) < 1.5 / period
+    assert induction.prefix_matching(previous, period) == 0
+
+
+def test_in_context_score_is_negative_where_context_helps():
+    falling = torch.linspace(5, 3, 200).expand(4, 200)
+    assert induction.in_context_score(falling) < -1 and induction.in_context_score(falling.flip(-1)) > 1
+    assert induction.in_context_score(torch.ones(4, 200)) == 0
+
+
+def test_a_bump_is_what_stands_above_the_hull():
+    tokens = np.arange(1, 200.0)
+    smooth = 2 + 3 * tokens**-0.5
+    bumped = smooth - 0.4 / (1 + np.exp(-(tokens - 100) / 5))
+    assert induction.bump(tokens, smooth)[0] < 0.05
+    height, place = induction.bump(tokens, bumped)
+    assert height > 0.1 and 60 < place < 100
+
+
+def test_the_frontier_finds_the_optimum_of_a_known_law():
+    sizes, rows = np.geomspace(2e4, 2e6, 7), []
+    for budget in (1e12, 4e12, 1.6e13):
+        for size in sizes:
+            best = 1e5 * (budget / 1e12) ** 0.5
+            for seed in (0, 1):
+                row = {"label": f"{size:.0f}, {budget}", "seed": seed, "budget": budget, "parameters": size}
+                rows.append(row | {"tokens": budget / 6 / size, "val_loss": 2 + 0.1 * np.log(size / best) ** 2})
+    table = pd.DataFrame(rows).assign(train_seconds=1.0)
+    points = frontier.fit(table)
+    assert points.inside.all() and points.parameters.iloc[0] == pytest.approx(1e5, rel=1e-3)
+    assert frontier.power_law(points.budget, points.parameters)[1] == pytest.approx(0.5, abs=1e-3)
+    assert "the finding holds here" in frontier.say(table)
