@@ -47,31 +47,34 @@ COLUMNS = {
         "model": "", "batch": "d", "LMHarness tokens/s": ",.0f", "transformers tokens/s": ",.0f",
         "ours is faster by": ".2f",
     },
-    "scaling": {"axis": "", "size": ",d", "µs per token": ".1f", "time grows": ".2f", "formula grows": ".2f", "ratio": ".2f"},
+    "scaling": {
+        "axis": "", "size": ",d", "µs per token": ".1f", "time grows": ".2f", "formula grows": ".2f", "ratio": ".2f",
+    },
 }  # fmt: skip
 TEXTS = {
     "steps": """## Training steps
 
-Forward, loss, backward, gradient clipping, AdamW: one batch, the same threads, precision and allocator settings, in turns;
-medians of 10. All libraries are set to one architecture (grouped queries, RoPE, SwiGLU, RMSNorm, tied embeddings, no biases)
-and have the same number of parameters. Of x-transformers, the bias of the gated feed-forward is taken out, which no option
-does. *The matrix rate* is that of a large matrix product in the same precision, measured before. Memory is the most a process
-of its own held over three steps, less what it held after one step of a tiny model, so that neither libraries nor compiler
-count.""",
+Forward, loss, backward, gradient clipping, AdamW: the same batch, threads, precision and allocator settings, in turns;
+medians of 10. All libraries are set to one architecture (grouped queries, RoPE, SwiGLU, RMSNorm, tied embeddings, no
+biases) and have the same number of parameters. Of x-transformers, the bias of the gated feed-forward is taken out,
+which no option does. *The matrix rate* is that of a large matrix product in the same precision, measured before.
+Memory is the most that a process of its own held over three steps, less what it held after one step of a tiny model,
+so that neither libraries nor the compiler's own modules count.""",
     "data": """## Waiting for data
 
 The share of training steps spent in `Batches.next`, on the shards of `demo`.""",
     "tokenization": """## Tokenization
 
-The standard library of Python with 32,768 tokens and all cores; the same vocabulary and the same tokens for all. Ours reads
+The standard library of Python, 32,768 tokens, all cores; the same vocabulary and the same tokens for all. Ours reads
 files and writes shards with checksums, the others go from memory to memory.""",
     "generation": """## Generation
 
 Greedy, with the cache, 128 new tokens after a prompt of 32, in turns; not compiled; medians of 5.""",
     "scaling": f"""## Cost against size
 
-Time per token of a gradient, not compiled, while one dimension grows, over the smallest; and the same for the formula
-6·N + 12·n_layer·n_embd·block_size. *Ratio* is time over formula: above {TOLERANCE} it would grow faster than it should.""",
+Time per token of a gradient, not compiled, while one dimension grows, over that of the smallest; beside it the formula,
+6·N + 12·n_layer·n_embd·block_size. *Ratio* is time over formula: above {TOLERANCE}, cost would grow faster than it
+should.""",
 }
 
 
