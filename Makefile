@@ -10,6 +10,8 @@ help:
 	@echo 'make lab    set up and open the notebook in JupyterLab'
 	@echo 'make test   set up and run the tests'
 	@echo 'make drill  set up and run the fault drills, half an hour: results/reliability.md'
+	@echo 'make bench  set up and compare with other libraries, half an hour on an idle machine: results/bench-….md'
+	@echo 'make recipe train demo with one change at a time, hours, can be stopped: results/recipe.md'
 
 run: .venv/run
 	@mkdir -p runs
@@ -29,6 +31,12 @@ test: .venv/dev
 drill: .venv/dev
 	$(BIN)/python -m drills.drill
 
+bench: .venv/bench
+	$(BIN)/python -m bench.bench
+
+recipe: .venv/run
+	$(BIN)/python -m bench.recipe
+
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"LMHarness needs Python 3.11 or newer, this is {v[0]}.{v[1]}: make PYTHON=python3.12 …")'
 	$(PYTHON) -m venv .venv
@@ -41,4 +49,8 @@ drill: .venv/dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@ .venv/run
 
-.PHONY: help run lab test drill
+.venv/bench: requirements-bench.txt requirements-dev.txt requirements.txt | .venv/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-bench.txt
+	@touch $@ .venv/dev .venv/run
+
+.PHONY: help run lab test drill bench recipe
