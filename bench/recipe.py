@@ -31,6 +31,7 @@ import torch
 from bench.common import RESULTS, ROOT, describe, lm, table, take_turns
 from run_utils import read_jsonl
 
+DATA = ROOT / "data"
 SECONDS = RESULTS / "recipe-seconds.json"
 TOKENS, SEEDS = 500_000, (0, 1, 2)
 SAME = "as it is"  # the default recipe of `demo`
@@ -87,7 +88,7 @@ class Run:
         never = 10**9
         return lm.Config.from_preset(
             "demo", **self.overrides, seed=self.seed, max_tokens=self.tokens, max_hours=0.0, eval_every=never,
-            sample_every=never, sample_tokens=1, checkpoint_every=never, runs_dir=runs_dir, data_dir=str(ROOT / "data"),
+            sample_every=never, sample_tokens=1, checkpoint_every=never, runs_dir=runs_dir, data_dir=str(DATA),
             compile=False,  # one thread computes as fast without
         )  # fmt: skip
 
