@@ -15,6 +15,8 @@ help:
 	@echo 'make scores  set up and score a run with lm_eval, beside the notebook: RUN=runs/demo-1aa596'
 	@echo 'make experiments  set up and answer the four questions, an hour on two cores: results/experiments.md'
 	@echo 'make drill  set up and run the fault drills, half an hour: results/reliability.md'
+	@echo 'make bench  set up and compare with other libraries, half an hour on an idle machine: results/bench-….md'
+	@echo 'make recipe train demo with one change at a time, hours, can be stopped: results/recipe.md'
 
 run: .venv/run
 	@mkdir -p runs
@@ -48,6 +50,12 @@ scores: .venv/dev
 drill: .venv/dev
 	$(BIN)/python -m drills.drill
 
+bench: .venv/bench
+	$(BIN)/python -m bench.bench
+
+recipe: .venv/run
+	$(BIN)/python -m bench.recipe
+
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"LMHarness needs Python 3.11 or newer, this is {v[0]}.{v[1]}: make PYTHON=python3.12 …")'
 	$(PYTHON) -m venv .venv
@@ -63,4 +71,8 @@ drill: .venv/dev
 experiments: .venv/run
 	$(BIN)/python -m experiments --scale $(SCALE)
 
-.PHONY: help run script lab test test-long scores drill experiments
+.venv/bench: requirements-bench.txt requirements-dev.txt requirements.txt | .venv/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-bench.txt
+	@touch $@ .venv/dev .venv/run
+
+.PHONY: help run script lab test test-long scores drill bench recipe experiments

@@ -38,10 +38,11 @@ def build(name: str, config, machine) -> tuple[nn.Module, Callable]:
     runner = torch.compile(model, dynamic=False) if compiled else model
     shape = config.micro_batch, config.block_size + 1
     rows = torch.randint(config.vocab_size, shape, generator=torch.Generator().manual_seed(1)).to(machine.device)
+    tokens, targets = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
     def step() -> None:
         with machine.autocast():
-            loss = runner(rows[:, :-1], rows[:, 1:])
+            loss = runner(tokens, targets)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
         for optimizer in optimizers:
@@ -75,12 +76,12 @@ def compare_steps(model_name: str, machine, rounds: int = 10, contenders=tuple(C
 
 
 def peak_memory(name: str, model_name: str, device: str) -> dict:
-    """Most bytes that a contender takes over three steps, above what the imports and a first compilation hold.
+    """Most bytes that a contender takes over three steps, above what the process held after a step of a tiny model.
 
-    On a CPU, what the process holds at most (ru_maxrss); on a GPU, what its tensors do.
+    So neither the libraries nor the compiler count. On a CPU it is the whole process (ru_maxrss), on a GPU its tensors.
     """
     machine = lm.find_machine(device)
-    torch.compile(lambda x: x + 1)(torch.ones(8, device=machine.device))  # loads the compiler, for all alike
+    build(name, make_config("tiny"), machine)[1]()
     before = machine.used_memory()
     _, step = build(name, make_config(model_name), machine)
     for _ in range(3):

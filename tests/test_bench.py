@@ -1,0 +1,121 @@
+"""The benchmarks at their smallest: what they compare is the same work, and what they report is what was measured."""
+
+import json
+
+import pytest
+import torch
+from conftest import LM
+
+from bench import recipe, steps
+from bench.common import in_own_process, slug, table, take_turns
+from bench.generation import compare_generation
+from bench.peers import make_config
+from bench.scaling import grows_faster, measure_scaling
+from bench.tokenization import compare_tokenization
+
+MACHINE = LM.find_machine("cpu")
+
+
+def test_calls_take_turns_and_the_first_round_does_not_count():
+    order = []
+    seconds = take_turns({name: lambda name=name: order.append(name) for name in "abc"}, MACHINE, rounds=2)
+    assert order == list("abcabcabc") and set(seconds) == set("abc")
+
+
+def test_every_library_is_the_same_architecture_and_learns(monkeypatch):
+    shapes, config = {}, make_config("tiny")
+    monkeypatch.setattr(torch, "compile", lambda model, **options: model)
+    for name in steps.CONTENDERS:
+        if name.startswith("x-transformers"):
+            pytest.importorskip("x_transformers", reason="of requirements-bench.txt")
+        model, step = steps.build(name, config, MACHINE)
+        before = [p.detach().clone() for p in model.parameters()]
+        step()
+        assert all(not torch.equal(p, old) for p, old in zip(model.parameters(), before) if p.ndim == 2)
+        shapes[name] = sorted(tuple(p.shape) for p in model.parameters())
+        assert sum(p.numel() for p in model.parameters()) == 98624
+    assert shapes[steps.OURS] == shapes["transformers, as shipped"]
+
+
+def test_peak_memory_is_of_a_process_of_its_own():
+    assert in_own_process("bench.steps", "transformers, as shipped", "tiny", "cpu")["bytes"] > 0
+    with pytest.raises(RuntimeError, match="KeyError: 'nobody'"):
+        in_own_process("bench.steps", "nobody", "tiny", "cpu")
+
+
+def test_tokenization_compares_the_same_tokens(texts):
+    rows = compare_tokenization(MACHINE, texts[0], vocab_size=300, rounds=1)
+    assert len(rows) == 4 and all(row["MB/s"] > 0 for row in rows)
+    assert [row["of raw tiktoken"] for row in rows if row["library"] == "tiktoken, batch"] == [1.0]
+
+
+def test_generation_is_measured_per_batch():
+    rows = compare_generation(MACHINE, "tiny", batches=(1, 2), n_prompt=4, n_new=3, rounds=1)
+    assert [row["batch"] for row in rows] == [1, 2]
+    for row in rows:
+        assert row["ours is faster by"] == pytest.approx(row["LMHarness tokens/s"] / row["transformers tokens/s"])
+
+
+def test_cost_is_set_against_the_formula():
+    grid = {"depth (n_layer)": [{"n_layer": n, "n_embd": 64, "vocab_size": 300} for n in (1, 2)]}
+    rows = measure_scaling(MACHINE, grid, batch_tokens=256, rounds=1)
+    assert [row["size"] for row in rows] == [1, 2] and rows[0]["ratio"] == 1
+    assert 1 < rows[1]["formula grows"] < 2
+    assert grows_faster([{"ratio": 1.2}, {"ratio": 3.0}], tolerance=1.25) == [{"ratio": 3.0}]
+
+
+def made_up(path, losses):
+    """Results of the runs that `plan` asks for, with bits per byte that `losses(run)` gives, until it asks for none."""
+    results = recipe.Results(path)
+    while missing := [run for run in recipe.plan(results, 1000) if run.key not in results.lines]:
+        for run in missing:
+            line = {"identity": run.key[0], **vars(run), "status": "finished", "parameters": 1, "val_bpb": losses(run)}
+            results.add(line)
+    return results
+
+
+def test_the_nanogpt_recipe_is_tuned_until_both_neighbours_are_worse(tmp_path):
+    def losses(run):
+        return 2 + abs(run.overrides["lr"] - 0.016) if "nanoGPT" in run.name else 1.5 + 100 / run.tokens
+
+    results = made_up(tmp_path / "recipe.jsonl", losses)
+    assert recipe.tune(results, 1000) == (0.016, True)
+    rates = {line["overrides"]["lr"] for line in results.lines.values() if "nanoGPT" in line["name"]}
+    assert {0.008, 0.016, 0.032} <= rates
+    again = recipe.Results(tmp_path / "recipe.jsonl")
+    assert again.lines == results.lines and all(run.key in again.lines for run in recipe.plan(again, 1000))
+
+
+def test_the_summary_says_what_helped_and_what_hurt(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        recipe, "CHOICES", {"wider": {"n_ffn": 768}, "no warmup": {"warmup": 0.0}, "MLP": {"ffn": "mlp"}}
+    )
+    effect = {"wider": -0.5, "no warmup": 0.5, "MLP": 0.0}
+
+    def losses(run):
+        if "nanoGPT" in run.name:
+            return 3 - 500 * run.overrides["lr"] if run.overrides["lr"] <= 0.002 else 3.0
+        return 1 + effect.get(run.name, 0) + 0.01 * run.seed + 400 / run.tokens
+
+    recipe.write_summary(made_up(tmp_path / "recipe.jsonl", losses), 1000, tmp_path)
+    text = (tmp_path / "recipe.md").read_text()
+    lines = {line.split(" | ")[0].strip("| "): line for line in text.splitlines() if line.startswith("|")}
+    assert lines["wider"].endswith("| better |") and lines["no warmup"].endswith("| worse |")
+    assert lines["MLP"].endswith("| no difference seen |")
+    assert "with 0.40× or less of its tokens" in text and (tmp_path / "recipe.png").stat().st_size > 10_000
+
+
+def test_a_run_is_trained_and_a_failure_is_a_line(texts, tmp_path, monkeypatch):
+    monkeypatch.setattr(recipe, "DATA", tmp_path / "data")
+    overrides = {"source": texts[0], "tokenizer": "bytes", "vocab_size": 257, "n_layer": 1, "block_size": 32}
+    line = recipe.train_once(recipe.Run("tiny", overrides | {"batch_tokens": 64}, 0, 256))
+    assert line["status"] == "finished" and 0 < line["val_bpb"] < 9
+    line = recipe.train_apart(recipe.Run("absent", {"source": "nowhere/*.txt"}, 0, 256), threads=1)
+    assert line["status"] == "failed" and "nowhere" in line["error"]
+
+
+def test_reports_are_tables_with_names_of_files():
+    assert table([{"a": 1, "b": 0.5}, {"a": None, "b": 2}], {"a": "d", "b": ".1f"}) == (
+        "| a | b |\n| --- | --- |\n| 1 | 0.5 |\n|  | 2.0 |"
+    )
+    assert json.dumps(slug(MACHINE)).isascii() and " " not in slug(MACHINE)
