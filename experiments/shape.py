@@ -95,8 +95,8 @@ def say(table: pd.DataFrame) -> str:
         several, count = np.ptp(deeper[size]), ends[ends["size"] == size].non_embedding.mean()
         text.append(
             f"At {count:,.0f} parameters outside the embedding, depth {best} is best ({of_size.min():.3f} nats) and"
-            f" depth {worst} worst ({of_size.max():.3f}): shape is worth {np.ptp(of_size):.3f} nats, and {several:.3f} among"
-            f" depths above {table.n_layer.min()}."
+            f" depth {worst} worst ({of_size.max():.3f}): shape is worth {np.ptp(of_size):.3f} nats,"
+            f" and {several:.3f} among depths above {table.n_layer.min()}."
         )
     spread = max(np.ptp(of_size) for _, of_size in means.groupby("size"))
     deep = max(np.ptp(deeper[size]) for size in deeper.index.get_level_values(0).unique())
