@@ -92,12 +92,11 @@ def say(table: pd.DataFrame) -> str:
     deeper = means[means.index.get_level_values("n_layer") > means.index.get_level_values("n_layer").min()]
     for size, of_size in means.groupby("size", sort=False):
         best, worst = of_size.idxmin()[1], of_size.idxmax()[1]
-        several = np.ptp(deeper[size])
+        several, count = np.ptp(deeper[size]), ends[ends["size"] == size].non_embedding.mean()
         text.append(
-            f"At {ends[ends['size'] == size].non_embedding.mean():,.0f} parameters outside the embedding, best are"
-            f" {best} layers ({of_size.min():.3f} nats) and the worst {worst} ({of_size.max():.3f}): the shape is worth"
-            f" {np.ptp(of_size):.3f} nats, {several:.3f} among the shapes of more than {table.n_layer.min()} layer"
-            f"{'s' if table.n_layer.min() > 1 else ''}."
+            f"At {count:,.0f} parameters outside the embedding, depth {best} is best ({of_size.min():.3f} nats) and"
+            f" depth {worst} worst ({of_size.max():.3f}): shape is worth {np.ptp(of_size):.3f} nats,"
+            f" and {several:.3f} among depths above {table.n_layer.min()}."
         )
     spread = max(np.ptp(of_size) for _, of_size in means.groupby("size"))
     deep = max(np.ptp(deeper[size]) for size in deeper.index.get_level_values(0).unique())

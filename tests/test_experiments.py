@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from experiments import choices, curves, equal_size, frontier, induction, lengths, plot_sweep, shape, sweep
+from experiments.__main__ import FINDINGS, RESULTS, repeat
 from experiments.tool import places
 from notebook_utils import UserError
 
@@ -82,6 +84,17 @@ def test_grids_are_of_equal_size_and_budgets_are_met(lm, scale):
     for label, values in frontier.variants(settings).items():
         _, flops, config = size(values, settings["common"])
         assert config.max_steps * config.batch_tokens * flops == pytest.approx(float(label.split(", ")[1]), rel=0.03)
+
+
+@pytest.mark.parametrize("name", FINDINGS)
+def test_committed_figures_and_words_come_from_the_committed_tables(name, tmp_path):
+    results = RESULTS / "experiments"
+    if not (results / f"{name}.csv").exists():
+        pytest.skip(f"results/experiments/{name}.csv has not been measured yet: make experiments")
+    shutil.copy(results / f"{name}.csv", tmp_path)
+    words = repeat(name, "cpu", tmp_path, draw_only=True)
+    assert (tmp_path / f"{name}.png").stat().st_size > 10_000 and (results / f"{name}.png").exists()
+    assert words.split("\n\n")[-1] in results.with_suffix(".md").read_text("utf-8")
 
 
 def test_prefix_matching_is_one_for_perfect_induction_and_almost_nothing_for_uniform_attention():
