@@ -9,8 +9,10 @@ BIN := .venv/bin
 help:
 	@echo 'make run    set up and execute the notebook: a trained model, its curve, its text   (PRESET=demo OVERRIDES="{n_layer: 2}")'
 	@echo 'make lab    set up and open the notebook in JupyterLab'
+	@echo 'make notebook  set up and execute the notebook in place, as it is committed'
 	@echo 'make test   set up and run the tests'
 	@echo 'make test-long  also the tests that take minutes'
+	@echo 'make browser  set up and use the notebook in Chromium, minutes; screenshots in runs/browser/'
 	@echo 'make script set up and write the notebook as a program, LMHarness.py, for torchrun   (PRESET=day OVERRIDES="{…}")'
 	@echo 'make scores  set up and score a run with lm_eval, beside the notebook: RUN=runs/demo-1aa596'
 	@echo 'make experiments  set up and answer the four questions, an hour on two cores: results/experiments.md'
@@ -24,7 +26,7 @@ run: .venv/run
 	    --stdout-file - --stderr-file - -p preset '$(PRESET)' -y 'overrides: $(OVERRIDES)' 2>runs/stderr.log \
 	    || { tail -n 4 runs/stderr.log; exit 1; }
 	@$(BIN)/jupyter nbconvert --log-level ERROR --coalesce-streams --to notebook --inplace runs/LMHarness.ipynb
-	@$(BIN)/jupyter nbconvert --log-level ERROR --to html runs/LMHarness.ipynb
+	@$(BIN)/jupyter nbconvert --log-level ERROR --to html --template-file templates/report.html.j2 runs/LMHarness.ipynb
 	@echo 'The executed notebook is runs/LMHarness.ipynb, a page to read or send is runs/LMHarness.html.'
 
 script: .venv/run
@@ -34,6 +36,12 @@ script: .venv/run
 	    --TagRemovePreprocessor.enabled=True --TagRemovePreprocessor.remove_cell_tags=show
 	@echo 'LMHarness.py is the program: $(BIN)/torchrun --nproc-per-node=8 LMHarness.py'
 
+notebook: .venv/run
+	@$(BIN)/jupyter nbconvert --log-level ERROR --to notebook --execute --inplace --ExecutePreprocessor.timeout=-1 \
+	    --ExecutePreprocessor.record_timing=False LMHarness.ipynb
+	@$(BIN)/jupyter nbconvert --log-level ERROR --coalesce-streams --to notebook --inplace LMHarness.ipynb
+	@$(BIN)/python -c 'import notebook_utils; notebook_utils.mark_executed()'
+
 lab: .venv/run
 	$(BIN)/jupyter lab LMHarness.ipynb
 
@@ -42,6 +50,9 @@ test: .venv/dev
 
 test-long: .venv/dev
 	$(BIN)/python -m pytest -q -m long
+
+browser: .venv/dev
+	SCREENSHOTS=runs/browser $(BIN)/python -m pytest -q -rs -m 'long or not long' tests/test_browser.py
 
 scores: .venv/dev
 	@test -n "$(RUN)" || { echo 'make scores RUN=runs/... : which run?'; exit 1; }
@@ -75,4 +86,4 @@ experiments: .venv/run
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-bench.txt
 	@touch $@ .venv/dev .venv/run
 
-.PHONY: help run script lab test test-long scores drill bench recipe experiments
+.PHONY: help run script notebook lab test test-long browser scores drill bench recipe experiments

@@ -51,6 +51,9 @@ def cache_bytes_per_token(config, bytes_per_value: int = 2) -> int:
     return 2 * config.n_layer * n_kv_head * (config.n_embd // config.n_head) * bytes_per_value
 
 
+# Rows of logits that the loss makes at a time; 256 of 32,768 float32 values are 34 MB
+LOSS_ROWS = 256
+
 # The Chinchilla law with the corrected fit of Besiroglu et al. 2024 (arXiv 2404.10102): made on web text with a
 # 32k vocabulary, cosine AdamW and 50M to 16B parameters, so a guide for `day`, not for `demo`.
 E, A, ALPHA, B, BETA = 1.8172, 482.01, 0.3478, 2085.43, 0.3658
@@ -78,7 +81,7 @@ def training_memory(
     `matmul_bytes` is the size of a value in matrix products, 2 for bfloat16. Weights, gradients and
     optimizer state are exact. Activations count what backward needs per token and block: the inputs of
     norms and matrix products, queries, keys, values and the attention output, and the feed-forward's
-    hidden values; logits count values and gradients.
+    hidden values; logits count values and gradients, of as many rows as exist at a time.
     """
     parameters = count_parameters(model)["total"]
     state = 0
@@ -86,6 +89,7 @@ def training_memory(
         per_weight = 8 if isinstance(optimizer, torch.optim.AdamW) else 4
         state += per_weight * sum(p.numel() for group in optimizer.param_groups for p in group["params"])
     tokens = micro_batch * config.block_size
+    chunked = matmul_bytes == 4 and hasattr(F, "linear_cross_entropy")
     kv_width = cache_bytes_per_token(config, 1) // config.n_layer  # keys and values, per block
     hidden = (3 if config.ffn == "gated" else 2) * config.n_ffn
     per_block = 2 * 4 * config.n_embd + matmul_bytes * (5 * config.n_embd + kv_width + hidden)
@@ -94,7 +98,7 @@ def training_memory(
         "gradients": 4.0 * parameters / shares,
         "optimizer": state / shares,
         "activations": float(tokens * config.n_layer * per_block),
-        "logits": 2.0 * tokens * config.vocab_size * matmul_bytes,
+        "logits": 2.0 * (min(tokens, LOSS_ROWS) if chunked else tokens) * config.vocab_size * matmul_bytes,
     }
 
 

@@ -9,6 +9,7 @@ nothing is written twice:
 
 from __future__ import annotations
 
+import hashlib
 import json
 import linecache
 import sys
@@ -60,3 +61,16 @@ def load_definitions(notebook: str | Path = NOTEBOOK) -> types.ModuleType:
         linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)
         exec(compile(source, name, "exec", dont_inherit=True), module.__dict__)
     return module
+
+
+def source_digest(notebook: str | Path = NOTEBOOK) -> str:
+    """A hash of the text of all cells, whatever their outputs are."""
+    cells = json.loads(Path(notebook).read_text("utf-8"))["cells"]
+    return hashlib.sha256(json.dumps([[c["cell_type"], "".join(c["source"])] for c in cells]).encode()).hexdigest()
+
+
+def mark_executed(notebook: str | Path = NOTEBOOK) -> None:
+    """Note in the file that its outputs are of its present source; a test asks for that. `make notebook` calls it."""
+    content = json.loads(Path(notebook).read_text("utf-8"))
+    content["metadata"]["executed_source"] = source_digest(notebook)
+    Path(notebook).write_text(json.dumps(content, indent=1, ensure_ascii=False, sort_keys=True) + "\n", "utf-8")

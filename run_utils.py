@@ -23,12 +23,14 @@ import secrets
 import shutil
 import statistics
 import subprocess
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
 from filelock import FileLock, Timeout
+from tqdm import tqdm
 
 from notebook_utils import NOTEBOOK, UserError
 from train_utils import Budget, Machine, cpu_name
@@ -171,14 +173,13 @@ class RunLog:
                 mean, spread = statistics.fmean(self._losses), statistics.stdev(self._losses)
                 if loss > mean + 6 * spread:
                     values["spike"] = loss - mean
-                    print(f"\nstep {step:,}: loss {loss:.3f} after a mean of {mean:.3f}")
+                    tqdm.write(f"step {step:,}: loss {loss:.3f} after a mean of {mean:.3f}", file=sys.stdout)
             self._losses.append(loss)
             self._rates.append(values.get("tokens_per_second", math.inf))
             if len(self._rates) == self._rates.maxlen and statistics.median(self._rates) < self._expected_rate / 2:
                 rate = statistics.median(self._rates)
-                print(
-                    f"\nstep {step:,}: {rate:,.0f} tokens/s, under half of the {self._expected_rate:,.0f} at the start"
-                )
+                text = f"{rate:,.0f} tokens/s, under half of the {self._expected_rate:,.0f} at the start"
+                tqdm.write(f"step {step:,}: {text}", file=sys.stdout)
                 self._expected_rate = rate  # said once, until it halves again
         self._append("metrics.jsonl", {"step": step, **values})
         self._mirror(lambda run: run.log(values, step=step))

@@ -69,7 +69,7 @@ The standard library of Python, 32,768 tokens, all cores; the same vocabulary an
 files and writes shards with checksums, the others go from memory to memory.""",
     "generation": """## Generation
 
-Greedy, with the cache, 128 new tokens after a prompt of 32, in turns; not compiled; medians of 5.""",
+Greedy, with the cache, 128 new tokens after a prompt of 32, in turns; not compiled; medians of 3.""",
     "scaling": f"""## Cost against size
 
 Time per token of a gradient, not compiled, while one dimension grows, over that of the smallest; beside it the formula,

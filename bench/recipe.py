@@ -381,7 +381,7 @@ RULES = [
     (
         "`lr` (Muon), width",
         "the same at every width: an update whose spectral norm is √(rows / columns) changes outputs equally",
-        '`adjust_lr_fn="original"`: lr · √max(1, rows / columns)',
+        "`Muon` has it: lr · √max(1, rows / columns)",
         "[Jordan et al. 2024](https://kellerjordan.github.io/posts/muon/), " + link("Yang et al. 2023", "2310.17813"),
     ),
     (

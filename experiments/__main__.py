@@ -11,15 +11,11 @@ import datetime
 from pathlib import Path
 
 import matplotlib
-import pandas as pd
 import torch
 
-from experiments import choices, frontier, induction, lengths, shape
+from experiments.findings import FINDINGS, RESULTS, answer
 from notebook_utils import UserError
 from train_utils import cpu_name
-
-FINDINGS = {"induction": induction, "shape": shape, "frontier": frontier, "choices": choices, "lengths": lengths}
-RESULTS = Path(__file__).parents[1] / "results"
 
 
 def repeat(name: str, scale: str, folder: Path, draw_only: bool = False, **options) -> str:
@@ -29,11 +25,10 @@ def repeat(name: str, scale: str, folder: Path, draw_only: bool = False, **optio
     if not draw_only:
         print(f"{finding.TITLE}:", flush=True)
         finding.measure(finding.SCALES[scale], **options).to_csv(path, index=False, float_format="%.6g")
-    table = pd.read_csv(path)
-    finding.draw(table).savefig(path.with_suffix(".png"), dpi=110)
+    figure, text = answer(name, folder)
+    figure.savefig(path.with_suffix(".png"), dpi=110)
     question = finding.__doc__.strip().splitlines()[0]
-    link = f"{folder.name}/{name}"
-    return f"## {finding.TITLE}\n\n{question}\n\n![{finding.TITLE}]({link}.png)\n\n{finding.say(table)}\n"
+    return f"## {finding.TITLE}\n\n{question}\n\n![{finding.TITLE}]({folder.name}/{name}.png)\n\n{text}\n"
 
 
 def report(scale: str, parts: dict[str, str]) -> str:

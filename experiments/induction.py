@@ -226,4 +226,4 @@ def say(table: pd.DataFrame) -> str:
 
 
 def _spread(values: pd.Series, form: str) -> str:
-    return f"{values.mean():{form}} ± {values.std():{form}}"
+    return f"{values.mean():{form}} ± {values.std():{form.lstrip('+')}}"

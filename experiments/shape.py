@@ -88,26 +88,33 @@ def say(table: pd.DataFrame) -> str:
     noise = np.sqrt(ends.groupby("label").val_loss.var().mean())
     means = ends.groupby(["size", "n_layer"], sort=False).val_loss.mean()
     gap = abs(means.groupby("size").mean().diff().iloc[-1])
-    text = []
-    deeper = means[means.index.get_level_values("n_layer") > means.index.get_level_values("n_layer").min()]
+    depths, text = table.n_layer, []
+    ends_of = {"shallowest": depths.min(), "deepest": depths.max()}
+    spread = {"": 0.0} | dict.fromkeys(
+        ends_of, 0.0
+    )  # the largest over sizes, of all shapes and without one of the ends
     for size, of_size in means.groupby("size", sort=False):
-        best, worst = of_size.idxmin()[1], of_size.idxmax()[1]
-        several, count = np.ptp(deeper[size]), ends[ends["size"] == size].non_embedding.mean()
+        of_size = of_size.droplevel("size")
+        without = {end: np.ptp(of_size.drop(depth)) for end, depth in ends_of.items()}
+        spread = {end: max(most, without.get(end, np.ptp(of_size))) for end, most in spread.items()}
+        count = ends[ends["size"] == size].non_embedding.mean()
         text.append(
-            f"At {count:,.0f} parameters outside the embedding, depth {best} is best ({of_size.min():.3f} nats) and"
-            f" depth {worst} worst ({of_size.max():.3f}): shape is worth {np.ptp(of_size):.3f} nats,"
-            f" and {several:.3f} among depths above {table.n_layer.min()}."
+            f"At {count:,.0f} parameters outside the embedding, depth {of_size.idxmin()} is best ({of_size.min():.3f}"
+            f" nats) and depth {of_size.idxmax()} worst ({of_size.max():.3f}): shape is worth {np.ptp(of_size):.3f}"
+            f" nats, without the shallowest {without['shallowest']:.3f}, without the deepest {without['deepest']:.3f}."
         )
-    spread = max(np.ptp(of_size) for _, of_size in means.groupby("size"))
-    deep = max(np.ptp(deeper[size]) for size in deeper.index.get_level_values(0).unique())
     text.append(
         f"The larger size is {gap:.3f} nats better on average; seeds of one shape differ by a standard deviation of"
         f" {noise:.3f}."
     )
-    if spread < 0.25 * gap:
+    kept = [end for end in spread if spread[end] < 0.25 * gap]
+    if "" in kept:
         text.append("Size decides, and shape is worth less than a quarter of it: **the finding holds here.**")
-    elif deep < 0.25 * gap:
-        text.append("**It holds here for all but the shallowest shape**, which is worse than its size.")
+    elif kept:
+        text.append(
+            f"**It holds here for all but the {kept[0]} shape**, which is worse than its size: among the others, shape"
+            " is worth less than a quarter of what size is."
+        )
     else:
         text.append(
             "Shape is worth more than a quarter of what size is: **as stated, the finding does not reproduce here.**"

@@ -3,11 +3,13 @@
 import json
 
 import pytest
+import torch
 from conftest import LM
 
-from bench import recipe
+from bench import recipe, steps
 from bench.common import in_own_process, slug, table, take_turns
 from bench.generation import compare_generation
+from bench.peers import make_config
 from bench.scaling import grows_faster, measure_scaling
 from bench.tokenization import compare_tokenization
 
@@ -24,6 +26,23 @@ def test_peak_memory_is_of_a_process_of_its_own():
     assert in_own_process("bench.steps", "transformers, as shipped", "tiny", "cpu")["bytes"] > 0
     with pytest.raises(RuntimeError, match="KeyError: 'nobody'"):
         in_own_process("bench.steps", "nobody", "tiny", "cpu")
+
+
+@pytest.mark.parametrize("name", steps.CONTENDERS)
+def test_every_library_is_the_same_architecture_and_learns(name, monkeypatch):
+    if "x-transformers" in name:
+        pytest.importorskip("x_transformers", reason="`make bench` installs it")
+    monkeypatch.setattr(torch, "compile", lambda model, **_: model)  # what is compared here does not depend on it
+    config = make_config("tiny")
+    ours = sum(p.numel() for p in LM.build_model(config).parameters())
+    model, step = steps.build(name, config, MACHINE)
+    assert sum(p.numel() for p in model.parameters()) == ours
+    rows = torch.randint(config.vocab_size, (2, config.block_size + 1), generator=torch.Generator().manual_seed(1))
+    tokens, targets = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()  # the batch of `step`
+    before = model(tokens, targets).item()
+    for _ in range(5):
+        step()
+    assert model(tokens, targets).item() < before - 0.05
 
 
 def test_tokenization_compares_the_same_tokens(texts):
@@ -67,6 +86,23 @@ def test_the_nanogpt_recipe_is_tuned_until_both_neighbours_are_worse(tmp_path):
     assert {0.008, 0.016, 0.032} <= rates
     again = recipe.Results(tmp_path / "recipe.jsonl")
     assert again.lines == results.lines and all(run.key in again.lines for run in recipe.plan(again, 1000))
+
+
+def test_the_summary_says_what_helped_and_what_hurt(tmp_path):
+    first, last = [name for name in recipe.CHOICES if name != recipe.SAME][:2]
+
+    def losses(run):
+        if "nanoGPT" in run.name:
+            return 2 + abs(run.overrides["lr"] - 0.002)
+        return 1.5 + run.seed / 100 + 200 / run.tokens + {first: -0.5, last: 0.5}.get(run.name, 0.0)
+
+    results = made_up(tmp_path / "recipe.jsonl", losses)
+    recipe.write_summary(results, 1000, tmp_path)
+    text = (tmp_path / "recipe.md").read_text()
+    verdicts = {line.split(" | ")[0][2:]: line for line in text.splitlines() if line.startswith("| ")}
+    assert verdicts[first].endswith("| better |") and verdicts[last].endswith("| worse |")
+    assert "with 0.50× or less of its tokens" in text  # 1.51 + 200 / 500 is below 2, and 1.51 + 200 / 400 is not
+    assert (tmp_path / "recipe.png").stat().st_size > 1000
 
 
 def test_a_run_is_trained_and_a_failure_is_a_line(texts, tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ import nbformat
 import papermill
 import pytest
 
-from notebook_utils import NOTEBOOK
+from notebook_utils import NOTEBOOK, mark_executed, source_digest
 from run_utils import read_jsonl
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -149,11 +149,31 @@ def test_committed_notebook_is_one_clean_run():
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
     assert not any(output.output_type == "error" for cell in code for output in cell.outputs)
+    assert notebook.metadata.executed_source == source_digest(), "its text changed since it was run: `make notebook`"
+    assert NOTEBOOK.stat().st_size < 2e6
     for cell in notebook.cells:
         tags = cell.metadata.get("tags", [])
         if "define" in tags:
             assert not cell.outputs
             assert not any(line.lstrip().startswith(("%", "!")) for line in cell.source.splitlines())
+
+
+def test_figures_of_the_committed_notebook_are_told_in_words_and_no_output_needs_a_kernel():
+    outputs = [o for c in nbformat.read(NOTEBOOK, as_version=4).cells for o in c.get("outputs", []) if "data" in o]
+    figures = [output for output in outputs if "image/png" in output.data]
+    assert len(figures) > 12 and all(len(output.metadata["image/png"]["alt"]) > 10 for output in figures)
+    assert not any("application/vnd.jupyter.widget-view+json" in output.data for output in outputs)
+
+
+def test_a_changed_source_is_no_longer_the_executed_one(tmp_path):
+    copy = tmp_path / "copy.ipynb"
+    copy.write_bytes(NOTEBOOK.read_bytes())
+    mark_executed(copy)
+    notebook = nbformat.read(copy, as_version=4)
+    assert notebook.metadata.executed_source == source_digest(copy) == source_digest()
+    notebook.cells[-1].source += " "
+    nbformat.write(notebook, copy)
+    assert notebook.metadata.executed_source != source_digest(copy)
 
 
 def test_notebook_converts_to_a_program(tmp_path):
