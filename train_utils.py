@@ -138,9 +138,12 @@ class Machine:
             return torch.cuda.max_memory_allocated(self.device)
         if sys.platform == "win32":
             return psutil.Process().memory_info().peak_wset
+        if sys.platform == "linux":  # ru_maxrss would begin with what the process had that started this one
+            (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+            return int(line.split()[1]) * 1024
         import resource  # only where there is Unix
 
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
 
 
 def find_machine(device: str = "auto", dtype: str = "auto") -> Machine:

@@ -78,7 +78,7 @@ def compare_steps(model_name: str, machine, rounds: int = 10, contenders=tuple(C
 def peak_memory(name: str, model_name: str, device: str) -> dict:
     """Most bytes that a contender takes over three steps, above what the process held after a step of a tiny model.
 
-    So neither the libraries nor the compiler count. On a CPU it is the whole process (ru_maxrss), on a GPU its tensors.
+    So neither the libraries nor the compiler count. On a CPU it is the whole process, on a GPU its tensors.
     """
     machine = lm.find_machine(device)
     build(name, make_config("tiny"), machine)[1]()

@@ -10,6 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
+from matplotlib.ticker import NullFormatter
 
 from experiments.scales import CPU, GPU
 from experiments.tool import COLOURS, MARKERS, sweep
@@ -138,6 +139,8 @@ def draw(table: pd.DataFrame) -> plt.Figure:
         title="The best size for a budget",
     )
     right.legend(fontsize=8)
+    for ax in (left, right):
+        ax.xaxis.set_minor_formatter(NullFormatter())  # they would cover each other
     return figure
 
 
