@@ -300,7 +300,8 @@ def test_run_directory_holds_what_it_promises(lm, settings, monkeypatch, tmp_pat
     }  # fmt: skip
     assert summary["status"] == "finished" and summary["steps"] == 12 and summary["tokens"] == 12 * 64
     environment = json.loads((folder / "environment.json").read_text())
-    assert environment["versions"]["torch"] == torch.__version__ and len(environment["notebook_sha256"]) == 64
+    assert environment["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]  # +cpu, +cu130, …
+    assert len(environment["notebook_sha256"]) == 64
     metrics = read_jsonl(folder / "metrics.jsonl")
     assert [line["step"] for line in metrics] == list(range(13))
     for line in metrics[1:]:
@@ -459,7 +460,7 @@ def test_a_run_is_seen_from_elsewhere(lm, settings, capsys):
 def test_a_bad_step_never_reaches_the_weights(lm, settings, monkeypatch):
     """A batch whose loss is not finite is skipped; when nothing else comes, the run ends as diverged."""
     config = settings(max_steps=40, checkpoint_every=5)
-    real = torch.nn.functional.cross_entropy
+    real = lm.chunked_cross_entropy
     calls = {"n": -6}  # the preflight makes six
 
     def poisoned(*args, **kwargs):
@@ -470,7 +471,7 @@ def test_a_bad_step_never_reaches_the_weights(lm, settings, monkeypatch):
                 return loss * math.nan
         return loss
 
-    monkeypatch.setattr(torch.nn.functional, "cross_entropy", poisoned)
+    monkeypatch.setattr(lm, "chunked_cross_entropy", poisoned)
     summary = lm.train(config)
     monkeypatch.undo()
     folder = Path(config.runs_dir) / config.run_name
@@ -505,7 +506,7 @@ lm.train(config)
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the address space of a process, as Linux can")
 def test_out_of_memory_halves_the_micro_batch_and_changes_nothing(lm, settings, tmp_path):
     """A process that may take 128 MB more is given micro-batches that need about 500."""
-    fits = settings(run_name="fits", micro_batch=8, block_size=64, vocab_size=8192, batch_tokens=8192, max_steps=2)
+    fits = settings(run_name="fits", micro_batch=8, block_size=64, n_ffn=2048, batch_tokens=8192, max_steps=2)
     big = lm.replace(fits, run_name="big", micro_batch=128)
     lm.train(fits)
     (tmp_path / "config.json").write_text(json.dumps(big.to_dict()))
