@@ -51,7 +51,7 @@ def cache_bytes_per_token(config, bytes_per_value: int = 2) -> int:
     return 2 * config.n_layer * n_kv_head * (config.n_embd // config.n_head) * bytes_per_value
 
 
-# Rows of logits that the loss makes at a time; 512 of 32,768 float32 values are 67 MB; fewer are slower, more no faster
+# Rows of logits that the loss makes at a time; 512 of 32,768 float32 values are 67 MB
 LOSS_ROWS = 512
 
 # The Chinchilla law with the corrected fit of Besiroglu et al. 2024 (arXiv 2404.10102): made on web text with a

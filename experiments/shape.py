@@ -88,35 +88,30 @@ def say(table: pd.DataFrame) -> str:
     noise = np.sqrt(ends.groupby("label").val_loss.var().mean())
     means = ends.groupby(["size", "n_layer"], sort=False).val_loss.mean()
     gap = abs(means.groupby("size").mean().diff().iloc[-1])
-    depths, text = table.n_layer, []
-    ends_of = {"shallowest": depths.min(), "deepest": depths.max()}
-    spread = {"": 0.0} | dict.fromkeys(
-        ends_of, 0.0
-    )  # the largest over sizes, of all shapes and without one of the ends
+    text = []
+    spread = deep = rest = 0.0  # the largest over sizes: of all shapes, without the shallowest, without the deepest
     for size, of_size in means.groupby("size", sort=False):
         of_size = of_size.droplevel("size")
-        without = {end: np.ptp(of_size.drop(depth)) for end, depth in ends_of.items()}
-        spread = {end: max(most, without.get(end, np.ptp(of_size))) for end, most in spread.items()}
+        spread = max(spread, np.ptp(of_size))
+        deep = max(deep, np.ptp(of_size.drop(table.n_layer.min())))
+        rest = max(rest, np.ptp(of_size.drop(table.n_layer.max())))
         count = ends[ends["size"] == size].non_embedding.mean()
         text.append(
             f"At {count:,.0f} parameters outside the embedding, depth {of_size.idxmin()} is best ({of_size.min():.3f}"
-            f" nats) and depth {of_size.idxmax()} worst ({of_size.max():.3f}): shape is worth {np.ptp(of_size):.3f}"
-            f" nats, without the shallowest {without['shallowest']:.3f}, without the deepest {without['deepest']:.3f}."
+            f" nats) and depth {of_size.idxmax()} worst ({of_size.max():.3f}): shape is worth"
+            f" {np.ptp(of_size):.3f} nats."
         )
     text.append(
         f"The larger size is {gap:.3f} nats better on average; seeds of one shape differ by a standard deviation of"
         f" {noise:.3f}."
     )
-    kept = [end for end in spread if spread[end] < 0.25 * gap]
-    if "" in kept:
+    if spread < 0.25 * gap:
         text.append("Size decides, and shape is worth less than a quarter of it: **the finding holds here.**")
-    elif kept:
-        text.append(
-            f"**It holds here for all but the {kept[0]} shape**, which is worse than its size: among the others, shape"
-            " is worth less than a quarter of what size is."
-        )
+    elif deep < 0.25 * gap:
+        text.append("**It holds here for all but the shallowest shape**, which is worse than its size.")
     else:
         text.append(
             "Shape is worth more than a quarter of what size is: **as stated, the finding does not reproduce here.**"
+            f" Looked at afterwards: without the deepest shape, it is worth at most {rest:.3f} nats."
         )
     return " ".join(text)

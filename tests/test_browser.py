@@ -297,19 +297,23 @@ def test_training_shows_progress_stops_and_goes_on(chromium, server):
     page.close()
 
 
-def change(container):
-    """Move the first control of a widget by one: a slider, a choice or a text."""
-    slider, choice, text = (container.locator(kind) for kind in (".noUi-handle", "select", 'input[type="text"]'))
-    if slider.count():
-        at, end = (slider.first.get_attribute(f"aria-value{name}") for name in ("now", "max"))
-        slider.first.press("ArrowRight" if float(at) < float(end) else "ArrowLeft")
-    elif choice.count():
-        choice.first.select_option(
-            index=(choice.first.evaluate("e => e.selectedIndex") + 1) % choice.locator("option").count()
-        )
-    else:
-        text.first.press("End")
-        text.first.press_sequentially(" x\n")
+def changes(container):
+    """Functions that move the first control of each kind by one: a slider, a choice, a text."""
+    slider, choice, text = (container.locator(kind).first for kind in (".noUi-handle", "select", "textarea"))
+
+    def slide():
+        at, end = (slider.get_attribute(f"aria-value{name}") for name in ("now", "max"))
+        slider.press("ArrowRight" if float(at) < float(end) else "ArrowLeft")
+
+    def choose_next():
+        choice.select_option(index=(choice.evaluate("e => e.selectedIndex") + 1) % choice.locator("option").count())
+
+    def write():
+        text.fill("for x in range(3):\n    print(x)")
+        text.blur()
+
+    kinds = [(slider, slide), (choice, choose_next), (text, write)]
+    return [move for control, move in kinds if control.count()]
 
 
 def drawn(container):
@@ -324,10 +328,11 @@ def test_widgets_answer(executed):
     sources = [cell.source for cell in nbformat.read(path, as_version=4).cells]
     for index in (i for i, source in enumerate(sources) if re.search(r"^\s*play\(", source, re.MULTILINE)):
         container = page.locator(CELLS).nth(index).locator(".jupyter-widgets.widget-vbox").first
-        before = drawn(container)
-        change(container)
-        wait_until(lambda container=container, before=before: drawn(container) != before, 30)
-        page.wait_for_function(AT_REST, timeout=MINUTE)
-        page.wait_for_timeout(1000)  # the second of two pictures
-        assert [kind for kind, _ in drawn(container)] == [kind for kind, _ in before] != []
-        assert errors(page) == []
+        for move in changes(container):
+            before = drawn(container)
+            move()
+            wait_until(lambda container=container, before=before: drawn(container) != before, 30)
+            page.wait_for_function(AT_REST, timeout=MINUTE)
+            page.wait_for_timeout(1000)  # the second of two pictures
+            assert [kind for kind, _ in drawn(container)] == [kind for kind, _ in before] != []
+            assert errors(page) == []
