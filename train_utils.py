@@ -132,6 +132,13 @@ class Machine:
             return torch.cuda.mem_get_info(self.device)[0]
         return min(self.memory, psutil.virtual_memory().available)
 
+    def release_memory(self) -> None:
+        """Give freed memory back to the device or the system, once a request has failed."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        with contextlib.suppress(OSError, AttributeError):  # only glibc has it
+            ctypes.CDLL(None).malloc_trim(0)
+
     def peak_memory(self) -> int:
         """Bytes: the most held by tensors on a GPU, by the whole process on a CPU."""
         if self.device.type == "cuda":
@@ -147,8 +154,9 @@ class Machine:
 
 
 def find_machine(device: str = "auto", dtype: str = "auto") -> Machine:
-    """Choose by capability: CUDA before CPU; bfloat16 from compute capability 8.0, float16 before, float32 on CPUs.
+    """Choose by capability: CUDA before CPU; bfloat16 where the device multiplies it, float16 on older GPUs.
 
+    GPUs multiply bfloat16 from compute capability 8.0, CPUs with the instructions AVX512-BF16; others get float32.
     A process that torchrun started takes the CUDA device of its own number. Raises `UserError` for a device or
     precision that is not there.
     """
@@ -162,7 +170,10 @@ def find_machine(device: str = "auto", dtype: str = "auto") -> Machine:
         there = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
         raise UserError(f"device is {device!r} but this machine has {', '.join(there)}; use device='auto'")
     place = torch.device(kind, index) if kind == "cuda" else torch.device(kind)
-    has_bf16 = kind == "cuda" and torch.cuda.get_device_capability(place) >= (8, 0)
+    if kind == "cuda":
+        has_bf16 = torch.cuda.get_device_capability(place) >= (8, 0)
+    else:  # older versions of PyTorch do not tell
+        has_bf16 = kind == "cpu" and getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
     if dtype == "auto":
         dtype = "bfloat16" if has_bf16 else "float16" if kind == "cuda" else "float32"
     if kind == "cuda" and dtype == "bfloat16" and not has_bf16:

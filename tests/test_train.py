@@ -313,7 +313,7 @@ def test_run_directory_holds_what_it_promises(lm, settings, monkeypatch, tmp_pat
 
 
 def test_bits_per_byte_is_nats_over_ln2_and_bytes(lm, settings):
-    config = settings(max_steps=1)
+    config = settings(max_steps=1, dtype="float32")
     summary = lm.train(config)
     _, model, encoding = lm.load_run(Path(config.runs_dir) / config.run_name)
     data = lm.load_data(config)
@@ -329,11 +329,12 @@ def test_bits_per_byte_is_nats_over_ln2_and_bytes(lm, settings):
 def test_micro_batches_give_the_same_gradient(lm, settings, optimizer):
     runs = []
     for micro_batch in (1, 2, 4):
-        config = settings(micro_batch=micro_batch, max_steps=3, optimizer=optimizer, run_name=f"micro{micro_batch}")
+        name = f"micro{micro_batch}"
+        config = settings(micro_batch=micro_batch, max_steps=3, optimizer=optimizer, run_name=name, dtype="float32")
         lm.train(config)
         runs.append(read_jsonl(Path(config.runs_dir) / config.run_name / "metrics.jsonl")[1:])
     for lines in zip(*runs):
-        for field, tolerance in [("train_loss", 1e-5), ("grad_norm", 1e-3)]:  # Muon rounds to 16 bits inside
+        for field, tolerance in [("train_loss", 1e-5), ("grad_norm", 1e-3)]:
             assert [line[field] for line in lines] == pytest.approx([lines[0][field]] * 3, rel=tolerance)
 
 
@@ -493,7 +494,7 @@ config = lm.Config.from_dict(json.load(open(sys.argv[1])))
 within_memory = lm.Training.within_memory
 _, most = resource.getrlimit(resource.RLIMIT_AS)
 def limited(run, attempt):
-    resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + (128 << 20), most))
+    resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + int(sys.argv[2]), most))
     try:
         return within_memory(run, attempt)
     finally:
@@ -504,14 +505,18 @@ lm.train(config)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the address space of a process, as Linux can")
-def test_out_of_memory_halves_the_micro_batch_and_changes_nothing(lm, settings, tmp_path):
-    """A process that may take 128 MB more is given micro-batches that need about 500."""
-    fits = settings(run_name="fits", micro_batch=8, block_size=64, n_ffn=2048, batch_tokens=8192, max_steps=2)
+@pytest.mark.parametrize(("dtype", "allowed"), [("float32", 128 << 20), ("bfloat16", 256 << 20)])
+def test_out_of_memory_halves_the_micro_batch_and_changes_nothing(lm, settings, tmp_path, dtype, allowed):
+    """A process that may take `allowed` bytes more is given micro-batches that need about twice as much, or more."""
+    sizes = {"micro_batch": 8, "block_size": 64, "n_ffn": 2048, "batch_tokens": 8192, "max_steps": 2}
+    fits = settings(run_name="fits", dtype=dtype, **sizes)
     big = lm.replace(fits, run_name="big", micro_batch=128)
     lm.train(fits)
     (tmp_path / "config.json").write_text(json.dumps(big.to_dict()))
     result = subprocess.run(
-        [sys.executable, "-c", OUT_OF_MEMORY_PROGRAM, tmp_path / "config.json"], capture_output=True, text=True
+        [sys.executable, "-c", OUT_OF_MEMORY_PROGRAM, tmp_path / "config.json", str(allowed)],
+        capture_output=True,
+        text=True,
     )
     assert result.returncode == 0, result.stderr
     assert "out of memory; on with micro-batches of 64" in result.stdout
@@ -662,9 +667,19 @@ def test_wandb_that_breaks_midway_is_said_once(tmp_path, capsys):
 
 def test_machine_on_this_computer():
     machine = find_machine("cpu")
-    assert machine.dtype == torch.float32 and machine.memory > 1e9 and machine.peak_flops is None
+    assert machine.dtype in (torch.float32, torch.bfloat16)  # by what the processor can
+    assert find_machine("cpu", "float32").dtype == torch.float32
+    assert machine.memory > 1e9 and machine.peak_flops is None
     assert train_utils.measure_matmul_flops(machine) > 1e9
     assert machine.peak_memory() > 1e7
+
+
+def test_bfloat16_is_for_processors_that_multiply_it(monkeypatch):
+    for has, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda has=has: {"avx512_bf16": has}, raising=False)
+        assert find_machine("cpu").dtype == dtype
+    monkeypatch.delattr(torch.cpu, "get_capabilities")  # an older PyTorch, which does not tell
+    assert find_machine("cpu").dtype == torch.float32
 
 
 @pytest.mark.cuda
