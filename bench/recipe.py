@@ -89,7 +89,6 @@ class Run:
         return lm.Config.from_preset(
             "demo", **self.overrides, seed=self.seed, max_tokens=self.tokens, max_hours=0.0, eval_every=never,
             sample_every=never, sample_tokens=1, checkpoint_every=never, runs_dir=runs_dir, data_dir=str(DATA),
-            compile=False,  # one thread computes as fast without
         )  # fmt: skip
 
     @property
