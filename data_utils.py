@@ -94,7 +94,8 @@ def prepare_data(
             data.start_background()
             data.wait(progress=progress)
         else:
-            _prepare(data.folder, settings, train_tokens, progress)
+            data.encoding = _prepare(data.folder, settings, train_tokens, progress)
+            return data
     data.encoding = _load_tokenizer(data.folder)
     return data
 
@@ -184,14 +185,16 @@ def work() -> None:
     _prepare(Path(task["folder"]), task["settings"], task["train_tokens"], progress=False)
 
 
-def _prepare(folder: Path, settings: dict, train_tokens: int | None, progress: bool) -> None:
+def _prepare(folder: Path, settings: dict, train_tokens: int | None, progress: bool) -> tiktoken.Encoding:
     with FileLock(folder / ".lock"):  # two runs on the same text: the second waits, then goes on or has nothing to do
         encoding = _make_tokenizer(folder, settings)
-        manifest = read_manifest(folder) or _new_manifest(settings, encoding)
-        if manifest["tokenizer"]["sha256"] != tokenizer_hash(encoding):
+        manifest = read_manifest(folder)
+        if manifest and manifest["tokenizer"]["sha256"] != tokenizer_hash(encoding):
             raise DataError(f"{folder}: shards and tokenizer.json do not belong together; remove the folder")
+        manifest = manifest or _new_manifest(settings, encoding)
         if not manifest["complete"]:
             _write_shards(folder, manifest, encoding, train_tokens, progress)
+    return encoding
 
 
 def _fingerprint(files: list[Path]) -> str:

@@ -86,15 +86,18 @@ def _python_files(with_site: bool) -> dict[str, Path]:
     packages = {Path(p).resolve() for p in [paths["purelib"], paths["platlib"], *site.getsitepackages()]}
     stdlib = Path(paths["stdlib"]).resolve()
     skipped = TEST_FOLDERS | {"site-packages", "dist-packages"}
-    files = {
-        path.relative_to(stdlib).as_posix(): path
-        for path in stdlib.rglob("*.py")
-        if not skipped & set(path.relative_to(stdlib).parts[:-1])
-    }
+    files = {path.relative_to(stdlib).as_posix(): path for path in _find_python(stdlib, skipped)}
     if with_site:
         for root in packages:
-            files |= {f"site/{path.relative_to(root).as_posix()}": path for path in root.rglob("*.py")}
+            files |= {f"site/{path.relative_to(root).as_posix()}": path for path in _find_python(root)}
     return files
+
+
+def _find_python(root: Path, skipped: Iterable[str] = ()) -> Iterator[Path]:
+    """Python files under `root`, without a look into `skipped` folders, which may hold many more."""
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = [name for name in subfolders if name not in skipped]
+        yield from (Path(folder, name) for name in names if name.endswith(".py"))
 
 
 def iter_documents(source: str, text_column: str = "text", split: str = "train") -> Iterator[str]:
