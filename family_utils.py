@@ -115,9 +115,11 @@ def family_of(config: dict) -> Family:
             known = ", ".join(sorted({repr(getattr(family, part)) for family in rest}))
             raise ExportError(f"{part} {config[part]!r} has no equivalent in transformers with {chosen}; {known} has")
         rest = fitting
+    if config["attention"] not in ("mha", "gqa"):
+        raise ExportError(f"attention {config['attention']!r} has no equivalent in transformers; 'gqa' and 'mha' have")
     fitting = [family for family in rest if fits[family.attention]]
-    if config["attention"] not in ("mha", "gqa") or not fitting:
-        known = " or ".join({"mha": str(heads), "mqa": "1"}.get(family.attention, "any") for family in rest)
+    if not fitting:
+        known = " or ".join({"mha": str(heads), "mqa": "1"}[family.attention] for family in rest)
         raise ExportError(
             f"attention {config['attention']!r} with {kv_heads} key/value heads has no equivalent in transformers with"
             f" position {config['position']!r}; {known} for {heads} query heads has"

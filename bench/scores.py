@@ -1,6 +1,6 @@
 """The scores of a run, twice: by the notebook's own definitions, and by EleutherAI's lm_eval on its export.
 
-    make scores RUN=runs/demo-1aa596
+    make scores RUN=runs/demo-b64f1d
 
 Both read the two task files in the run's folder, `scores/`, which the notebook's section 6 writes (and this, where it
 did not). Nothing is downloaded. What was measured is kept beside them, in `scores.json`.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import re
 from pathlib import Path
 
 import matplotlib
@@ -31,12 +32,10 @@ def repeat(name: str, scale: str, folder: Path, draw_only: bool = False, **optio
     return f"## {finding.TITLE}\n\n{question}\n\n![{finding.TITLE}]({folder.name}/{name}.png)\n\n{text}\n"
 
 
-def report(scale: str, parts: dict[str, str]) -> str:
-    """The page that holds the paragraphs."""
+def report(scale: str, parts: dict[str, str], measured: str) -> str:
+    """The page that holds the paragraphs, and says when the last table was `measured`."""
     device = torch.cuda.get_device_name() if scale == "gpu" else cpu_name()
-    about = (
-        f"{datetime.date.today()}, {device}, torch {torch.__version__.split('+')[0]}. Mean ± standard deviation over"
-    )
+    about = f"{measured}, {device}, torch {torch.__version__.split('+')[0]}. Mean ± standard deviation over"
     about += " seeds; the data of each figure are in the .csv of the same name. To repeat: `make experiments`."
     return "\n".join(["# Answers by experiment\n", about + "\n", *parts.values()])
 
@@ -55,13 +54,15 @@ def main() -> None:
     matplotlib.use("agg")
     folder = RESULTS / ("experiments" if chosen.scale == "cpu" else "experiments-gpu")
     device = "cuda" if chosen.scale == "gpu" else "cpu"
-    parts = {}
+    page, parts, measured = folder.with_suffix(".md"), {}, str(datetime.date.today())
+    if chosen.draw and page.exists():  # nothing is measured: the date that is there
+        measured = re.search(r"^\d{4}-\d\d-\d\d", page.read_text(encoding="utf-8"), re.MULTILINE)[0]
     for name in FINDINGS:
         if name in chosen.findings:
             parts[name] = repeat(name, chosen.scale, folder, chosen.draw, jobs=chosen.jobs, device=device)
         elif (folder / f"{name}.csv").exists():
             parts[name] = repeat(name, chosen.scale, folder, draw_only=True)
-        folder.with_suffix(".md").write_text(report(chosen.scale, parts), encoding="utf-8")
+        page.write_text(report(chosen.scale, parts, measured), encoding="utf-8")
 
 
 if __name__ == "__main__":

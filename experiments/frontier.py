@@ -74,6 +74,22 @@ def fit(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def at_equal_time(table: pd.DataFrame, count: int = 3) -> pd.DataFrame:
+    """What `fit` takes, with seconds of training as the budget, at `count` times that all sizes have.
+
+    The loss of a size is read between its own runs, each of which had a whole schedule, linearly in ln(seconds).
+    """
+    sizes = {size: runs.groupby("budget").mean(numeric_only=True) for size, runs in table.groupby("parameters")}
+    earliest = max(runs.train_seconds.min() for runs in sizes.values())
+    latest = min(runs.train_seconds.max() for runs in sizes.values())
+    rows = []
+    for seconds in np.geomspace(earliest, latest, count) if earliest < latest else []:
+        for size, runs in sizes.items():
+            read = {c: np.interp(np.log(seconds), np.log(runs.train_seconds), runs[c]) for c in ("val_loss", "tokens")}
+            rows.append({"budget": seconds, "parameters": size} | read)
+    return pd.DataFrame(rows)
+
+
 def power_law(budgets, values) -> tuple[float, float]:
     """k and p of values = k · budgets^p, by least squares of the logarithms."""
     power, constant = np.polyfit(np.log(budgets), np.log(values), 1)
@@ -93,37 +109,32 @@ def spread_of_power(table: pd.DataFrame, resamples: int = 200) -> float:
     return float(np.std(powers)) if len(powers) > 1 else float("nan")
 
 
-def draw(table: pd.DataFrame) -> plt.Figure:
-    """Loss by size at each budget, the frontier, and its best sizes beside the published ones."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8), layout="constrained")
-    points = fit(table)
-    for number, (budget, runs) in enumerate(table.groupby("budget")):
+def draw_sizes(ax: plt.Axes, table: pd.DataFrame, unit: str) -> None:
+    """Loss by size at each budget, with its parabola and the lowest point of that."""
+    for number, (point, (budget, runs)) in enumerate(zip(fit(table).itertuples(), table.groupby("budget"))):
         colour, ends = COLOURS[number], runs.groupby("parameters").val_loss.agg(["mean", "std"])
-        left.errorbar(
-            ends.index,
-            ends["mean"],
-            ends["std"],
-            fmt=MARKERS[number],
-            capsize=3,
-            color=colour,
-            label=f"{budget:.1e} FLOPs",
-        )
+        spread = ends["std"] if ends["std"].notna().any() else None
+        label = f"{budget:.3g} {unit}"
+        ax.errorbar(ends.index, ends["mean"], spread, fmt=MARKERS[number], capsize=3, color=colour, label=label)
         x = np.linspace(np.log(ends.index.min()), np.log(ends.index.max()))
-        left.plot(
-            np.exp(x), np.polyval(points.loc[number, ["a", "b", "c"]].astype(float), x), color=colour, linewidth=1
-        )
-    inside = points[points.inside]
-    left.plot(
-        inside.parameters,
-        inside.loss,
-        "k*",
-        markersize=11,
-        markeredgecolor="white",
-        label="lowest point of each parabola",
-    )
-    left.set(xscale="log", xlabel="parameters", ylabel="held-out loss (nats per token)", title="Equal compute, by size")
-    left.legend(fontsize=8)
+        ax.plot(np.exp(x), np.polyval([point.a, point.b, point.c], x), color=colour, linewidth=1)
+        if point.inside:
+            ax.plot(point.parameters, point.loss, "k*", markersize=11, markeredgecolor="white")
+    ax.set(xscale="log", xlabel="parameters", ylabel="held-out loss (nats per token)")
+    ax.legend(fontsize=8, title="★: lowest point of a parabola", title_fontsize=7)
 
+
+def draw(table: pd.DataFrame) -> plt.Figure:
+    """Loss by size at equal compute and at equal time, and the best sizes beside the published ones."""
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(14, 3.8), layout="constrained")
+    draw_sizes(left, table, "FLOPs")
+    left.set_title("Equal compute, by size")
+    if len(timed := at_equal_time(table)):
+        draw_sizes(middle, timed, "s")
+    middle.set_title("Equal training time, by size")
+
+    points = fit(table)
+    inside = points[points.inside]
     budgets = np.array([table.budget.min(), table.budget.max()])
     published = [compute_optimal(budget)[0] for budget in budgets]
     right.plot(inside.budget, inside.parameters, "k*", markersize=11, label="best size here")
@@ -139,7 +150,7 @@ def draw(table: pd.DataFrame) -> plt.Figure:
         title="The best size for a budget",
     )
     right.legend(fontsize=8)
-    for ax in (left, right):
+    for ax in (left, middle, right):
         ax.xaxis.set_minor_formatter(NullFormatter())  # they would cover each other
     return figure
 
@@ -173,6 +184,11 @@ def say(table: pd.DataFrame) -> str:
             f"The best size grows as compute to the power {power:.2f} ± {spread_of_power(table):.2f}; the published law"
             f" has {expected:.2f}."
         )
+    if len(timed := at_equal_time(table)):
+        found = fit(timed)
+        sizes = [f"{p.parameters:,.0f}" if p.inside else "outside those tried" for p in found.itertuples()]
+        times = [f"{seconds:.0f} s" for seconds in found.budget]
+        text.append(f"At equal training time, {', '.join(times)}, the best sizes are {', '.join(sizes)} parameters.")
     if len(inside) == len(points) and (inside.parameters.diff().dropna() > 0).all():
         ratio = np.exp(np.mean(np.log([compute_optimal(p.budget)[0] / p.parameters for p in inside.itertuples()])))
         text.append(

@@ -79,6 +79,12 @@ def repeated_tokens(vocab_size: int, block_size: int, sequences: int, seed: int 
     return torch.randint(vocab_size, (sequences, block_size // 2), generator=generator).repeat(1, 2)
 
 
+def token_losses(model: torch.nn.Module, rows: Tensor) -> Tensor:
+    """The loss (B, T) of every token of windows (B, T + 1), in nats."""
+    logits, targets = model(rows[:, :-1]), rows[:, 1:]
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
+
+
 @torch.no_grad()
 def measure_run(folder: str | Path, sequences: int = 8, windows: int = 128, **where) -> pd.DataFrame:
     """A row per checkpoint: step, tokens, held-out loss, in-context score, prefix matching of the best and every head.
@@ -100,8 +106,7 @@ def measure_run(folder: str | Path, sequences: int = 8, windows: int = 128, **wh
     for checkpoint in checkpoint_folders(folder):
         load_weights(checkpoint, model)
         state = read_state(checkpoint)
-        parts = [F.cross_entropy(model(t[:, :-1]).mT, t[:, 1:], reduction="none") for t in text.split(16)]
-        losses = torch.cat(parts)  # (B, T)
+        losses = torch.cat([token_losses(model, part) for part in text.split(16)])  # (B, T)
         scores = torch.stack([prefix_matching(attention_maps(model, row), len(row) // 2) for row in repeated]).mean(0)
         heads = {f"layer {n}, head {h}": s for n, layer in enumerate(scores.tolist()) for h, s in enumerate(layer)}
         row = {"step": state["step"], "tokens": state["tokens"], "loss": losses.mean().item()}

@@ -136,8 +136,13 @@ def test_the_frontier_finds_the_optimum_of_a_known_law():
             for seed in (0, 1):
                 row = {"label": f"{size:.0f}, {budget}", "seed": seed, "budget": budget, "parameters": size}
                 rows.append(row | {"tokens": budget / 6 / size, "val_loss": 2 + 0.1 * np.log(size / best) ** 2})
-    table = pd.DataFrame(rows).assign(train_seconds=1.0)
+    table = pd.DataFrame(rows)
+    table["train_seconds"] = table.budget / 1e12  # every size at the same speed: equal time is equal compute
     points = frontier.fit(table)
+    timed = frontier.fit(frontier.at_equal_time(table))
+    assert timed.budget.tolist() == pytest.approx([1, 4, 16])
+    assert timed.parameters.tolist() == pytest.approx(points.parameters.tolist(), rel=1e-6)
     assert points.inside.all() and points.parameters.iloc[0] == pytest.approx(1e5, rel=1e-3)
     assert frontier.power_law(points.budget, points.parameters)[1] == pytest.approx(0.5, abs=1e-3)
     assert "the finding holds here" in frontier.say(table)
+    assert frontier.at_equal_time(table.assign(train_seconds=1.0)).empty  # no time that two runs of a size enclose
