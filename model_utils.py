@@ -129,8 +129,8 @@ def short_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Causal attention in two plain products: q (B, H, T, D) and k, v (B, K, T, D) give (B, H, T, D).
 
     Query heads that share keys stand below one another as rows, so that no key is copied. Compiled for a CPU, it
-    takes half of the kernel's time at T = 256 in bfloat16 (`python -m bench.attention`). It keeps (T, T) weights
-    for backward, so it is for short sequences.
+    takes about half of the kernel's time at T = 256 in bfloat16 (`python -m bench.bench --parts attention`). It
+    keeps (T, T) weights for backward, so it is for short sequences.
     """
     B, H, T, D = q.shape
     K = k.size(1)

@@ -1,7 +1,5 @@
 """Attention, forward and backward, compiled: PyTorch's kernel against `short_attention`, which is two plain products.
 
-    python -m bench.attention
-
 The lengths at which the products win are what `model_utils.SHORT` stands for.
 """
 
@@ -10,9 +8,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from bench.common import describe, lm, table, take_turns
-
-COLUMNS = {"tokens": "d", "kernel (ms)": ".1f", "products (ms)": ".1f", "products are faster by": ".2f"}
+from bench.common import lm, take_turns
 
 
 def compare_attention(machine, lengths=(64, 128, 256, 512, 1024), rounds: int = 10) -> list[dict]:
@@ -36,9 +32,3 @@ def compare_attention(machine, lengths=(64, 128, 256, 512, 1024), rounds: int = 
             {"tokens": T, "kernel (ms)": kernel_ms, "products (ms)": products_ms, "products are faster by": ratio}
         )
     return rows
-
-
-if __name__ == "__main__":
-    cpu = lm.find_machine("cpu")
-    print(describe(cpu)["device"], cpu.dtype)
-    print(table(compare_attention(cpu), COLUMNS))

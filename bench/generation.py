@@ -9,7 +9,7 @@ from bench.peers import Llama, make_config
 
 
 def compare_generation(
-    machine, model_name: str, batches=(1, 16), n_prompt: int = 32, n_new: int = 128, rounds: int = 3
+    machine, model_name: str, batches=(1, 16), n_prompt: int = 32, n_new: int = 128, rounds: int = 5
 ) -> list[dict]:
     """A row per batch size: tokens per second of both, and how ours compares."""
     config = make_config(model_name)

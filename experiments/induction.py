@@ -14,7 +14,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from checkpoint_utils import checkpoint_folders, load_weights, read_state
@@ -79,12 +78,6 @@ def repeated_tokens(vocab_size: int, block_size: int, sequences: int, seed: int 
     return torch.randint(vocab_size, (sequences, block_size // 2), generator=generator).repeat(1, 2)
 
 
-def token_losses(model: torch.nn.Module, rows: Tensor) -> Tensor:
-    """The loss (B, T) of every token of windows (B, T + 1), in nats."""
-    logits, targets = model(rows[:, :-1]), rows[:, 1:]
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
-
-
 @torch.no_grad()
 def measure_run(folder: str | Path, sequences: int = 8, windows: int = 128, **where) -> pd.DataFrame:
     """A row per checkpoint: step, tokens, held-out loss, in-context score, prefix matching of the best and every head.
@@ -96,7 +89,7 @@ def measure_run(folder: str | Path, sequences: int = 8, windows: int = 128, **wh
     if (folder / "induction.csv").exists():
         return pd.read_csv(folder / "induction.csv")
     config = lm.replace(lm.Config.from_dict(read_json(folder / "config.json")), **where)
-    machine = lm.find_machine(config.device)
+    machine = lm.find_machine(config.device, config.dtype)
     model, data = lm.build_model(config).to(machine.device), lm.load_data(config)
     held_out = data.windows("val", config.block_size)
     chosen = np.linspace(0, len(held_out), min(windows, len(held_out)), endpoint=False).astype(int)
@@ -106,7 +99,7 @@ def measure_run(folder: str | Path, sequences: int = 8, windows: int = 128, **wh
     for checkpoint in checkpoint_folders(folder):
         load_weights(checkpoint, model)
         state = read_state(checkpoint)
-        losses = torch.cat([token_losses(model, part) for part in text.split(16)])  # (B, T)
+        losses = torch.cat([lm.token_losses(model, part[:, :-1], part[:, 1:], machine) for part in text.split(16)])
         scores = torch.stack([prefix_matching(attention_maps(model, row), len(row) // 2) for row in repeated]).mean(0)
         heads = {f"layer {n}, head {h}": s for n, layer in enumerate(scores.tolist()) for h, s in enumerate(layer)}
         row = {"step": state["step"], "tokens": state["tokens"], "loss": losses.mean().item()}

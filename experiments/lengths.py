@@ -53,7 +53,7 @@ def loss_by_position(folder: str | Path, length: int, windows: int = 64, batch: 
     lm = load_definitions()
     config = lm.Config.from_dict(read_json(Path(folder) / "config.json"))
     config = lm.replace(config, n_position=max(length, config.n_position), **where)
-    model, machine = lm.build_model(config), lm.find_machine(config.device)
+    model, machine = lm.build_model(config), lm.find_machine(config.device, config.dtype)
     load_weights(newest_checkpoint(Path(folder)), model)
     held_out = lm.load_data(config).windows("val", length)
     chosen = np.linspace(0, len(held_out), min(windows, len(held_out)), endpoint=False).astype(int)
