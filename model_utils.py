@@ -1,4 +1,4 @@
-"""Around the model: counting parameters, FLOPs and memory, and looking inside attention.
+"""Around the model: counting parameters, FLOPs and memory, short attention on CPUs, and looking inside attention.
 
 `config` is the notebook's Config, or any object with the same fields.
 """
@@ -80,8 +80,9 @@ def training_memory(
 
     `matmul_bytes` is the size of a value in matrix products, 2 for bfloat16. Weights, gradients and
     optimizer state are exact. Activations count what backward needs per token and block: the inputs of
-    norms and matrix products, queries, keys, values and the attention output, and the feed-forward's
-    hidden values; logits count values and gradients, of as many rows as exist at a time.
+    norms and matrix products, queries, keys, values and the attention output, the weights of
+    `short_attention` where sequences are short, and the feed-forward's hidden values; logits count values
+    and gradients, of as many rows as exist at a time.
     """
     parameters = count_parameters(model)["total"]
     state = 0
@@ -92,7 +93,8 @@ def training_memory(
     chunked = matmul_bytes == 4 and hasattr(F, "linear_cross_entropy")
     kv_width = cache_bytes_per_token(config, 1) // config.n_layer  # keys and values, per block
     hidden = (3 if config.ffn == "gated" else 2) * config.n_ffn
-    per_block = 2 * 4 * config.n_embd + matmul_bytes * (5 * config.n_embd + kv_width + hidden)
+    weights = config.n_head * config.block_size if config.compile and config.block_size <= SHORT else 0
+    per_block = 2 * 4 * config.n_embd + matmul_bytes * (5 * config.n_embd + kv_width + weights + hidden)
     return {
         "weights": 4.0 * parameters / shares + (matmul_bytes * parameters if matmul_bytes < 4 else 0),
         "gradients": 4.0 * parameters / shares,
@@ -130,7 +132,8 @@ def short_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
     Query heads that share keys stand below one another as rows, so that no key is copied. Compiled for a CPU, it
     takes about half of the kernel's time at T = 256 in bfloat16 (`python -m bench.bench --parts attention`). It
-    keeps (T, T) weights for backward, so it is for short sequences.
+    keeps (T, T) weights for backward, so it is for short sequences. In bfloat16 the scores are rounded before the
+    softmax, which the kernel does not do.
     """
     B, H, T, D = q.shape
     K = k.size(1)

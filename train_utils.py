@@ -136,7 +136,7 @@ class Machine:
         """Give freed memory back to the device or the system, once a request has failed."""
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        with contextlib.suppress(OSError, AttributeError):  # only glibc has it
+        with contextlib.suppress(OSError, AttributeError, TypeError):  # only glibc has it
             ctypes.CDLL(None).malloc_trim(0)
 
     def peak_memory(self) -> int:
@@ -186,7 +186,7 @@ def find_machine(device: str = "auto", dtype: str = "auto") -> Machine:
         name, memory = cpu_name(), psutil.virtual_memory().total
         _keep_freed_memory()
     known = (tflops for part, tflops in DATASHEET_TFLOPS.items() if part in name)
-    peak = next(known, None) if dtype != "float32" else None
+    peak = next(known, None) if kind == "cuda" and dtype != "float32" else None
     return Machine(place, getattr(torch, dtype), name, memory, peak and peak * 1e12)
 
 
@@ -201,7 +201,7 @@ def cpu_name() -> str:
 
 def _keep_freed_memory() -> None:
     """Have glibc reuse large buffers between steps instead of returning them to the system, page by page."""
-    with contextlib.suppress(OSError, AttributeError):
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # TypeError: Windows has no library of no name
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
         mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD

@@ -43,7 +43,9 @@ STEPS = {
 }  # fmt: skip
 COLUMNS = {
     "steps": STEPS,
-    "attention": {"tokens": "d", "kernel (ms)": ".1f", "products (ms)": ".1f", "products are faster by": ".2f"},
+    "attention": {
+        "precision": "", "tokens": "d", "kernel (ms)": ".1f", "products (ms)": ".1f", "products are faster by": ".2f",
+    },
     "data": {"model": "", "steps": "d", "waiting": ".2%"},
     "tokenization": {"library": "", "MB/s": ".1f", "of raw tiktoken": ".0%"},
     "generation": {

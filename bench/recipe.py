@@ -107,7 +107,9 @@ def train_once(run: Run) -> dict:
 
 def train_apart(run: Run, threads: int) -> dict:
     """Train in a process of its own; returns the line for the results, which says so where it failed."""
-    line = {"identity": run.key[0], **vars(run), "threads": threads}
+    machine = lm.find_machine()
+    where = {"date": str(date.today()), "device": machine.name, "dtype": str(machine.dtype)[6:], "threads": threads}
+    line = {"identity": run.key[0], **vars(run), **where}
     env = os.environ | {"OMP_NUM_THREADS": str(threads), "TORCHINDUCTOR_COMPILE_THREADS": "1"}
     command = [sys.executable, "-m", "bench.recipe", "--one", json.dumps(vars(run))]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
@@ -260,9 +262,9 @@ def write_summary(results: Results, tokens: int, folder: Path = RESULTS) -> None
     noise, rows = statistics.stdev(ours[tokens]), effects(results, tokens)
     failed = [line for line in results.lines.values() if line["status"] != "finished"]
     seconds = json.loads(SECONDS.read_text()) if SECONDS.exists() else {"seconds": None}
-    machine = lm.find_machine()
+    places = {(line["date"], line["device"], line["dtype"]) for line in results.lines.values()}
     text = TEXT.format(
-        tokens=tokens, about=f"{date.today()}, {machine.name}, matrix products in {str(machine.dtype)[6:]}",
+        tokens=tokens, about="; ".join("{}, {}, matrix products in {}".format(*place) for place in sorted(places)),
         recipes=table(
             [{"recipe": f"nanoGPT, lr {rate:g}", "tokens": tokens} | scored(losses) for rate, losses in theirs.items()]
             + [{"recipe": "the default", "tokens": size} | scored(losses) for size, losses in ours.items()],

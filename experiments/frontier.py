@@ -1,4 +1,4 @@
-"""Larger or longer: of equal compute, how much should go into parameters and how much into tokens?
+"""Larger or longer: of equal compute or time, how much should go into parameters and how much into tokens?
 
 Hoffmann et al. 2022, arXiv 2203.15556, approach 2: at each budget a parabola of loss in the logarithm of the size, and
 a power law through the lowest points. Beside it, the corrected fit of Besiroglu et al. 2024, arXiv 2404.10102.
@@ -80,6 +80,7 @@ def at_equal_time(table: pd.DataFrame, count: int = 3) -> pd.DataFrame:
     The loss of a size is read between its own runs, each of which had a whole schedule, linearly in ln(seconds).
     """
     sizes = {size: runs.groupby("budget").mean(numeric_only=True) for size, runs in table.groupby("parameters")}
+    sizes = {size: runs.sort_values("train_seconds") for size, runs in sizes.items()}
     earliest = max(runs.train_seconds.min() for runs in sizes.values())
     latest = min(runs.train_seconds.max() for runs in sizes.values())
     rows = []
@@ -131,7 +132,9 @@ def draw(table: pd.DataFrame) -> plt.Figure:
     left.set_title("Equal compute, by size")
     if len(timed := at_equal_time(table)):
         draw_sizes(middle, timed, "s")
-    middle.set_title("Equal training time, by size")
+        middle.set_title("Equal training time, read between those runs")
+    else:
+        middle.set_axis_off()
 
     points = fit(table)
     inside = points[points.inside]
@@ -188,7 +191,10 @@ def say(table: pd.DataFrame) -> str:
         found = fit(timed)
         sizes = [f"{p.parameters:,.0f}" if p.inside else "outside those tried" for p in found.itertuples()]
         times = [f"{seconds:.0f} s" for seconds in found.budget]
-        text.append(f"At equal training time, {', '.join(times)}, the best sizes are {', '.join(sizes)} parameters.")
+        text.append(
+            f"At equal training time, read between these runs at {', '.join(times)}, the best sizes are"
+            f" {', '.join(sizes)} parameters."
+        )
     if len(inside) == len(points) and (inside.parameters.diff().dropna() > 0).all():
         ratio = np.exp(np.mean(np.log([compute_optimal(p.budget)[0] / p.parameters for p in inside.itertuples()])))
         text.append(
