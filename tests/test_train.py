@@ -362,7 +362,7 @@ class Interrupt:
     [
         {"optimizer": "muon", "micro_batch": 1},
         {"optimizer": "adamw", "schedule": "wsd"},
-        {"optimizer": "muon", "schedule": "linear", "compile": True},
+        {"optimizer": "muon", "schedule": "linear", "compile": True, "dtype": "bfloat16"},
         {"optimizer": "adamw", "schedule": "constant", "block_size": 64, "batch_tokens": 4096},  # over two epochs
         {
             "optimizer": "muon",
@@ -697,13 +697,13 @@ def test_bfloat16_is_for_processors_that_multiply_it(monkeypatch):
     for has, dtype in ((True, torch.bfloat16), (False, torch.float32)):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda has=has: {"avx512_bf16": has}, raising=False)
         assert find_machine("cpu").dtype == dtype
-    monkeypatch.delattr(torch.cpu, "get_capabilities")  # an older PyTorch, which does not tell
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)  # an older PyTorch, which does not tell
     assert find_machine("cpu").dtype == torch.float32
 
 
 @pytest.mark.cuda
 def test_training_on_cuda(lm, settings):
-    config = settings(device="cuda", compile=True, max_steps=6)
+    config = settings(device="cuda", dtype="auto", compile=True, max_steps=6)
     summary = lm.train(config)
     assert summary["status"] == "finished" and 0 < summary["peak_memory_bytes"] < 1e9
     before = torch.cuda.memory_allocated()
