@@ -96,7 +96,11 @@ def write_report(path: Path, results: dict) -> None:
     blocks = [f"{TEXTS[part]}\n\n{table(results[part], COLUMNS[part])}" for part in parts]
     if "scaling" in parts:
         worst = max(results["scaling"], key=lambda row: row["ratio"])
-        blocks.append(f"Largest ratio: {worst['ratio']:.2f}, at {worst['axis']} {worst['size']:,}.")
+        faster = ", ".join(f"{row['axis']} {row['size']:,}" for row in grows_faster(results["scaling"])) or "nothing"
+        blocks.append(
+            f"Largest ratio: {worst['ratio']:.2f}, at {worst['axis']} {worst['size']:,}. Faster than its formula grows:"
+            f" {faster}."
+        )
     text = f"""# Speed on {e["device"]}
 
 `make bench`, {e["started"][:10]}: {e["device"]}, {e["threads"]} threads, {memory:.0f} GB, {e["dtype"]}.
@@ -160,7 +164,6 @@ def main() -> None:
         saved.write_text(json.dumps(results, indent=1) + "\n")
     write_report(path, results)
     print(f"{path}.md")
-    assert not (slow := grows_faster(results.get("scaling", []))), f"cost grows faster than its formula: {slow}"
 
 
 if __name__ == "__main__":
