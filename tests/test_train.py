@@ -486,11 +486,11 @@ def test_a_run_whose_last_step_is_bad_is_saved(lm, settings, monkeypatch):
 
 
 def test_a_run_goes_on_in_another_precision_and_says_so(lm, settings, capsys):
-    config = settings(max_steps=2, dtype="float32")
+    config = settings(max_steps=1, dtype="float32")
     lm.train(config)
-    summary = lm.train(lm.replace(config, max_steps=4, dtype="float16"))  # whose scaler nothing was saved of
+    summary = lm.train(lm.replace(config, max_steps=2, dtype="float16"))  # whose scaler nothing was saved of
     assert "were in float32 until here, and go on in float16" in capsys.readouterr().out
-    assert summary["status"] == "finished" and summary["steps"] == 4
+    assert summary["status"] == "finished" and summary["steps"] == 2
 
 
 def test_a_bad_step_never_reaches_the_weights(lm, settings, monkeypatch):
