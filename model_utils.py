@@ -51,8 +51,13 @@ def cache_bytes_per_token(config, bytes_per_value: int = 2) -> int:
     return 2 * config.n_layer * n_kv_head * (config.n_embd // config.n_head) * bytes_per_value
 
 
-# Rows of logits that the loss makes at a time; 512 of 32,768 float32 values are 67 MB
-LOSS_ROWS = 512
+def loss_rows(rows: int) -> int:
+    """How many of so many rows of logits the loss makes at a time: a quarter, but no fewer than 512.
+
+    Fewer would take less memory, and the gradient of the head would be added up more often.
+    """
+    return max(512, math.ceil(rows / 4))
+
 
 # The Chinchilla law with the corrected fit of Besiroglu et al. 2024 (arXiv 2404.10102): made on web text with a
 # 32k vocabulary, cosine AdamW and 50M to 16B parameters, so a guide for `day`, not for `demo`.
@@ -82,7 +87,7 @@ def training_memory(
     optimizer state are exact. Activations count what backward needs per token and block: the inputs of
     norms and matrix products, queries, keys, values and the attention output, the weights of
     `short_attention` where sequences are short, and the feed-forward's hidden values; logits count values
-    and gradients, of as many rows as exist at a time.
+    and gradients, of as many rows as exist at a time, and the gradient of the head, which is made with them.
     """
     parameters = count_parameters(model)["total"]
     state = 0
@@ -90,7 +95,7 @@ def training_memory(
         per_weight = 8 if isinstance(optimizer, torch.optim.AdamW) else 4
         state += per_weight * sum(p.numel() for group in optimizer.param_groups for p in group["params"])
     tokens = micro_batch * config.block_size
-    chunked = matmul_bytes == 4 and hasattr(F, "linear_cross_entropy")
+    rows = min(tokens, loss_rows(tokens))
     kv_width = cache_bytes_per_token(config, 1) // config.n_layer  # keys and values, per block
     hidden = (3 if config.ffn == "gated" else 2) * config.n_ffn
     weights = config.n_head * config.block_size if config.compile and config.block_size <= SHORT else 0
@@ -100,7 +105,7 @@ def training_memory(
         "gradients": 4.0 * parameters / shares,
         "optimizer": state / shares,
         "activations": float(tokens * config.n_layer * per_block),
-        "logits": 2.0 * (min(tokens, LOSS_ROWS) if chunked else tokens) * config.vocab_size * matmul_bytes,
+        "logits": 2.0 * rows * config.vocab_size * matmul_bytes + 4 * config.vocab_size * config.n_embd,
     }
 
 
