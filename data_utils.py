@@ -290,7 +290,7 @@ def _write_shards(
     if settings["val_source"] and val_is_open:
         documents = read_documents(settings["val_source"], settings["text_column"], "validation")
         for _, text, ids, _ in _encode_all(encoding, (("val", *document) for document in documents)):
-            writers["val"].add(text, ids)
+            writers["val"].add(len(text.encode()), ids)
             if writers["val"].size >= settings["shard_tokens"]:
                 break
         writers["val"].close()
@@ -301,12 +301,13 @@ def _write_shards(
     position = manifest["position"]
     with tqdm(desc="tokenizing", unit="B", unit_scale=True, disable=not progress, file=sys.stdout) as bar:
         for split, text, ids, position in _encode_all(encoding, assigned):
-            read += len(text.encode())
-            bar.update(len(text.encode()))
-            if read >> 22 != (read - len(text.encode())) >> 22:  # every 4 MB, for a process that waits
+            size = len(text.encode())
+            read += size
+            bar.update(size)
+            if read >> 22 != (read - size) >> 22:  # every 4 MB, for a process that waits
                 (folder / ".bytes_read").write_text(str(read))
             if split == "train" or val_is_open:
-                writers[split].add(text, ids)
+                writers[split].add(size, ids)
             if writers["train"].size >= settings["shard_tokens"]:
                 val_is_open = val_is_open and not writers["val"].size
                 for writer in writers.values():
@@ -389,11 +390,11 @@ class _ShardWriter:
         self.arrays: list[np.ndarray] = []
         self.documents = self.size = self.bytes = 0
 
-    def add(self, text: str, ids: np.ndarray) -> None:
+    def add(self, text_bytes: int, ids: np.ndarray) -> None:
         self.arrays += [ids.astype(self.dtype), self.end_of_text.astype(self.dtype)]
         self.documents += 1
         self.size += len(ids) + 1
-        self.bytes += len(text.encode())
+        self.bytes += text_bytes
 
     def close(self) -> None:
         if not self.arrays:

@@ -129,8 +129,7 @@ def read_documents(
 
 def _text_documents(path: Path, lenient: bool) -> Iterator[str]:
     with path.open("rb") as file:
-        while lines := file.readlines(MAX_DOCUMENT_BYTES):
-            block = b"".join(lines)
+        while block := file.read(MAX_DOCUMENT_BYTES) + file.readline():
             try:
                 yield block.decode("utf-8")
             except UnicodeDecodeError as error:

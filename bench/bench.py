@@ -13,13 +13,14 @@ import json
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import torch
 
 from bench.attention import compare_attention
 from bench.common import RESULTS, describe, lm, slug, table
 from bench.generation import compare_generation
 from bench.scaling import TOLERANCE, grows_faster, measure_scaling
 from bench.steps import compare_steps, waiting_for_data
-from bench.tokenization import compare_tokenization
+from bench.tokenization import compare_tokenization, package_source
 
 
 def step_models(machine) -> list[str]:
@@ -30,9 +31,15 @@ PARTS = {
     "steps": lambda machine: [row for name in step_models(machine) for row in compare_steps(name, machine)],
     "attention": lambda machine: compare_attention(machine) if machine.device.type == "cpu" else [],
     "data": lambda machine: [waiting_for_data(machine)],
-    "tokenization": compare_tokenization,
+    "tokenization": lambda machine: [
+        *compare_tokenization(machine),
+        *compare_tokenization(machine, package_source("transformers"), slow_ones=False),
+    ],
     "generation": lambda machine: [
-        row for name in ("demo", "22M", "100M") for row in compare_generation(machine, name)
+        row
+        for name in ("demo", "22M", "100M")
+        for dtype in dict.fromkeys((machine.dtype, torch.float32))
+        for row in compare_generation(lm.replace(machine, dtype=dtype), name)
     ],
     "scaling": measure_scaling,
 }
@@ -47,9 +54,9 @@ COLUMNS = {
         "precision": "", "tokens": "d", "kernel (ms)": ".1f", "products (ms)": ".1f", "products are faster by": ".2f",
     },
     "data": {"model": "", "steps": "d", "waiting": ".2%"},
-    "tokenization": {"library": "", "MB/s": ".1f", "of raw tiktoken": ".0%"},
+    "tokenization": {"text (MB)": ".0f", "library": "", "MB/s": ".1f", "of raw tiktoken": ".0%"},
     "generation": {
-        "model": "", "batch": "d", "LMHarness tokens/s": ",.0f", "transformers tokens/s": ",.0f",
+        "model": "", "precision": "", "batch": "d", "LMHarness tokens/s": ",.0f", "transformers tokens/s": ",.0f",
         "ours is faster by": ".2f",
     },
     "scaling": {
@@ -74,8 +81,9 @@ PyTorch's kernel, and `short_attention`, two plain products, which a compiled mo
 The share of training steps spent in `Batches.next`, on the shards of `demo`.""",
     "tokenization": """## Tokenization
 
-The standard library of Python, 32,768 tokens, all cores; the same vocabulary and the same tokens for all. Ours reads
-files and writes shards with checksums, the others go from memory to memory.""",
+The standard library of Python, and the larger source of transformers; 32,768 tokens, all cores; the same vocabulary and
+the same tokens for all. Ours finds and reads files, loads its tokenizer and writes shards with checksums, the others go
+from memory to memory.""",
     "generation": """## Generation
 
 Greedy, with the cache, 128 new tokens after a prompt of 32, in turns; not compiled; medians of 5.""",
@@ -130,12 +138,14 @@ def draw(path: Path, results: dict) -> None:
     if rows:
         axes[0, 1].legend(fontsize=7)
     rows = results.get("tokenization", [])
-    axes[0, 2].barh([row["library"] for row in rows], [row["MB/s"] for row in rows])
+    names = [f"{row['library']}\n{row['text (MB)']:.0f} MB" for row in rows]
+    axes[0, 2].barh(names, [row["MB/s"] for row in rows])
     axes[0, 2].set(title="Tokenization", xlabel="MB/s")
     rows = results.get("generation", [])
-    axes[0, 3].bar([f"{row['model']}\n× {row['batch']}" for row in rows], [row["ours is faster by"] for row in rows])
-    axes[0, 3].axhline(1, color="gray", linestyle="--")
-    axes[0, 3].set(title="Generation", ylabel="rate over transformers' (1)")
+    bars = [f"{row['model']} × {row['batch']}, {row['precision']}" for row in rows]
+    axes[0, 3].barh(bars, [row["ours is faster by"] for row in rows])
+    axes[0, 3].axvline(1, color="gray", linestyle="--")
+    axes[0, 3].set(title="Generation", xlabel="rate over transformers' (1)")
     rows = results.get("scaling", [])
     for axis, name in zip(axes[1], dict.fromkeys(row["axis"] for row in rows)):
         points = [row for row in rows if row["axis"] == name]

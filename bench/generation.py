@@ -30,7 +30,7 @@ def compare_generation(
 
         seconds = take_turns({"ours": with_ours, "transformers": with_theirs}, machine, rounds)
         rates = {name: batch * n_new / taken for name, taken in seconds.items()}
-        row = {"model": model_name, "batch": batch, "LMHarness tokens/s": rates["ours"]}
-        row |= {"transformers tokens/s": rates["transformers"]}
+        row = {"model": model_name, "precision": str(machine.dtype)[6:], "batch": batch}
+        row |= {"LMHarness tokens/s": rates["ours"], "transformers tokens/s": rates["transformers"]}
         rows.append(row | {"ours is faster by": rates["ours"] / rates["transformers"]})
     return rows
