@@ -142,7 +142,7 @@ class RunLog:
         each = f"{processes} × " if processes > 1 else ""
         mfu = f", MFU {flops / machine.peak_flops:.0%}" if machine.peak_flops else ""
         end = datetime.datetime.now() + datetime.timedelta(seconds=p["seconds"])
-        loss = f"{p['expected loss']:.2f} on web text" if p["expected loss"] == p["expected loss"] else "n/a, too small"
+        loss, best = p["expected loss"], p["compute-optimal parameters"]  # nan where the law knows nothing
         rows = {
             "device": f"{each}{machine.name}, {str(machine.dtype).removeprefix('torch.')}, {note}",
             "memory": f"{peak:.2f} GB predicted at micro-batch {p['micro-batch']}, {memory:.1f} GB there",
@@ -150,7 +150,8 @@ class RunLog:
             "speed": f"{p['tokens per second']:,.0f} tokens/s, {flops / matmul_flops:.0%} of matrix products{mfu}",
             "budget": f"{p['tokens']:,.0f} tokens in {p['seconds'] / 3600:.2f} h, until {end:%Y-%m-%d %H:%M}",
             "size": f"{p['parameters']:,} parameters, {p['tokens per parameter']:.2g} tokens for each",
-            "scaling law": f"loss {loss}; best size for so much compute {p['compute-optimal parameters']:,.0f}",
+            "scaling law": ("loss n/a, too small" if math.isnan(loss) else f"loss {loss:.2f} on web text")
+            + ("" if math.isnan(best) else f"; best size for so much compute {best:,.0f}"),
         }  # fmt: skip
         print("\n".join(f"  {name:12s} {text}" for name, text in rows.items()))
         if p["micro-batch"] == 1 and peak > memory:

@@ -198,9 +198,9 @@ def say(table: pd.DataFrame) -> str:
     if len(inside) == len(points) and (inside.parameters.diff().dropna() > 0).all():
         ratio = np.exp(np.mean(np.log([compute_optimal(p.budget)[0] / p.parameters for p in inside.itertuples()])))
         text.append(
-            "Neither the largest model nor the most tokens wins, and more compute wants more of both: **the finding"
-            " holds here.** The published law, made on web text with models of 50M parameters and more, is"
-            f" {ratio:.2f} times these sizes."
+            "The best size lies between those tried, and more compute wants more of both parameters and tokens:"
+            " **the finding holds here.** The published law, made on web text with models of 50M parameters and more,"
+            f" is {ratio:.2f} times these sizes."
         )
     else:
         text.append("A best size that grows with compute, between the sizes tried, **was not seen here.**")

@@ -195,17 +195,19 @@ def say(table: pd.DataFrame) -> str:
             f" nats, bump {_spread(runs.bump, '.3f')} nats."
         )
     formed = found[found.prefix_at.notna()]
+    counts = [f"{count} of {label}" for label, count in formed.groupby("label", sort=False).size().items()]
     text.append(
         f"Induction heads (prefix matching above {FORMED}) formed in {len(formed)} of {len(found)} runs"
-        + (f": {', '.join(formed.groupby('label', sort=False).size().index)}." if len(formed) else ".")
+        + (f" ({'; '.join(counts)})." if counts else ".")
     )
     if len(formed) < 2:
-        return " ".join(text) + " **The phase change was not seen here.**"
+        return " ".join(text) + " Too few to see what comes with them: **the phase change was not seen here.**"
     gap = (formed.in_context_at - formed.prefix_at) / 1e6
     span = table.tokens.max() / 1e6
     text.append(
         f"There, the head was half formed after {_spread(formed.prefix_at / 1e6, '.2f')}M tokens, and the in-context"
-        f" score half way {_spread(gap, '+.2f')}M tokens from that, of {span:.1f}M in all."
+        f" score half way {abs(gap.mean()):.2f} ± {gap.std():.2f}M tokens {'later' if gap.mean() > 0 else 'earlier'},"
+        f" of {span:.1f}M in all."
     )
     together = gap.abs().max() < span / 5
     text.append(f"**The two come {'together' if together else 'at different times'} here.**")
@@ -224,4 +226,4 @@ def say(table: pd.DataFrame) -> str:
 
 
 def _spread(values: pd.Series, form: str) -> str:
-    return f"{values.mean():{form}} ± {values.std():{form.lstrip('+')}}"
+    return f"{values.mean():{form}} ± {values.std():{form}}"
