@@ -141,15 +141,16 @@ class RunLog:
         flops = p["tokens per second"] * p["FLOPs per token"] / processes
         each = f"{processes} × " if processes > 1 else ""
         mfu = f", MFU {flops / machine.peak_flops:.0%}" if machine.peak_flops else ""
-        end = datetime.datetime.now() + datetime.timedelta(seconds=p["seconds"])
+        length = datetime.timedelta(seconds=round(p["seconds"]))
+        end = datetime.datetime.now() + length
         loss, best = p["expected loss"], p["compute-optimal parameters"]  # nan where the law knows nothing
         rows = {
             "device": f"{each}{machine.name}, {str(machine.dtype).removeprefix('torch.')}, {note}",
             "memory": f"{peak:.2f} GB predicted at micro-batch {p['micro-batch']}, {memory:.1f} GB there",
-            "disk": f"{needed:.2f} GB for {keep + 1} checkpoints, {free_disk:.1f} GB free",
-            "speed": f"{p['tokens per second']:,.0f} tokens/s, {flops / matmul_flops:.0%} of matrix products{mfu}",
-            "budget": f"{p['tokens']:,.0f} tokens in {p['seconds'] / 3600:.2f} h, until {end:%Y-%m-%d %H:%M}",
-            "size": f"{p['parameters']:,} parameters, {p['tokens per parameter']:.2g} tokens for each",
+            "disk": f"{needed:.2f} GB for {keep} checkpoints and one being written, {free_disk:.1f} GB free",
+            "speed": f"{p['tokens per second']:,.0f} tokens/s, {flops / matmul_flops:.0%} of the matrix rate{mfu}",
+            "budget": f"{p['tokens']:,.0f} tokens in {length}, until {end:%Y-%m-%d %H:%M}",
+            "size": f"{p['parameters']:,} parameters, {p['tokens per parameter']:.2g} tokens for each (best: about 20)",
             "scaling law": ("loss n/a, too small" if math.isnan(loss) else f"loss {loss:.2f} on web text")
             + ("" if math.isnan(best) else f"; best size for so much compute {best:,.0f}"),
         }  # fmt: skip
@@ -164,6 +165,7 @@ class RunLog:
                 f"no go: a checkpoint takes {p['checkpoint (GB)']:.2f} GB and {free_disk:.2f} GB are free in"
                 f" {self.folder.parent}; make room or set runs_dir"
             )
+        print("  go")
         self._expected_rate = p["tokens per second"]
 
     def metrics(self, step: int, **values: float | None) -> None:
@@ -179,7 +181,7 @@ class RunLog:
             self._rates.append(values.get("tokens_per_second", math.inf))
             if len(self._rates) == self._rates.maxlen and statistics.median(self._rates) < self._expected_rate / 2:
                 rate = statistics.median(self._rates)
-                text = f"{rate:,.0f} tokens/s, under half of the {self._expected_rate:,.0f} at the start"
+                text = f"{rate:,.0f} tokens/s, under half of the {self._expected_rate:,.0f} before"
                 tqdm.write(f"step {step:,}: {text}", file=sys.stdout)
                 self._expected_rate = rate  # said once, until it halves again
         self._append("metrics.jsonl", {"step": step, **values})

@@ -75,7 +75,8 @@ def say(table: pd.DataFrame) -> str:
     best, worst = ranked.iloc[0], ranked.iloc[-1]
     text = [
         f"Best is {ranked.index[0]} with {best['mean']:.3f} ± {best['std']:.3f} nats, last {ranked.index[-1]} with"
-        f" {worst['mean']:.3f} ± {worst['std']:.3f} (mean and standard deviation of {table.seed.nunique()} seeds)."
+        f" {worst['mean']:.3f} ± {worst['std']:.3f} (mean and standard deviation of {table.seed.nunique()} seeds).",
+        "Effects have their standard error, and are clear above two of them.",
     ]
     for field, rows in effects(table).groupby("field", sort=False):
         first = rows.choice.iloc[0]

@@ -80,7 +80,8 @@ def draw(table: pd.DataFrame) -> plt.Figure:
 
 def say(table: pd.DataFrame) -> str:
     """What was seen, from the numbers."""
-    trained, text = table.trained.iloc[0], []
+    trained = table.trained.iloc[0]
+    text = [f"Trained on windows of {trained} tokens."]
     for name, rows in table.groupby("position", sort=False):
         inside = rows[rows["at"].between(trained / 2, trained)].groupby("seed").loss.mean()
         next_to = rows[rows["at"].between(trained, 2 * trained)].groupby("seed").loss.mean() - inside
