@@ -59,9 +59,9 @@ class Family:
 FAMILIES = [
     Family("llama", "rope", "gated", "rms"),
     Family("qwen3", "rope", "gated", "rms", qk_norm=True),
-    Family("arcee", "rope", "mlp", "rms", gguf="no: ReLU² there", settings=GELU),
+    Family("arcee", "rope", "mlp", "rms", gguf="no, has ReLU²", settings=GELU),
     Family(
-        "apertus", "rope", "mlp", "rms", qk_norm=True, gguf="no: xIELU there",
+        "apertus", "rope", "mlp", "rms", qk_norm=True, gguf="no, has xIELU",
         settings=GELU, modules=APERTUS_MODULES,
     ),
     Family(
@@ -72,7 +72,7 @@ FAMILIES = [
         "starcoder2", "rope", "mlp", "layer", modules=STARCODER2_MODULES,
         fields=LLAMA_FIELDS | {"norm_eps": "norm_epsilon"}, settings=GELU,
     ),
-    Family("smollm3", "none", "gated", "rms", gguf="no: RoPE in three of four layers there"),
+    Family("smollm3", "none", "gated", "rms", gguf="no, has RoPE in three of four layers"),
     Family(
         "gpt2", "absolute", "mlp", "layer", attention="mha", gguf="if n_ffn is 4 n_embd",
         fields=GPT2_FIELDS, modules=GPT2_MODULES,
@@ -97,7 +97,7 @@ HARMLESS = {
 def families_table() -> str:
     """`FAMILIES` to read: the choices, the architecture they are, and whether llama.cpp computes the same."""
     heads = {"any": "mha or gqa", "mha": "mha", "mqa": "gqa of 1"}
-    rows = [("position", "attention", "ffn", "norm", "qk_norm", "transformers", "GGUF")]
+    rows = [("position", "attention", "ffn", "norm", "qk_norm", "transformers", "llama.cpp")]
     for f in FAMILIES:
         rows.append((f.position, heads[f.attention], f.ffn, f.norm, str(f.qk_norm), f.model_type, f.gguf))
     return "\n".join("{:9s} {:11s} {:6s} {:6s} {:8s} {:13s} {}".format(*row) for row in rows)

@@ -107,9 +107,13 @@ class Machine:
     memory: int  # bytes
     peak_flops: float | None  # datasheet, dense, in this dtype; None where it is not known
 
-    def autocast(self) -> torch.autocast:
-        """Matrix products in `dtype`, sums and norms in float32."""
-        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
+    def autocast(self, decoding: bool = False) -> torch.autocast:
+        """Matrix products in `dtype`, sums and norms in float32.
+
+        Decoding on a CPU stays in float32: products of a row or a few take longer in 16 bits there.
+        """
+        rounded = self.dtype != torch.float32 and not (decoding and self.device.type == "cpu")
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=rounded)
 
     def scaler(self) -> torch.amp.GradScaler:
         """Keeps small gradients from vanishing in float16; does nothing in other precisions."""

@@ -20,7 +20,7 @@ from notebook_utils import load_definitions
 TITLE = "Larger or longer"
 SCALES = {
     "cpu": {
-        "sizes": [(1, 16), (1, 24), (2, 32), (2, 48), (3, 64), (4, 80), (4, 112)], "head_size": 8,
+        "sizes": [(1, 24), (2, 32), (2, 48), (3, 64), (4, 80), (4, 112)], "head_size": 8,
         "budgets": [2e11, 6e11, 1.8e12], "seeds": (0, 1),
         "common": CPU | {"attention": "mha", "warmup": 0.05},
     },
@@ -198,9 +198,9 @@ def say(table: pd.DataFrame) -> str:
     if len(inside) == len(points) and (inside.parameters.diff().dropna() > 0).all():
         ratio = np.exp(np.mean(np.log([compute_optimal(p.budget)[0] / p.parameters for p in inside.itertuples()])))
         text.append(
-            "The best size lies between those tried, and more compute wants more of both parameters and tokens:"
-            " **the finding holds here.** The published law, made on web text with models of 50M parameters and more,"
-            f" is {ratio:.2f} times these sizes."
+            "By the parabolas, the best size lies between those tried, and more compute wants more of both parameters"
+            " and tokens: **the finding holds here.** The published law, made on web text with models of 50M parameters"
+            f" and more, is {ratio:.2f} times these sizes."
         )
     else:
         text.append("A best size that grows with compute, between the sizes tried, **was not seen here.**")

@@ -111,7 +111,7 @@ def say(table: pd.DataFrame) -> str:
         text.append("**It holds here for all but the shallowest shape**, which is worse than its size.")
     else:
         text.append(
-            "Shape is worth more than a quarter of what size is, which was to be the most that counts as little:"
+            "Shape is worth more than a quarter of what size is, the limit chosen here:"
             " **as stated, the finding does not reproduce here.**"
             f" Looked at afterwards: without the deepest shape, it is worth at most {rest:.3f} nats."
         )

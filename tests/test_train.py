@@ -693,6 +693,22 @@ def test_machine_on_this_computer():
     assert machine.peak_memory() > 1e7
 
 
+def test_decoding_on_a_cpu_is_in_float32():
+    machine, x = find_machine("cpu", "bfloat16"), torch.ones(4, 4)
+    with machine.autocast():
+        assert (x @ x).dtype == torch.bfloat16
+    with machine.autocast(decoding=True):
+        assert (x @ x).dtype == torch.float32
+
+
+def test_a_run_whose_budget_is_used_says_what_to_do(lm, settings, capsys):
+    config = settings(max_steps=2)
+    lm.train(config)
+    assert "budget is used" not in capsys.readouterr().out
+    assert lm.train(config)["steps"] == 2
+    assert "budget is used: a larger one goes on, another run_name or resume='never'" in capsys.readouterr().out
+
+
 def test_bfloat16_is_for_processors_that_multiply_it(monkeypatch):
     for has, dtype in ((True, torch.bfloat16), (False, torch.float32)):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda has=has: {"avx512_bf16": has}, raising=False)
