@@ -94,7 +94,7 @@ def prepare_data(
             data.start_background()
             data.wait(progress=progress)
         else:
-            data.encoding = _prepare(data.folder, settings, train_tokens, progress, files)
+            data.encoding = _prepare(data.folder, settings, train_tokens, progress)
             return data
     data.encoding = _load_tokenizer(data.folder)
     return data
@@ -185,9 +185,7 @@ def work() -> None:
     _prepare(Path(task["folder"]), task["settings"], task["train_tokens"], progress=False)
 
 
-def _prepare(
-    folder: Path, settings: dict, train_tokens: int | None, progress: bool, files: list[Path] | None = None
-) -> tiktoken.Encoding:
+def _prepare(folder: Path, settings: dict, train_tokens: int | None, progress: bool) -> tiktoken.Encoding:
     with FileLock(folder / ".lock"):  # two runs on the same text: the second waits, then goes on or has nothing to do
         encoding = _make_tokenizer(folder, settings)
         manifest = read_manifest(folder)
@@ -195,7 +193,7 @@ def _prepare(
             raise DataError(f"{folder}: shards and tokenizer.json do not belong together; remove the folder")
         manifest = manifest or _new_manifest(settings, encoding)
         if not manifest["complete"]:
-            _write_shards(folder, manifest, encoding, train_tokens, progress, files)
+            _write_shards(folder, manifest, encoding, train_tokens, progress)
     return encoding
 
 
@@ -283,12 +281,7 @@ def _new_manifest(settings: dict, encoding: tiktoken.Encoding) -> dict:
 
 
 def _write_shards(
-    folder: Path,
-    manifest: dict,
-    encoding: tiktoken.Encoding,
-    train_tokens: int | None,
-    progress: bool,
-    files: list[Path] | None,
+    folder: Path, manifest: dict, encoding: tiktoken.Encoding, train_tokens: int | None, progress: bool
 ) -> None:
     """Read on from `manifest["position"]` and close shards until the source or `train_tokens` ends."""
     settings, read = manifest["settings"], sum(manifest["bytes"].values())
@@ -303,7 +296,7 @@ def _write_shards(
         writers["val"].close()
         val_is_open = False
 
-    documents = read_documents(settings["source"], settings["text_column"], start=manifest["position"], files=files)
+    documents = read_documents(settings["source"], settings["text_column"], start=manifest["position"])
     assigned = _assign(documents, manifest["held_out"], settings["val_fraction"])
     position = manifest["position"]
     with tqdm(desc="tokenizing", unit="B", unit_scale=True, disable=not progress, file=sys.stdout) as bar:
@@ -329,7 +322,7 @@ def _write_shards(
         if manifest["held_out"] != "documents" or not manifest["shards"]["train"] + manifest["shards"]["val"]:
             raise DataError(f"source {settings['source']!r} holds no text to train on and validate with")
         retry = _new_manifest(settings, encoding) | {"held_out": "tails"}  # a handful of documents: hold out their ends
-        return _write_shards(folder, retry, encoding, train_tokens, progress, files)
+        return _write_shards(folder, retry, encoding, train_tokens, progress)
     manifest["position"] = position
     manifest["complete"] = True
     _save_manifest(folder, manifest)

@@ -106,15 +106,14 @@ def iter_documents(source: str, text_column: str = "text", split: str = "train")
 
 
 def read_documents(
-    source: str, text_column: str = "text", split: str = "train", start: Position = 0, files: list[Path] | None = None
+    source: str, text_column: str = "text", split: str = "train", start: Position = 0
 ) -> Iterator[tuple[str, Position]]:
     """Yield each document from `start` on, with the position after it, where a later call would go on.
 
-    `split` picks the split of a hub data set; `text_column` is read from JSONL, Parquet and hub rows. `files` are
-    those of `source_files(source)`, where they are known already: thousands take a while to find.
+    `split` picks the split of a hub data set; `text_column` is read from JSONL, Parquet and hub rows.
     Raises `DataError` naming the file, row or column that is wrong, or the hub that did not answer.
     """
-    files = files or source_files(source)
+    files = source_files(source)
     if files is None:
         yield from _hub_documents(source, text_column, split, start)
         return
