@@ -8,6 +8,7 @@ is `block_size + 1` consecutive tokens of one shard: inputs, and the same shifte
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -353,16 +354,23 @@ def _assign(
 def _encode_all(
     encoding: tiktoken.Encoding, assigned: Iterable[tuple[str, str, Position]]
 ) -> Iterator[tuple[str, str, np.ndarray, Position]]:
-    """Yield (split, text, ids, position) in order. Threads encode a batch, outside Python's lock, while one is read."""
+    """Yield (split, text, ids, position) in order. Threads encode a batch, outside Python's lock, while one is read.
+
+    Each thread has an encoder of its own: of a shared one, only the thread that used it first is spared its lock.
+    """
+    own = threading.local()
+
+    def start() -> None:
+        own.encoding = copy.copy(encoding)
 
     def encode(document: tuple[str, str, Position]) -> tuple[str, str, np.ndarray, Position]:
         split, text, position = document
         try:
-            return split, text, encoding.encode_to_numpy(text, disallowed_special=()), position
+            return split, text, own.encoding.encode_to_numpy(text, disallowed_special=()), position
         except UnicodeEncodeError as error:
             raise DataError(f"a document holds half of a surrogate pair at character {error.start}: not text") from None
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(os.cpu_count(), initializer=start) as pool:
         ahead: Iterable = ()
         batch, size = [], 0
         for document in assigned:

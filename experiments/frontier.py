@@ -20,7 +20,7 @@ from notebook_utils import load_definitions
 TITLE = "Larger or longer"
 SCALES = {
     "cpu": {
-        "sizes": [(1, 24), (2, 32), (2, 48), (3, 64), (4, 80), (4, 112)], "head_size": 8,
+        "sizes": [(1, 16), (1, 24), (2, 32), (2, 48), (3, 64), (4, 80), (4, 112)], "head_size": 8,
         "budgets": [2e11, 6e11, 1.8e12], "seeds": (0, 1),
         "common": CPU | {"attention": "mha", "warmup": 0.05},
     },
