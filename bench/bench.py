@@ -71,7 +71,7 @@ medians of 10. All libraries are set to one architecture (grouped queries, RoPE,
 biases) and have the same number of parameters. Of x-transformers, the bias of the gated feed-forward is taken out,
 which no option does. *The matrix rate* is that of a large matrix product in the same precision, measured before.
 Memory is the most that a process of its own held over three steps, less what it held after one step of a tiny model,
-so that neither libraries nor the compiler's own modules count.""",
+so that neither libraries nor the compiler's own modules count; the median of three processes.""",
     "attention": """## Attention on a CPU
 
 Forward and backward, compiled, of 1,024 tokens in sequences of so many, 6 query and 2 key/value heads of 64 channels:
