@@ -339,6 +339,17 @@ def test_sampling_honours_temperature_top_k_and_top_p(lm):
     assert torch.allclose(frequencies(top_k=50), frequencies())
 
 
+def test_generation_in_16_bits_casts_a_weight_once_and_not_for_each_token(lm, tiny):
+    config = tiny()
+    model, tokens = lm.build_model(config), random_batch(config)[0][:, :4]
+    for n_new in (1, 8):
+        with torch.autocast("cpu", torch.bfloat16), torch.profiler.profile(record_shapes=True) as profiled:
+            lm.generate(model, tokens, n_new, temperature=0)
+        shape = list(model.head.weight.shape)
+        casts = [e for e in profiled.events() if e.name == "aten::_to_copy" and e.input_shapes[0] == shape]
+        assert len(casts) == 1
+
+
 def test_generation_is_greedy_argmax_and_stops_at_the_last_position(lm, tiny):
     config = tiny(position="absolute")
     model = lm.build_model(config)
