@@ -6,6 +6,7 @@ path encodes and decodes them all, whether it was published, learned here, or is
 
 from __future__ import annotations
 
+import atexit
 import base64
 import hashlib
 import itertools
@@ -16,8 +17,10 @@ import site
 import sysconfig
 import time
 from collections.abc import Iterable, Iterator
+from functools import cache
 from glob import glob
 from pathlib import Path
+from types import ModuleType
 
 import regex
 import tiktoken
@@ -141,15 +144,26 @@ def _text_documents(path: Path, lenient: bool) -> Iterator[str]:
                 ) from None
 
 
-def _table_documents(path: Path, text_column: str) -> Iterator[str]:
-    """Rows of a JSONL or Parquet file, streamed by Hugging Face `datasets`."""
+@cache
+def _datasets() -> ModuleType:
+    """Hugging Face `datasets`, which takes a second to import.
+
+    Arrow's threads drop what they read a little later than it is used. If Python is shutting down by then, the
+    process is aborted (apache/arrow#45214), so they are given time before.
+    """
     import datasets
 
+    atexit.register(time.sleep, 0.2)
+    return datasets
+
+
+def _table_documents(path: Path, text_column: str) -> Iterator[str]:
+    """Rows of a JSONL or Parquet file, streamed by Hugging Face `datasets`."""
     if path.stat().st_size == 0:
         return
     builder = {".jsonl": "json", ".parquet": "parquet"}[path.suffix]
     try:
-        rows = datasets.load_dataset(builder, data_files=str(path), split="train", streaming=True)
+        rows = _datasets().load_dataset(builder, data_files=str(path), split="train", streaming=True)
         yield from _column(rows, text_column, str(path))
     except DataError:
         raise
@@ -172,23 +186,19 @@ def _first_bad_line(path: Path) -> str:
 
 def hub_split(source: str, wanted: str) -> str:
     """The split of a hub data set to read: for held-out text its validation or test split, where it has one."""
-    import datasets
-
     name, _, config = source.partition(":")
-    available = datasets.get_dataset_split_names(name, config or None) if wanted != "train" else []
+    available = _datasets().get_dataset_split_names(name, config or None) if wanted != "train" else []
     return next((split for split in (wanted, "test") if split in available), "train")
 
 
 def _hub_documents(source: str, text_column: str, split: str, start: Position) -> Iterator[tuple[str, Position]]:
     """Rows of a hub data set, streamed. A stream that breaks off is taken up where it was, a few times."""
-    import datasets
-
     name, _, config = source.partition(":")
     failures, position, reached = 0, start, False
     while True:
         try:
             split = hub_split(source, split)
-            rows = datasets.load_dataset(name, config or None, split=split, streaming=True)
+            rows = _datasets().load_dataset(name, config or None, split=split, streaming=True)
             if position:
                 rows.load_state_dict(position)
             for text in _column(rows, text_column, f"{source} ({split})"):
