@@ -136,16 +136,16 @@ def short_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Causal attention in two plain products: q (B, H, T, D) and k, v (B, K, T, D) give (B, H, T, D).
 
     Query heads that share keys stand below one another as rows, so that no key is copied. Compiled for a CPU, it
-    takes about half of the kernel's time at T = 256 in bfloat16 (`python -m bench.bench --parts attention`). It
-    keeps (T, T) weights for backward, so it is for short sequences. In bfloat16 the scores are rounded before the
-    softmax, which the kernel does not do.
+    takes a third of the kernel's time at T = 256 in bfloat16 (`python -m bench.bench --parts attention`). It
+    keeps (T, T) weights for backward, so it is for short sequences. In bfloat16 the scores and the weights are
+    rounded, which the kernel does not do; within the softmax, the compiler sums in float32.
     """
     B, H, T, D = q.shape
     K = k.size(1)
-    later = q.new_full((T, T), -math.inf, dtype=torch.float32).triu(diagonal=1)
+    later = q.new_full((T, T), -math.inf).triu(diagonal=1)
     scores = q.reshape(B * K, H // K * T, D) @ k.reshape(B * K, T, D).mT
-    scores = scores.view(B, K, H // K, T, T).float() * D**-0.5 + later
-    weights = scores.softmax(dim=-1).to(v.dtype).view(B * K, H // K * T, T)
+    scores = scores.view(B, K, H // K, T, T) * D**-0.5 + later
+    weights = scores.softmax(dim=-1).view(B * K, H // K * T, T)
     return (weights @ v.reshape(B * K, T, D)).view(B, H, T, D)
 
 
