@@ -2,7 +2,7 @@
 
 runs/<name>/checkpoints/step_00000100/
     model.safetensors    the weights by their role names; a tied head is stored once
-    training.pt          optimizer states and random states: tensors and plain values only
+    training.pt          optimizer states: tensors and plain values only
     state.json           step, tokens, seconds, …, the checksums of the two files beside it and its own
 """
 
@@ -43,8 +43,9 @@ def save_checkpoint(
     folder = run / "checkpoints"
     target = folder / f"step_{state['step']:08d}"
     beside = folder / f".{target.name}.part"
-    weights = whole(_without_ties(model))
-    training = {"optimizers": whole([optimizer.state_dict() for optimizer in optimizers]), "random": _random_state()}
+    weights = whole(_without_ties(model), keep=writes)
+    states = whole([optimizer.state_dict() for optimizer in optimizers], keep=writes)
+    training = {"optimizers": states}
     if not writes:
         return target
     try:
@@ -112,7 +113,7 @@ def read_state(path: Path) -> dict:
 
 
 def load_checkpoint(path: Path, model: torch.nn.Module, optimizers: list = ()) -> dict:
-    """Restore weights, and with `optimizers` their states and the random states; returns the saved state.
+    """Restore weights, and with `optimizers` their states; returns the saved state.
 
     Hyperparameters of the optimizers (rates, decay) stay as they are now. Raises `CheckpointError` for
     another architecture or optimizer, and for a file that holds more than tensors and plain values.
@@ -138,7 +139,6 @@ def load_checkpoint(path: Path, model: torch.nn.Module, optimizers: list = ()) -
             raise CheckpointError(
                 f"{path / 'training.pt'}: refused ({_first_line(error)}); use a new run_name"
             ) from None
-        _restore_random_state(training["random"])
     return state
 
 
@@ -178,16 +178,6 @@ def _bytes_needed(model: torch.nn.Module, optimizers: list) -> int:
     tensors = list(_without_ties(model).values())
     states = (value for optimizer in optimizers for state in optimizer.state.values() for value in state.values())
     return sum(t.numel() * t.element_size() for t in [*tensors, *states] if torch.is_tensor(t))
-
-
-def _random_state() -> dict:
-    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
-
-
-def _restore_random_state(state: dict) -> None:
-    torch.set_rng_state(state["cpu"])
-    if len(state["cuda"]) == torch.cuda.device_count() > 0:
-        torch.cuda.set_rng_state_all(state["cuda"])
 
 
 def _digest(state: dict) -> str:

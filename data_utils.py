@@ -145,6 +145,7 @@ class TokenData:
                 [sys.executable, "-c", "import data_utils; data_utils.work()", json.dumps(task)],
                 env=os.environ | {"PYTHONPATH": path}, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
                 stderr=(self.folder / "work.log").open("w"),
+                start_new_session=True,  # a Ctrl-C is for the process that trains
             )  # fmt: skip
 
     def wait(self, shards: int = 1, progress: bool = False) -> None:
@@ -530,7 +531,7 @@ def _permutation(size: int, *seed: int) -> np.ndarray:
 class Batches:
     """Endless micro-batches from `position` on, already on `device`; process `rank` of `size` gets every size-th.
 
-    On CUDA the copy leaves from pinned memory and overlaps with the computation it is queued behind.
+    On CUDA the copy leaves from pinned memory and is queued behind what still computes, while the next is read.
     """
 
     def __init__(
@@ -552,4 +553,4 @@ class Batches:
         if self.device.type == "cuda":
             rows = rows.pin_memory()
         rows = rows.to(self.device, non_blocking=True)
-        return rows[:, :-1], rows[:, 1:]
+        return rows[:, :-1].clone(), rows[:, 1:].clone()  # strides as in evaluation: nothing is compiled twice

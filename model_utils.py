@@ -149,6 +149,22 @@ def short_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (weights @ v.reshape(B * K, T, D)).view(B, H, T, D)
 
 
+def takes_groups(q: Tensor) -> bool:
+    """Whether PyTorch's attention kernel for q (B, H, T, D) lets query heads share keys; others want a copy for each.
+
+    FlashAttention does, in 16 bits from compute capability 8.0 up, and so does the kernel for CPUs. Where it is not
+    to be had (older cards, float32), asking for groups would fall back to products that keep (T, T) weights.
+    """
+    if q.device.type == "cuda":
+        return q.dtype != torch.float32 and _has_flash(q.device.index)
+    return q.device.type == "cpu"
+
+
+@torch.compiler.assume_constant_result
+def _has_flash(index: int) -> bool:
+    return torch.backends.cuda.is_flash_attention_available() and torch.cuda.get_device_capability(index) >= (8, 0)
+
+
 # ----------------------------------------------------------------------------------------- looking in
 
 

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -84,7 +84,7 @@ def join_group(machine: Machine) -> Iterator[Group]:
             raise
         raise UserError(
             f"process {group.rank} of {group.size}: another process of this run is gone; start the same command again,"
-            " it goes on from the last checkpoint"
+            f" it goes on from the last checkpoint ({str(error).strip().splitlines()[0][:160]})"
         ) from None
 
 
@@ -117,11 +117,12 @@ def spread(model: nn.Module, machine: Machine, group: Group, parallel: str) -> n
 
 
 def exchange_gradients(runner: nn.Module, on: bool) -> None:
-    """Whether the next backward pass exchanges gradients; only the last of an accumulation needs to."""
+    """Whether the next backward pass of DDP exchanges gradients; only the last of an accumulation needs to.
+
+    FSDP always does: until it has, each process would hold the gradients of all, and the memory is what it is for.
+    """
     runner = getattr(runner, "_orig_mod", runner)  # of a compiled one
-    if isinstance(runner, FSDPModule):
-        runner.set_requires_gradient_sync(on)
-    elif isinstance(runner, DistributedDataParallel):
+    if isinstance(runner, DistributedDataParallel):
         runner.require_backward_grad_sync = on
 
 
@@ -139,16 +140,17 @@ def micro_batch_of(group: Group, micro_batch: int, sequences: int) -> int:
     return math.gcd(share, round(-group.maximum(-micro_batch)[0]))
 
 
-def whole(value):
+def whole(value, keep: bool = True):
     """A tensor with all its parts gathered, on the CPU where it was shared out; other values as they are.
 
-    Takes dicts and lists of them too. Every process has to call it.
+    Takes dicts and lists of them too. Every process has to call it, also one that will not `keep` what is gathered.
     """
     if isinstance(value, DTensor):
-        return value.full_tensor().cpu()
+        gathered = value.full_tensor()
+        return gathered.cpu() if keep else None
     if isinstance(value, dict):
-        return {key: whole(part) for key, part in value.items()}
-    return [whole(part) for part in value] if isinstance(value, list) else value
+        return {key: whole(part, keep) for key, part in value.items()}
+    return [whole(part, keep) for part in value] if isinstance(value, list) else value
 
 
 def shared_like(tensor: Tensor, like: Tensor) -> Tensor:

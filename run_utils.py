@@ -131,7 +131,8 @@ class RunLog:
     def preflight(
         self, prediction: dict, machine: Machine, note: str, matmul_flops: float, keep: int, processes: int = 1
     ) -> None:
-        """Print what the run will take. Raises `UserError` when memory or disk cannot hold it.
+        """Print what the run will take. Raises `UserError` when the device cannot hold one sequence, or the disk one
+        checkpoint.
 
         `prediction` is the notebook's, with the measured rate of all processes; `note` says how the model runs. A
         rate that falls under half of it later is reported.
@@ -150,7 +151,8 @@ class RunLog:
             "disk": f"{needed:.2f} GB for {keep} checkpoints and one being written, {free_disk:.1f} GB free",
             "speed": f"{p['tokens per second']:,.0f} tokens/s, {flops / matmul_flops:.0%} of the matrix rate{mfu}",
             "budget": f"{p['tokens']:,.0f} tokens in {length}, until {end:%Y-%m-%d %H:%M}",
-            "size": f"{p['parameters']:,} parameters, {p['tokens per parameter']:.2g} tokens for each (best: about 20)",
+            "size": f"{p['parameters']:,} parameters, {p['tokens per parameter']:.2g} tokens for each"
+            + ("" if math.isnan(loss) else " (best: about 20)"),
             "scaling law": ("loss n/a, too small" if math.isnan(loss) else f"loss {loss:.2f} on web text")
             + ("" if math.isnan(best) else f"; best size for so much compute {best:,.0f}"),
         }  # fmt: skip

@@ -146,13 +146,14 @@ def _text_documents(path: Path, lenient: bool) -> Iterator[str]:
 
 @cache
 def _datasets() -> ModuleType:
-    """Hugging Face `datasets`, which takes a second to import.
+    """Hugging Face `datasets`, which takes a second to import, and without its own words on what is raised here.
 
     Arrow's threads drop what they read a little later than it is used. If Python is shutting down by then, the
     process is aborted (apache/arrow#45214), so they are given time before.
     """
     import datasets
 
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     atexit.register(time.sleep, 0.2)
     return datasets
 

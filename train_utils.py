@@ -12,6 +12,7 @@ import math
 import os
 import platform
 import re
+import shutil
 import signal
 import statistics
 import sys
@@ -19,6 +20,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import psutil
@@ -88,7 +90,7 @@ class Budget:
 # -------------------------------------------------------------------------------------------- hardware
 
 # Dense 16-bit matrix rate with 32-bit accumulation, in TFLOP/s, from the vendors' data sheets (without
-# sparsity). The first name found in the device's name counts, so longer names come first.
+# sparsity). The first that stands as words in the device's name counts, so longer names come first.
 DATASHEET_TFLOPS = {
     "B200": 2250, "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "A100": 312,
     "L40S": 362, "L40": 181, "L4": 121, "A40": 149.7, "A10": 125, "RTX A6000": 154.8,
@@ -110,7 +112,7 @@ class Machine:
     def autocast(self, decoding: bool = False) -> torch.autocast:
         """Matrix products in `dtype`, sums and norms in float32.
 
-        Decoding on a CPU stays in float32: products of a row or a few take longer in 16 bits there.
+        Decoding on a CPU stays in float32: products with the small matrices of `demo` take longer in 16 bits there.
         """
         rounded = self.dtype != torch.float32 and not (decoding and self.device.type == "cpu")
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=rounded)
@@ -131,9 +133,10 @@ class Machine:
         return psutil.Process().memory_info().rss
 
     def free_memory(self) -> int:
-        """Bytes that could be taken now."""
+        """Bytes that could be taken now; of a GPU, also what PyTorch has set aside and no tensor holds."""
         if self.device.type == "cuda":
-            return torch.cuda.mem_get_info(self.device)[0]
+            unused = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+            return torch.cuda.mem_get_info(self.device)[0] + unused
         return min(self.memory, psutil.virtual_memory().available)
 
     def release_memory(self) -> None:
@@ -142,6 +145,13 @@ class Machine:
             torch.cuda.empty_cache()
         with contextlib.suppress(OSError, AttributeError, TypeError):  # only glibc has it
             ctypes.CDLL(None).malloc_trim(0)
+
+    def forget_peak(self) -> None:
+        """Have `peak_memory` begin anew, where the system lets it."""
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")  # Linux: VmHWM
 
     def peak_memory(self) -> int:
         """Bytes: the most held by tensors on a GPU, by the whole process on a CPU."""
@@ -164,15 +174,21 @@ def find_machine(device: str = "auto", dtype: str = "auto") -> Machine:
     A process that torchrun started takes the CUDA device of its own number. Raises `UserError` for a device or
     precision that is not there.
     """
+    asked = device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     kind = device.split(":")[0]
     count = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}.get(kind, 0)
     named = re.fullmatch(r"\w+:(\d+)", device)
     index = int(named[1]) if named else int(os.environ.get("LOCAL_RANK", 0)) if kind == "cuda" else 0
+    if device == "cpu" and asked == "auto":
+        _say_unused_gpu()
     if index >= count:
         there = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-        raise UserError(f"device is {device!r} but this machine has {', '.join(there)}; use device='auto'")
+        raise UserError(
+            f"device is {asked!r}, for number {index}, but this machine has {', '.join(there)}; use device='auto', and"
+            " one process for each GPU"
+        )
     place = torch.device(kind, index) if kind == "cuda" else torch.device(kind)
     if kind == "cuda":
         has_bf16 = torch.cuda.get_device_capability(place) >= (8, 0)
@@ -189,9 +205,23 @@ def find_machine(device: str = "auto", dtype: str = "auto") -> Machine:
     else:
         name, memory = cpu_name(), psutil.virtual_memory().total
         _keep_freed_memory()
-    known = (tflops for part, tflops in DATASHEET_TFLOPS.items() if part in name)
-    peak = next(known, None) if kind == "cuda" and dtype != "float32" else None
-    return Machine(place, getattr(torch, dtype), name, memory, peak and peak * 1e12)
+    peak = datasheet_flops(name) if kind == "cuda" and dtype != "float32" else None
+    return Machine(place, getattr(torch, dtype), name, memory, peak)
+
+
+def datasheet_flops(name: str) -> float | None:
+    """Dense 16-bit FLOP/s of the GPU of this name by its data sheet; None where that is not known."""
+    known = (tflops * 1e12 for part, tflops in DATASHEET_TFLOPS.items() if re.search(rf"\b{part}\b", name))
+    return None if "Laptop" in name else next(known, None)
+
+
+@cache
+def _say_unused_gpu() -> None:
+    if shutil.which("nvidia-smi") and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
+        print(
+            f"there is an NVIDIA driver, but PyTorch {torch.__version__} finds no GPU: the CPU is used; see"
+            " https://pytorch.org/get-started for the build that fits the driver"
+        )
 
 
 def cpu_name() -> str:
@@ -236,9 +266,10 @@ def compile_or_eager(
     """The compiled model once it has run on tokens, targets (B, T), else the model itself; and a note that says which.
 
     Compilation happens at the first call, so failures (no C++ compiler, no Triton on Windows, an old card) show
-    here and not in the loop. Leaves weights and gradients as they were.
+    here and not in the loop. Leaves weights as they were, and no gradients.
     """
     start = time.perf_counter()
+    torch.compiler.reset()  # of former runs: what has been compiled too often is left eager
     try:
         compiled = torch.compile(model, dynamic=False)
         with machine.autocast():
@@ -251,7 +282,7 @@ def compile_or_eager(
         model.zero_grad(set_to_none=True)
         if is_out_of_memory(error):  # the loop will try again with a smaller micro-batch
             return compiled, "compiled at the first step"
-        torch._dynamo.reset()
+        torch.compiler.reset()
         return model, f"eager, since torch.compile failed ({type(error).__name__}: {_first_line(error)})"
 
 
@@ -261,8 +292,9 @@ def _first_line(error: BaseException) -> str:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a device, or the system behind a CPU, had no memory left for a tensor or for a kernel's own buffers."""
+    on_gpu = ("out of memory", "ALLOC_FAILED")  # also within an error of the compiler; cuBLAS, cuDNN
     on_cpu = ("can't allocate memory", "could not create a primitive", "bad_alloc")  # torch, oneDNN, C++
-    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in on_cpu)
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in on_gpu + on_cpu)
 
 
 class progress_bar:

@@ -48,7 +48,7 @@ def row(lm, name: str, gpus: int, parallel: str) -> str:
         )
     micro_steps = own.batch_tokens // BLOCK // micro_batch
     once = 4 * parameters * (gpus - 1) / gpus  # bytes of float32 that a rank sends to gather or reduce all weights
-    sent = 2 * once if parallel == "ddp" else (2 * micro_steps + 1) * once
+    sent = 2 * once if parallel == "ddp" else 3 * micro_steps * once
     compute = BATCH * flops / (gpus * PEAK * USED)
     wire = sent / (NVLINK if gpus <= 8 else NETWORK)
     tokens = 86400 / max(compute, wire) * BATCH  # communication overlaps with computation at best

@@ -218,8 +218,8 @@ def say(table: pd.DataFrame) -> str:
     away = (clear.bump_at - clear.prefix_at).abs() / 1e6
     seen = len(clear) == len(formed) and away.max() < span / 5
     text.append(
-        f"A bump in the loss, more than half higher than the {noise:.3f} nats of runs without such heads, is there in"
-        f" {len(clear)} of the {len(formed)}"
+        f"A bump in the loss, more than half higher than the highest of runs without such heads, {noise:.3f} nats, is"
+        f" there in {len(clear)} of the {len(formed)}"
         + (f", {away.mean():.2f}M tokens from the half-way point on average" if len(clear) else "")
         + f": **the bump {'coincides' if seen else 'does not show in each'}.**"
     )

@@ -310,6 +310,23 @@ def test_what_stops_a_background_tokenization_is_told(tmp_path, monkeypatch):
         prepare(str(tmp_path / "latin.txt"), tmp_path)
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no process groups of this kind")
+def test_a_background_tokenization_is_spared_the_ctrl_c_of_its_parent(texts, tmp_path):
+    """Jupyter's stop button and a terminal send it to the whole group."""
+    program = (
+        "import os, signal, sys, data_utils\n"
+        "data = data_utils.prepare_data(sys.argv[1], tokenizer='bytes', vocab_size=257, data_dir=sys.argv[2],"
+        " val_fraction=0.2, progress=False)\n"
+        "signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+        "data.start_background()\n"
+        "os.killpg(0, signal.SIGINT)\n"
+        "print(data_utils._background[data.folder].wait(60))"
+    )
+    command = [sys.executable, "-c", program, texts[0], str(tmp_path / "data")]
+    done = subprocess.run(command, capture_output=True, text=True, start_new_session=True)
+    assert done.stdout.splitlines()[-1] == "0", done.stderr
+
+
 def test_a_background_tokenization_ends_with_its_parent_and_goes_on_later(texts, tmp_path, monkeypatch):
     """The parent is killed in the middle; what stands is kept and the shards come out the same."""
     for i in range(300):

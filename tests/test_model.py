@@ -300,6 +300,18 @@ def test_short_attention_equals_the_kernel(lm, n_kv_head, dtype, tolerance):
         assert (ours - kernels).norm() < tolerance * kernels.norm()
 
 
+def test_copied_keys_give_the_same_as_shared_ones(lm, tiny, monkeypatch):
+    """For devices whose kernel does not take groups."""
+    config = tiny(attention="gqa", n_head=4, n_kv_head=2)
+    model, tokens = lm.build_model(config), torch.randint(config.vocab_size, (2, 16))
+    expected = model(tokens)
+    monkeypatch.setattr(lm, "takes_groups", lambda q: False)
+    with torch.no_grad():
+        cache = lm.Cache(16)
+        cached = torch.cat([model(token, cache=cache) for token in tokens.split(1, dim=1)], dim=1)
+    assert torch.allclose(model(tokens), expected, atol=1e-5) and torch.allclose(cached, expected, atol=1e-4)
+
+
 def test_grouped_attention_maps_have_every_query_head(lm, tiny):
     config = tiny(n_kv_head=2)
     maps = lm.attention_maps(lm.build_model(config), random_batch(config)[0][0])

@@ -111,6 +111,14 @@ def test_fifty_steps_have_the_losses_of_one_process(lm, settings, tmp_path, proc
 
 
 @pytest.mark.long
+def test_compiled_processes_train_the_run_of_one(lm, settings, tmp_path):
+    short = STEADY | {"max_steps": 8, "eval_every": 4, "sample_every": 8, "compile": True}
+    together = [settings(run_name=way, parallel=way, **short | KINDS["muon"]) for way in ("ddp", "fsdp")]
+    assert train_together(2, together, tmp_path).count("compiled in") == 2
+    check_losses(lm, together)
+
+
+@pytest.mark.long
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_a_run_goes_on_with_another_number_of_processes(lm, settings, tmp_path, parallel):
     """Two processes, then one, four, two again: the order of batches and the losses are those of one run."""
@@ -142,7 +150,7 @@ def test_a_killed_process_ends_the_job_with_one_line(lm, settings, tmp_path):
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_accumulation_exchanges_gradients_once(lm, settings, parallel):
+def test_ddp_exchanges_gradients_once_a_step_and_fsdp_in_each_micro_batch(lm, settings, parallel):
     """Counted on one process: DDP exchanges even alone; FSDP2 not, so the other of two is only made believe."""
     if parallel == "ddp":
         torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
@@ -158,7 +166,7 @@ def test_accumulation_exchanges_gradients_once(lm, settings, parallel):
         exchanges = ("c10d::allreduce_", "c10d::_reduce_scatter_base_")
         counted.append(sum(event.count for event in profile.key_averages() if event.key in exchanges))
     torch.distributed.destroy_process_group()
-    assert counted[1] == counted[2] > 0
+    assert counted[2] == counted[1] * (1 if parallel == "ddp" else 4) > 0
 
 
 def test_shares_of_a_batch(lm, settings):
