@@ -16,7 +16,7 @@ help:
 	@echo 'make script set up and write the notebook as a program, LMHarness.py, for torchrun   (PRESET=day OVERRIDES="{…}")'
 	@echo 'make scores  set up and score a run with lm_eval, beside the notebook: RUN=runs/demo-b64f1d'
 	@echo 'make experiments  set up and answer the four questions, within an hour on two cores: results/experiments.md'
-	@echo 'make drill  set up and run the fault drills, three quarters of an hour: results/reliability.md'
+	@echo 'make drill  set up and run the fault drills, a quarter to three quarters of an hour: results/reliability.md'
 	@echo 'make bench  set up and compare with other libraries, a quarter of an hour on an idle machine: results/bench-….md'
 	@echo 'make recipe train demo with one change at a time, hours, can be stopped: results/recipe.md'
 

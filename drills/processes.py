@@ -58,7 +58,7 @@ data_utils.prepare_data(sys.argv[2], tokenizer="bpe", vocab_size=300, val_fracti
 def kill_tokenization(folder: Path, times: int, seed: int = 0) -> Result:
     """SIGKILL a tokenization at random moments after its first shard."""
     chance = random.Random(seed)
-    source = make_texts(folder / "many", files=60 + 12 * times, lines=2500)
+    source = make_texts(folder / "many", files=60 + 36 * times, lines=2500)
     commands = [
         [sys.executable, "-c", PREPARE, str(ROOT), source, str(folder / name)] for name in ("one", "many times")
     ]
