@@ -174,21 +174,19 @@ def find_machine(device: str = "auto", dtype: str = "auto") -> Machine:
     A process that torchrun started takes the CUDA device of its own number. Raises `UserError` for a device or
     precision that is not there.
     """
-    asked = device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+        if device == "cpu":
+            _say_unused_gpu()
     kind = device.split(":")[0]
     count = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}.get(kind, 0)
     named = re.fullmatch(r"\w+:(\d+)", device)
     index = int(named[1]) if named else int(os.environ.get("LOCAL_RANK", 0)) if kind == "cuda" else 0
-    if device == "cpu" and asked == "auto":
-        _say_unused_gpu()
     if index >= count:
         there = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-        raise UserError(
-            f"device is {asked!r}, for number {index}, but this machine has {', '.join(there)}; use device='auto', and"
-            " one process for each GPU"
-        )
+        if count and not named:
+            raise UserError(f"process {index} has no GPU to itself: there are {count}; use --nproc-per-node={count}")
+        raise UserError(f"device is {device!r} but this machine has {', '.join(there)}; use device='auto'")
     place = torch.device(kind, index) if kind == "cuda" else torch.device(kind)
     if kind == "cuda":
         has_bf16 = torch.cuda.get_device_capability(place) >= (8, 0)

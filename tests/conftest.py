@@ -34,7 +34,7 @@ def tiny(lm):
 
     def make(**overrides):
         values = {"n_embd": 32, "n_ffn": 48, "block_size": 16, "vocab_size": 97, "tokenizer": "bytes"}
-        values |= {"batch_tokens": 64, "micro_batch": 4, "device": "cpu"} | overrides
+        values |= {"batch_tokens": 64, "micro_batch": 4} | overrides
         values["vocab_size"] = max(values["vocab_size"], 257)
         return lm.Config.from_preset("smoke", **values)
 
@@ -52,15 +52,12 @@ def texts(tmp_path):
     return str(folder / "*.txt"), contents
 
 
-@pytest.fixture(autouse=True)
-def without_gpu(request, monkeypatch):
-    """Tests are of the CPU, also where there is a GPU, but for those marked cuda."""
-    if not request.node.get_closest_marker("cuda"):
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-        monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+def pytest_configure(config):
+    """Tests are of the CPU, also where there is a GPU: that is tested by `pytest -m cuda`."""
+    if "cuda" not in config.option.markexpr:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def pytest_runtest_setup(item):
     if item.get_closest_marker("cuda") and not torch.cuda.is_available():
-        pytest.skip("no CUDA device on this machine")
+        pytest.skip("no CUDA device on this machine, or not asked for with -m cuda")

@@ -737,10 +737,27 @@ def test_datasheets_are_found_by_name(name, tflops):
 def test_peak_memory_can_begin_anew():
     machine = find_machine("cpu")
     torch.ones(100 << 20)  # 400 MB, freed at once
-    train_utils.Machine.release_memory(machine)
+    machine.release_memory()
     highest = machine.peak_memory()
     machine.forget_peak()
     assert machine.peak_memory() < highest - 300e6
+
+
+def test_a_gpu_that_pytorch_cannot_use_is_told_once(tmp_path, monkeypatch, capsys):
+    (tmp_path / "nvidia-smi").touch(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for _ in range(2):
+        assert find_machine().device.type == "cpu"
+    assert capsys.readouterr().out.count("finds no GPU") == 1
+
+
+def test_more_processes_than_gpus_are_told_so(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(UserError, match="process 1 has no GPU to itself: there are 1"):
+        find_machine("cuda")
 
 
 def test_machine_on_this_computer():
