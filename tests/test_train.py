@@ -748,6 +748,7 @@ def test_a_gpu_that_pytorch_cannot_use_is_told_once(tmp_path, monkeypatch, capsy
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    train_utils._say_unused_gpu.cache_clear()  # other tests have asked before
     for _ in range(2):
         assert find_machine().device.type == "cpu"
     assert capsys.readouterr().out.count("finds no GPU") == 1
