@@ -69,7 +69,8 @@ TEXTS = {
 Forward, loss, backward, gradient clipping, AdamW: the same batch, threads, precision and allocator settings, in turns;
 medians of 10. All libraries are set to one architecture (grouped queries, RoPE, SwiGLU, RMSNorm, tied embeddings, no
 biases) and have the same number of parameters. Of x-transformers, the bias of the gated feed-forward is taken out,
-which no option does. *The matrix rate* is that of a large matrix product in the same precision, measured before.
+which no option does. One whose step raises an error on this machine has no row. *The matrix rate* is that of a large
+matrix product in the same precision, measured before.
 Memory is the most that a process of its own held over three steps, less what it held after one step of a tiny model,
 so that neither libraries nor the compiler's own modules count; the median of three processes.""",
     "attention": """## Attention on a CPU
@@ -130,10 +131,10 @@ def draw(path: Path, results: dict) -> None:
     models = list(dict.fromkeys(row["model"] for row in rows))
     for axis, quantity in zip(axes[0], ("tokens/s", "peak memory (GB)")):
         for i, library in enumerate(libraries):
-            values = [row[quantity] for row in rows if row["library"] == library]
-            best = [max(row[quantity] for row in rows if row["model"] == model) for model in models]
-            places = [place + i * 0.8 / len(libraries) for place in range(len(models))]
-            axis.bar(places, [v / b for v, b in zip(values, best)], 0.8 / len(libraries), label=library)
+            values = {row["model"]: row[quantity] for row in rows if row["library"] == library}
+            best = {model: max(row[quantity] for row in rows if row["model"] == model) for model in values}
+            places = [models.index(model) + i * 0.8 / len(libraries) for model in values]
+            axis.bar(places, [values[model] / best[model] for model in values], 0.8 / len(libraries), label=library)
         axis.set_xticks([place + 0.3 for place in range(len(models))], models)
         axis.set(title=f"Training: {quantity}", ylabel="share of the largest")
     if rows:

@@ -43,12 +43,13 @@ def take_turns(calls: dict[str, Callable], machine, rounds: int) -> dict[str, fl
 
 
 def in_own_process(module: str, *arguments) -> dict:
-    """What `python -m module` prints as its last line, given `arguments` as JSON. Raises what it wrote as an error."""
+    """What `python -m module` prints as its last line, given `arguments` as JSON. Raises its error as RuntimeError."""
     command = [sys.executable, "-m", module, json.dumps(arguments)]
     env = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"{module}: {(done.stderr.strip() or 'no message').splitlines()[-1]}")
+        errors = re.findall(r"^[\w.]*(?:Error|Exception)\b.*", done.stderr, re.MULTILINE)
+        raise RuntimeError(f"{module}: {errors[-1] if errors else 'no message'}")
     return json.loads(done.stdout.splitlines()[-1])
 
 

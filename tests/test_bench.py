@@ -45,6 +45,14 @@ def test_every_library_is_the_same_architecture_and_learns(name, monkeypatch):
     assert model(tokens, targets).item() < before - 0.05
 
 
+def test_a_library_that_fails_here_is_named_and_left_out(monkeypatch, capsys):
+    assert list(steps.measure_memory("tiny", MACHINE, ("nobody",))) == []
+    assert "nobody does not run here: bench.steps: KeyError: 'nobody'\n" in capsys.readouterr().out
+    monkeypatch.setattr(steps, "OURS", "nobody")
+    with pytest.raises(RuntimeError, match="KeyError"):
+        steps.measure_memory("tiny", MACHINE, ("nobody",))
+
+
 def test_tokenization_compares_the_same_tokens(texts):
     rows = compare_tokenization(MACHINE, texts[0], vocab_size=300, rounds=1)
     fast = compare_tokenization(MACHINE, texts[0], vocab_size=300, rounds=1, slow_ones=False)

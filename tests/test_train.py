@@ -592,6 +592,63 @@ def test_micro_batch_auto_is_the_largest_that_fits(lm, tiny):
     assert chosen == sorted(chosen) and chosen[0] == 1 and chosen[-1] == 48
 
 
+def bytes_kept_for_backward(lm, config, dtype) -> int:
+    """Of all tensors that autograd keeps in a step, each once, weights left out."""
+    model, kept = lm.build_model(config), {}
+    weights = {p.untyped_storage().data_ptr() for p in [*model.parameters(), *model.buffers()]}
+    tokens = torch.randint(config.vocab_size, (config.micro_batch, config.block_size))
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    runner = torch.compile(model, dynamic=False) if config.compile else model
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with hooks, torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
+        loss = runner(tokens, tokens)
+    loss.backward()
+    return sum(size for place, size in kept.items() if place not in weights)
+
+
+@pytest.mark.parametrize(
+    "compiled, dtype", [(True, torch.float32), (False, torch.float32), (False, torch.bfloat16)], ids=str
+)
+def test_predicted_activations_are_what_a_block_keeps(lm, tiny, compiled, dtype):
+    kept, predicted = [], []
+    for n_layer in (1, 2):
+        config = tiny(
+            compile=compiled, n_layer=n_layer, n_embd=256, n_head=4, n_kv_head=2, n_ffn=704, vocab_size=512,
+            block_size=512, batch_tokens=1024, micro_batch=2,
+        )  # fmt: skip
+        model = lm.build_model(config)
+        memory = lm.training_memory(model, lm.build_optimizers(model, config), config, 2, dtype.itemsize)
+        copies = dtype.itemsize * lm.multiplying_parameters(model) if dtype != torch.float32 else 0
+        kept.append(bytes_kept_for_backward(lm, config, dtype) - copies)
+        predicted.append(memory["activations"])
+    assert kept[1] - kept[0] == pytest.approx(predicted[1] - predicted[0], rel=0.06)
+
+
+def test_an_eager_run_chooses_its_micro_batch_for_an_eager_step(lm, settings, monkeypatch, capsys):
+    """Here the compiler fails, and memory is what a compiled step of 8 sequences takes."""
+    config = settings(
+        compile=True, micro_batch="auto", block_size=512, batch_tokens=512 * 16, max_steps=1, dtype="float32"
+    )
+    model = lm.build_model(config)
+    optimizers = lm.build_optimizers(model, config)
+    fits = sum(lm.training_memory(model, optimizers, config, 8, 4).values()) / 0.79
+    monkeypatch.setattr(train_utils.Machine, "free_memory", lambda machine: fits)
+
+    assert lm.choose_micro_batch(model, optimizers, config, 4, fits) == 8
+
+    def fail(*_, **__):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(torch, "compile", fail)
+    lm.train(config)
+    assert read_state(newest_checkpoint(Path(config.runs_dir) / config.run_name))["micro_batch"] == 4
+    assert "eager, since torch.compile failed (RuntimeError: no compiler)" in capsys.readouterr().out
+
+
 def test_float16_trains_with_a_scaled_loss_and_resumes(lm, settings, monkeypatch):
     """What a card without bfloat16 does, here on a CPU: the same losses as float32 to three digits."""
     monkeypatch.setattr(lm, "measure_matmul_flops", lambda machine: 1e9)  # a minute, in float16 on a CPU
