@@ -17,6 +17,7 @@ help:
 	@echo 'make scores  set up and score a run with lm_eval, beside the notebook: RUN=runs/demo-b64f1d'
 	@echo 'make experiments  set up and answer the four questions, within an hour on two cores: results/experiments.md'
 	@echo 'make drill  set up and run the fault drills, a quarter to three quarters of an hour: results/reliability.md'
+	@echo 'make rehearsal  set up and take day through two steps on GPUs that are not there, a quarter of an hour, on Linux with gcc: results/rehearsal.md'
 	@echo 'make bench  set up and compare with other libraries, a quarter of an hour on an idle machine: results/bench-….md'
 	@echo 'make recipe train demo with one change at a time, hours, can be stopped: results/recipe.md'
 
@@ -61,6 +62,9 @@ scores: .venv/dev
 drill: .venv/dev
 	$(BIN)/python -m drills.drill
 
+rehearsal: .venv/run
+	$(BIN)/python -m rehearsal
+
 bench: .venv/bench
 	$(BIN)/python -m bench.bench
 
@@ -86,4 +90,4 @@ experiments: .venv/run
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-bench.txt
 	@touch $@ .venv/dev .venv/run
 
-.PHONY: help run script notebook lab test test-long browser scores drill bench recipe experiments
+.PHONY: help run script notebook lab test test-long browser scores drill rehearsal bench recipe experiments
