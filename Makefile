@@ -27,7 +27,7 @@ run: .venv/run
 	    --stdout-file - --stderr-file - -p preset '$(PRESET)' -y 'overrides: $(OVERRIDES)' 2>runs/stderr.log \
 	    || { tail -n 4 runs/stderr.log; exit 1; }
 	@$(BIN)/jupyter nbconvert --log-level ERROR --coalesce-streams --to notebook --inplace runs/LMHarness.ipynb
-	@$(BIN)/jupyter nbconvert --log-level ERROR --to html --template-file templates/report.html.j2 runs/LMHarness.ipynb
+	@$(BIN)/jupyter nbconvert --log-level ERROR --to html --template-file tools/report.html.j2 runs/LMHarness.ipynb
 	@echo 'The executed notebook is runs/LMHarness.ipynb, a page to read or send is runs/LMHarness.html.'
 
 script: .venv/run
@@ -41,7 +41,7 @@ notebook: .venv/run
 	@$(BIN)/jupyter nbconvert --log-level ERROR --to notebook --execute --inplace --ExecutePreprocessor.timeout=-1 \
 	    --ExecutePreprocessor.record_timing=False LMHarness.ipynb
 	@$(BIN)/jupyter nbconvert --log-level ERROR --coalesce-streams --to notebook --inplace LMHarness.ipynb
-	@$(BIN)/python -c 'import notebook_utils; notebook_utils.mark_executed()'
+	@$(BIN)/python -c 'from machinery.notebook import mark_executed; mark_executed()'
 
 lab: .venv/run
 	$(BIN)/jupyter lab LMHarness.ipynb
@@ -57,19 +57,19 @@ browser: .venv/dev
 
 scores: .venv/dev
 	@test -n "$(RUN)" || { echo 'make scores RUN=runs/... : which run?'; exit 1; }
-	@HF_HUB_OFFLINE=1 $(BIN)/python -m bench.scores '$(RUN)'
+	@HF_HUB_OFFLINE=1 $(BIN)/python -m tools.scores '$(RUN)'
 
 drill: .venv/dev
-	$(BIN)/python -m drills.drill
+	$(BIN)/python -m tools.drills.drill
 
 rehearsal: .venv/run
-	$(BIN)/python -m rehearsal
+	$(BIN)/python -m tools.rehearsal
 
-bench: .venv/bench
-	$(BIN)/python -m bench.bench
+bench: .venv/dev
+	$(BIN)/python -m tools.bench.bench
 
 recipe: .venv/run
-	$(BIN)/python -m bench.recipe
+	$(BIN)/python -m tools.bench.recipe
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"LMHarness needs Python 3.11 or newer, this is {v[0]}.{v[1]}: make PYTHON=python3.12 …")'
@@ -79,15 +79,11 @@ recipe: .venv/run
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
 
-.venv/dev: requirements-dev.txt requirements.txt | .venv/bin/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+.venv/dev: tools/requirements.txt requirements.txt | .venv/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r tools/requirements.txt
 	@touch $@ .venv/run
 
 experiments: .venv/run
-	$(BIN)/python -m experiments --scale $(SCALE)
-
-.venv/bench: requirements-bench.txt requirements-dev.txt requirements.txt | .venv/bin/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-bench.txt
-	@touch $@ .venv/dev .venv/run
+	$(BIN)/python -m tools.experiments --scale $(SCALE)
 
 .PHONY: help run script notebook lab test test-long browser scores drill rehearsal bench recipe experiments

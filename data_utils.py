@@ -8,7 +8,6 @@ is `block_size + 1` consecutive tokens of one shard: inputs, and the same shifte
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import os
@@ -18,7 +17,6 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 
@@ -28,23 +26,22 @@ import torch
 from filelock import FileLock
 from tqdm import tqdm
 
-from text_utils import (
-    DataError,
-    Position,
-    get_tokenizer,
-    hub_split,
-    iter_documents,
-    read_documents,
-    source_files,
-    tokenizer_from_dict,
-    tokenizer_hash,
-    tokenizer_to_dict,
+from machinery.errors import DataError
+from machinery.files import write_atomic
+from machinery.shards import (
+    MANIFEST_VERSION,
+    ShardWriter,
+    encode_all,
+    load_tokenizer,
+    new_manifest,
+    read_manifest,
+    save_manifest,
 )
+from machinery.sources import Position, hub_split, iter_documents, read_documents, source_files
+from machinery.tokenizers import END_OF_TEXT, SPLIT_PATTERN, tokenizer_hash, tokenizer_to_dict
 
 SHARD_TOKENS = 1 << 25  # a shard closes at the first document that ends beyond this: 67 MB of uint16
-ENCODE_BYTES = 4 << 20  # text handed to the encoder threads at a time
 BACKGROUND_BYTES = 256 << 20  # more text than this is tokenized by a process of its own, beside training
-MANIFEST_VERSION = 1
 
 
 # -------------------------------------------------------------------------------------------- preparing
@@ -97,7 +94,7 @@ def prepare_data(
         else:
             data.encoding = _prepare(data.folder, settings, train_tokens, progress)
             return data
-    data.encoding = _load_tokenizer(data.folder)
+    data.encoding = load_tokenizer(data.folder)
     return data
 
 
@@ -193,7 +190,7 @@ def _prepare(folder: Path, settings: dict, train_tokens: int | None, progress: b
         manifest = read_manifest(folder)
         if manifest and manifest["tokenizer"]["sha256"] != tokenizer_hash(encoding):
             raise DataError(f"{folder}: shards and tokenizer.json do not belong together; remove the folder")
-        manifest = manifest or _new_manifest(settings, encoding)
+        manifest = manifest or new_manifest(settings, encoding)
         if not manifest["complete"]:
             _write_shards(folder, manifest, encoding, train_tokens, progress)
     return encoding
@@ -205,51 +202,6 @@ def _fingerprint(files: list[Path]) -> str:
     return hashlib.sha256(json.dumps(stats).encode()).hexdigest()
 
 
-def _load_tokenizer(folder: Path) -> tiktoken.Encoding:
-    path = folder / "tokenizer.json"
-    try:
-        fields = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{path}: not readable ({type(error).__name__}); remove the folder") from None
-    return tokenizer_from_dict(fields)
-
-
-def read_manifest(folder: Path) -> dict:
-    """The manifest of a folder of shards, {} where there is none. Raises `DataError` for one that does not add up."""
-    path = folder / "manifest.json"
-    if not path.exists():
-        return {}
-    try:
-        manifest = json.loads(path.read_text("utf-8"))
-        for split in ("train", "val"):
-            shards = manifest["shards"][split]
-            for number, shard in enumerate(shards):
-                if shard["name"] != f"{split}_{number:06d}.bin" or not re.fullmatch("[0-9a-f]{64}", shard["sha256"]):
-                    raise ValueError(f"entry {number} of {split} is not a shard")
-                if type(shard["tokens"]) is not int or shard["tokens"] < 0:
-                    raise ValueError(f"{shard['name']} cannot have {shard['tokens']!r} tokens")
-            if sum(shard["tokens"] for shard in shards) != manifest["tokens"][split]:
-                raise ValueError(f"the tokens of {split} do not add up")
-        counts = [manifest[field][split] for field in ("tokens", "documents", "bytes") for split in ("train", "val")]
-        vocabulary = [manifest["tokenizer"][field] for field in ("n_vocab", "end_of_text")]
-        if not all(type(number) is int and number >= 0 for number in counts + vocabulary):
-            raise ValueError("a count is not a number")
-        wide_enough = manifest["tokenizer"]["n_vocab"] <= 1 << (8 * np.dtype(manifest["dtype"]).itemsize)
-        if manifest["dtype"] not in ("uint16", "uint32") or not wide_enough:
-            raise ValueError(f"dtype {manifest['dtype']!r} does not hold the vocabulary")
-        if type(manifest["complete"]) is not bool or not isinstance(manifest["position"], int | dict):
-            raise ValueError("it does not say how far it got")
-        if manifest["held_out"] not in ("documents", "tails", "val_source") or not isinstance(
-            manifest["settings"], dict
-        ):
-            raise ValueError("it does not say how text was held out")
-        str(manifest["tokenizer"]["sha256"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
-        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
-        raise DataError(f"{path}: not a usable manifest ({reason}); remove the folder to tokenize again") from None
-    return manifest
-
-
 def _make_tokenizer(folder: Path, settings: dict) -> tiktoken.Encoding:
     path = folder / "tokenizer.json"
     if not path.exists():
@@ -257,29 +209,8 @@ def _make_tokenizer(folder: Path, settings: dict) -> tiktoken.Encoding:
         documents = iter_documents(settings["source"], settings["text_column"])
         training = (text for text in documents if not is_held_out(text, held_out))
         encoding = get_tokenizer(settings["tokenizer"], settings["vocab_size"], training)
-        _write_atomic(path, json.dumps(tokenizer_to_dict(encoding)).encode())
-    return _load_tokenizer(folder)
-
-
-def _new_manifest(settings: dict, encoding: tiktoken.Encoding) -> dict:
-    zero = {"train": 0, "val": 0}
-    return {
-        "settings": settings,
-        "tokenizer": {
-            "name": encoding.name,
-            "sha256": tokenizer_hash(encoding),
-            "n_vocab": encoding.n_vocab,
-            "end_of_text": encoding.eot_token,
-        },
-        "dtype": "uint16" if encoding.n_vocab <= 1 << 16 else "uint32",
-        "documents": dict(zero),
-        "tokens": dict(zero),
-        "bytes": dict(zero),
-        "shards": {"train": [], "val": []},
-        "held_out": "val_source" if settings["val_source"] else "documents",
-        "position": 0,  # in the source, after the last closed shard: where an interrupted preparation goes on
-        "complete": False,
-    }
+        write_atomic(path, json.dumps(tokenizer_to_dict(encoding)).encode())
+    return load_tokenizer(folder)
 
 
 def _write_shards(
@@ -287,11 +218,11 @@ def _write_shards(
 ) -> None:
     """Read on from `manifest["position"]` and close shards until the source or `train_tokens` ends."""
     settings, read = manifest["settings"], sum(manifest["bytes"].values())
-    writers = {split: _ShardWriter(folder, split, manifest) for split in ("train", "val")}
+    writers = {split: ShardWriter(folder, split, manifest) for split in ("train", "val")}
     val_is_open = not manifest["shards"]["val"]
     if settings["val_source"] and val_is_open:
         documents = read_documents(settings["val_source"], settings["text_column"], "validation")
-        for _, text, ids, _ in _encode_all(encoding, (("val", *document) for document in documents)):
+        for _, text, ids, _ in encode_all(encoding, (("val", *document) for document in documents)):
             writers["val"].add(len(text.encode()), ids)
             if writers["val"].size >= settings["shard_tokens"]:
                 break
@@ -302,7 +233,7 @@ def _write_shards(
     assigned = _assign(documents, manifest["held_out"], settings["val_fraction"])
     position = manifest["position"]
     with tqdm(desc="tokenizing", unit="B", unit_scale=True, disable=not progress, file=sys.stdout) as bar:
-        for split, text, ids, position in _encode_all(encoding, assigned):
+        for split, text, ids, position in encode_all(encoding, assigned):
             size = len(text.encode())
             read += size
             bar.update(size)
@@ -315,7 +246,7 @@ def _write_shards(
                 for writer in writers.values():
                     writer.close()
                 manifest["position"] = position
-                _save_manifest(folder, manifest)
+                save_manifest(folder, manifest)
                 if train_tokens is not None and manifest["tokens"]["train"] >= train_tokens:
                     return
     for writer in writers.values():
@@ -323,11 +254,11 @@ def _write_shards(
     if not (manifest["shards"]["train"] and manifest["shards"]["val"]):
         if manifest["held_out"] != "documents" or not manifest["shards"]["train"] + manifest["shards"]["val"]:
             raise DataError(f"source {settings['source']!r} holds no text to train on and validate with")
-        retry = _new_manifest(settings, encoding) | {"held_out": "tails"}  # a handful of documents: hold out their ends
+        retry = new_manifest(settings, encoding) | {"held_out": "tails"}  # a handful of documents: hold out their ends
         return _write_shards(folder, retry, encoding, train_tokens, progress)
     manifest["position"] = position
     manifest["complete"] = True
-    _save_manifest(folder, manifest)
+    save_manifest(folder, manifest)
 
 
 def is_held_out(text: str, fraction: float) -> bool:
@@ -350,86 +281,6 @@ def _assign(
             cut = text.rfind("\n", 0, cut) + 1 or cut
             parts = [("val", text[cut:], position), ("train", text[:cut], position)]
             yield from (part for part in parts if part[1])
-
-
-def _encode_all(
-    encoding: tiktoken.Encoding, assigned: Iterable[tuple[str, str, Position]]
-) -> Iterator[tuple[str, str, np.ndarray, Position]]:
-    """Yield (split, text, ids, position) in order. Threads encode a batch, outside Python's lock, while one is read.
-
-    Each thread has an encoder of its own: of a shared one, only the thread that used it first is spared its lock.
-    """
-    own = threading.local()
-
-    def start() -> None:
-        own.encoding = copy.copy(encoding)
-
-    def encode(document: tuple[str, str, Position]) -> tuple[str, str, np.ndarray, Position]:
-        split, text, position = document
-        try:
-            return split, text, own.encoding.encode_to_numpy(text, disallowed_special=()), position
-        except UnicodeEncodeError as error:
-            raise DataError(f"a document holds half of a surrogate pair at character {error.start}: not text") from None
-
-    with ThreadPoolExecutor(os.cpu_count(), initializer=start) as pool:
-        ahead: Iterable = ()
-        batch, size = [], 0
-        for document in assigned:
-            batch.append(document)
-            size += len(document[1])
-            if size >= ENCODE_BYTES:
-                encoded = pool.map(encode, batch)
-                yield from ahead
-                ahead, batch, size = encoded, [], 0
-        encoded = pool.map(encode, batch)
-        yield from ahead
-        yield from encoded
-
-
-class _ShardWriter:
-    """Collects the documents of one split and writes them as shards, recorded in the manifest."""
-
-    def __init__(self, folder: Path, split: str, manifest: dict) -> None:
-        self.folder, self.split, self.manifest = folder, split, manifest
-        self.dtype = np.dtype(manifest["dtype"]).newbyteorder("<")
-        self.end_of_text = np.array([manifest["tokenizer"]["end_of_text"]])
-        self._clear()
-
-    def _clear(self) -> None:
-        self.arrays: list[np.ndarray] = []
-        self.documents = self.size = self.bytes = 0
-
-    def add(self, text_bytes: int, ids: np.ndarray) -> None:
-        self.arrays += [ids.astype(self.dtype), self.end_of_text.astype(self.dtype)]
-        self.documents += 1
-        self.size += len(ids) + 1
-        self.bytes += text_bytes
-
-    def close(self) -> None:
-        if not self.arrays:
-            return
-        content = np.concatenate(self.arrays).tobytes()
-        shards = self.manifest["shards"][self.split]
-        name = f"{self.split}_{len(shards):06d}.bin"
-        _write_atomic(self.folder / name, content)
-        shards.append({"name": name, "tokens": self.size, "sha256": hashlib.sha256(content).hexdigest()})
-        for field in ("documents", "tokens", "bytes"):
-            self.manifest[field][self.split] += getattr(self, "size" if field == "tokens" else field)
-        self._clear()
-
-
-def _save_manifest(folder: Path, manifest: dict) -> None:
-    _write_atomic(folder / "manifest.json", json.dumps(manifest, indent=1).encode())
-
-
-def _write_atomic(path: Path, content: bytes) -> None:
-    """Write beside, flush to disk, rename: the file is complete or absent."""
-    beside = path.with_name(path.name + ".part")
-    with beside.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
 
 
 # --------------------------------------------------------------------------------------------- batches
@@ -554,3 +405,67 @@ class Batches:
             rows = rows.pin_memory()
         rows = rows.to(self.device, non_blocking=True)
         return rows[:, :-1].clone(), rows[:, 1:].clone()  # strides as in evaluation: nothing is compiled twice
+
+
+# ------------------------------------------------------------------------------------------- tokenizers
+
+
+BPE_TRAINING_BYTES = 256 << 20  # text a BPE vocabulary is learned from; more changes it very little
+
+
+def get_tokenizer(name: str, vocab_size: int, documents: Iterable[str] = ()) -> tiktoken.Encoding:
+    """A tokenizer as a `tiktoken.Encoding`: `"bytes"`, `"bpe"`, a tiktoken name such as `"gpt2"`, or the folder of a
+    Hugging Face tokenizer.json.
+
+    `"bpe"` learns `vocab_size` tokens, end-of-text included, from `documents` (rustbpe trains, tiktoken
+    runs). Raises `DataError` for an unknown name, an unreachable vocabulary, or a `vocab_size` that the
+    tokenizer does not fit in.
+    """
+    if name == "bytes":
+        encoding = _encoding("bytes", {bytes([i]): i for i in range(256)}, r"[\s\S]{1,64}")
+    elif name == "bpe":
+        encoding = _train_bpe(documents, vocab_size)
+    elif name in tiktoken.list_encoding_names():
+        try:
+            encoding = tiktoken.get_encoding(name)
+        except Exception as error:
+            raise DataError(
+                f"tokenizer {name!r}: its vocabulary could not be downloaded ({type(error).__name__});"
+                " check the network, point TIKTOKEN_CACHE_DIR to a copy, or use tokenizer='bpe'"
+            ) from None
+    elif (Path(name).expanduser() / "tokenizer.json").is_file():
+        from machinery.huggingface.tokenizers import read_tokenizer
+
+        encoding = read_tokenizer(Path(name).expanduser())
+    else:
+        names = ", ".join(["bytes", "bpe", *tiktoken.list_encoding_names()])
+        raise DataError(f"tokenizer {name!r} is not known; there are {names}, or the folder of a tokenizer.json")
+    if encoding.n_vocab > vocab_size:
+        raise DataError(
+            f"vocab_size is {vocab_size} but tokenizer {name!r} has {encoding.n_vocab} tokens;"
+            f" set vocab_size to {-(-encoding.n_vocab // 64) * 64} (a multiple of 64 suits GPUs)"
+        )
+    return encoding
+
+
+def _encoding(name: str, ranks: dict[bytes, int], pattern: str) -> tiktoken.Encoding:
+    return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: len(ranks)})
+
+
+def _train_bpe(documents: Iterable[str], vocab_size: int) -> tiktoken.Encoding:
+    import rustbpe
+
+    if vocab_size < 257:
+        raise DataError(f"vocab_size is {vocab_size} but BPE needs at least 257: 256 bytes and end-of-text")
+
+    def sample() -> Iterator[str]:
+        left = BPE_TRAINING_BYTES
+        for text in documents:
+            yield text
+            left -= len(text)
+            if left <= 0:
+                return
+
+    trainer = rustbpe.Tokenizer()
+    trainer.train_from_iterator(sample(), vocab_size - 1, pattern=SPLIT_PATTERN)
+    return _encoding("bpe", {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}, SPLIT_PATTERN)

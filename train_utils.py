@@ -6,28 +6,27 @@ that decides what is learned, stands in the notebook.
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
+import datetime
+import itertools
+import json
 import math
-import os
-import platform
 import re
+import secrets
 import shutil
-import signal
 import statistics
 import sys
-import threading
-import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
-import psutil
-import torch
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from notebook_utils import UserError
+from machinery.errors import UserError
+from machinery.files import read_json, read_jsonl, write_atomic, write_json
+from machinery.machine import Machine
+from machinery.run_folder import portable
 
 # ------------------------------------------------------------------------------------------- schedules
 # Each is a pure function of progress, the fraction of the budget used (0 to 1), and gives the factor on
@@ -87,275 +86,296 @@ class Budget:
         return min((limit for limit in limits if limit), default=None)
 
 
-# -------------------------------------------------------------------------------------------- hardware
-
-# Dense 16-bit matrix rate with 32-bit accumulation, in TFLOP/s, from the vendors' data sheets (without
-# sparsity). The first that stands as words in the device's name counts, so longer names come first.
-DATASHEET_TFLOPS = {
-    "B200": 2250, "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "A100": 312,
-    "L40S": 362, "L40": 181, "L4": 121, "A40": 149.7, "A10": 125, "RTX A6000": 154.8,
-    "RTX 6000 Ada": 364, "RTX 5090": 209.5, "RTX 4090": 165.2, "RTX 4080": 97.5, "RTX 3090": 71.2,
-    "V100": 125, "T4": 65,
-}  # fmt: skip
+# ------------------------------------------------------------------------------------------------- runs
 
 
-@dataclass(frozen=True)
-class Machine:
-    """Where a run computes and in which precision."""
+class RunLog:
+    """A run directory that this process, and no other, is writing. Mirrored to W&B where asked.
 
-    device: torch.device
-    dtype: torch.dtype  # of matrix products; weights and optimizer state stay in float32
-    name: str
-    memory: int  # bytes
-    peak_flops: float | None  # datasheet, dense, in this dtype; None where it is not known
+    Opening locks it; the lock goes with the process, however that ends. The local files are the truth and
+    are complete after every line. Where several processes train together, one `writes`. Raises `UserError` for
+    a name that would lead elsewhere, and for a run that another process is training.
+    """
 
-    def autocast(self, decoding: bool = False) -> torch.autocast:
-        """Matrix products in `dtype`, sums and norms in float32.
+    def __init__(self, runs_dir: str | Path, run_name: str, start_over: bool = False, writes: bool = True) -> None:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", run_name):
+            raise UserError(
+                f"run_name is {run_name!r}; use up to 100 letters, digits, '.', '_', '-', a letter or digit first"
+            )
+        self.folder = Path(runs_dir) / run_name
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = FileLock(self.folder / ".lock", timeout=0)
+        self._wandb = None
+        self._unwritten: list[tuple[str, str]] = []
+        self._losses: deque[float] = deque(maxlen=50)
+        self._rates: deque[float] = deque(maxlen=20)
+        self._expected_rate = 0.0
+        self._start_over, self.writes = start_over, writes
 
-        Decoding on a CPU stays in float32: products with the small matrices of `demo` take longer in 16 bits there.
+    def __enter__(self) -> RunLog:
+        if not self.writes:
+            return self
+        try:
+            self._lock.acquire()
+        except Timeout:
+            raise UserError(
+                f"another process is training in {self.folder}; wait for it, stop it, or use a new run_name"
+            ) from None
+        if self._start_over and (self.folder / "config.json").exists():
+            self._set_aside()
+        return self
+
+    def __exit__(self, *exception) -> None:
+        """End W&B where `finish` did not, and let the run go; files need no closing."""
+        self._mirror(lambda run: run.finish(exit_code=1))
+        self._wandb = None
+        self._lock.release()
+
+    def _set_aside(self) -> None:
+        """Move an earlier run of this name to `<run_name>.1`, `.2`, …: nothing is lost."""
+        name = self.folder.name
+        aside = next(p for n in itertools.count(1) if not (p := self.folder.with_name(f"{name}.{n}")).exists())
+        aside.mkdir()
+        for path in self.folder.iterdir():
+            if path.name != ".lock":
+                path.rename(aside / path.name)
+        print(f"starting over; the earlier run is now in {aside}")
+
+    def compare(self, config: dict, fixed: Iterable[str]) -> set[str]:
+        """Print how `config` differs from the one this run was begun with; returns the names that do.
+
+        Raises `UserError` when one of the `fixed` fields differs: what is on disk would not fit it.
         """
-        rounded = self.dtype != torch.float32 and not (decoding and self.device.type == "cpu")
-        return torch.autocast(self.device.type, dtype=self.dtype, enabled=rounded)
+        saved = read_json(self.folder / "config.json")
+        now, changed = portable(config), set()
+        for name in now:
+            if name in saved and saved[name] != now[name] and name != "resume":
+                if name in fixed:
+                    raise UserError(
+                        f"{name} is {now[name]!r} but run {self.folder.name!r} was begun with {saved[name]!r};"
+                        " use a new run_name, or resume='never' to start over"
+                    )
+                print(f"  {name}: {saved[name]!r} before, {now[name]!r} from here on")
+                changed.add(name)
+        return changed
 
-    def scaler(self) -> torch.amp.GradScaler:
-        """Keeps small gradients from vanishing in float16; does nothing in other precisions."""
-        return torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+    def begin(self, config: dict, tokenizer: dict, environment: dict, wandb: str = "off", at_step: int = 0) -> None:
+        """Write what the run is. Lines logged after `at_step`, by a run that was cut off later, are dropped.
 
-    def synchronize(self) -> None:
-        """Wait for queued work, so that a clock read next is honest."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
-    def used_memory(self) -> int:
-        """Bytes held now: by tensors on a GPU, by the whole process on a CPU."""
-        if self.device.type == "cuda":
-            return torch.cuda.memory_allocated(self.device)
-        return psutil.Process().memory_info().rss
-
-    def free_memory(self) -> int:
-        """Bytes that could be taken now; of a GPU, also what PyTorch has set aside and no tensor holds."""
-        if self.device.type == "cuda":
-            unused = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
-            return torch.cuda.mem_get_info(self.device)[0] + unused
-        return min(self.memory, psutil.virtual_memory().available)
-
-    def release_memory(self) -> None:
-        """Give freed memory back to the device or the system, once a request has failed."""
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-        with contextlib.suppress(OSError, AttributeError, TypeError):  # only glibc has it
-            ctypes.CDLL(None).malloc_trim(0)
-
-    def forget_peak(self) -> None:
-        """Have `peak_memory` begin anew, where the system lets it."""
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-        with contextlib.suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")  # Linux: VmHWM
-
-    def peak_memory(self) -> int:
-        """Bytes: the most held by tensors on a GPU, by the whole process on a CPU."""
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device)
-        if sys.platform == "win32":
-            return psutil.Process().memory_info().peak_wset
-        if sys.platform == "linux":  # ru_maxrss would begin with what the process had that started this one
-            (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-            return int(line.split()[1]) * 1024
-        import resource  # only where there is Unix
-
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
-
-
-def find_machine(device: str = "auto", dtype: str = "auto") -> Machine:
-    """Choose by capability: CUDA before CPU; bfloat16 where the device multiplies it, float16 on older GPUs.
-
-    GPUs multiply bfloat16 from compute capability 8.0, CPUs with the instructions AVX512-BF16; others get float32.
-    A process that torchrun started takes the CUDA device of its own number. Raises `UserError` for a device or
-    precision that is not there.
-    """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        if device == "cpu":
-            _say_unused_gpu()
-    kind = device.split(":")[0]
-    count = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}.get(kind, 0)
-    named = re.fullmatch(r"\w+:(\d+)", device)
-    index = int(named[1]) if named else int(os.environ.get("LOCAL_RANK", 0)) if kind == "cuda" else 0
-    if index >= count:
-        there = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-        if count and not named:
-            raise UserError(f"process {index} has no GPU to itself: there are {count}; use --nproc-per-node={count}")
-        raise UserError(f"device is {device!r} but this machine has {', '.join(there)}; use device='auto'")
-    place = torch.device(kind, index) if kind == "cuda" else torch.device(kind)
-    if kind == "cuda":
-        has_bf16 = torch.cuda.get_device_capability(place) >= (8, 0)
-    else:  # older versions of PyTorch do not tell
-        has_bf16 = kind == "cpu" and getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
-    if dtype == "auto":
-        dtype = "bfloat16" if has_bf16 else "float16" if kind == "cuda" else "float32"
-    if kind == "cuda" and dtype == "bfloat16" and not has_bf16:
-        raise UserError(f"dtype is 'bfloat16' but {torch.cuda.get_device_name(place)} has none (capability under 8.0)")
-    if kind == "cuda":
-        properties = torch.cuda.get_device_properties(place)
-        name, memory = properties.name, properties.total_memory
-        torch.set_float32_matmul_precision("high")  # TF32: 8 times the float32 rate, 10 bits of mantissa
-    else:
-        name, memory = cpu_name(), psutil.virtual_memory().total
-        _keep_freed_memory()
-    peak = datasheet_flops(name) if kind == "cuda" and dtype != "float32" else None
-    return Machine(place, getattr(torch, dtype), name, memory, peak)
-
-
-def datasheet_flops(name: str) -> float | None:
-    """Dense 16-bit FLOP/s of the GPU of this name by its data sheet; None where that is not known."""
-    known = (tflops * 1e12 for part, tflops in DATASHEET_TFLOPS.items() if re.search(rf"\b{part}\b", name))
-    return None if "Laptop" in name else next(known, None)
-
-
-@cache
-def _say_unused_gpu() -> None:
-    if shutil.which("nvidia-smi") and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
-        print(
-            f"there is an NVIDIA driver, but PyTorch {torch.__version__} finds no GPU: the CPU is used; see"
-            " https://pytorch.org/get-started for the build that fits the driver"
-        )
-
-
-def cpu_name() -> str:
-    """The processor's name as the system gives it."""
-    with contextlib.suppress(OSError):
-        found = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
-        if found:
-            return found[1]
-    return platform.processor() or platform.machine()
-
-
-def _keep_freed_memory() -> None:
-    """Have glibc reuse large buffers between steps instead of returning them to the system, page by page."""
-    with contextlib.suppress(OSError, AttributeError, TypeError):  # TypeError: Windows has no library of no name
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
-        mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
-
-
-def measure_matmul_flops(machine: Machine) -> float:
-    """FLOP/s of a large square matrix product in the run's precision: the rate to hold a training step against."""
-    size, calls = (8192, 10) if machine.device.type == "cuda" else (1024, 10)
-    a, b = torch.randn(2, size, size, device=machine.device, dtype=machine.dtype)
-    return 2 * size**3 / time_per_call(lambda: a @ b, machine, calls)
-
-
-def time_per_call(call: Callable, machine: Machine, calls: int = 5) -> float:
-    """Median seconds of a call, after one that is not timed."""
-    seconds = []
-    for _ in range(1 + calls):
-        machine.synchronize()
-        start = time.perf_counter()
-        call()
-        machine.synchronize()
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds[1:])
-
-
-def compile_or_eager(
-    model: torch.nn.Module, tokens: torch.Tensor, targets: torch.Tensor, machine: Machine
-) -> tuple[Callable, str]:
-    """The compiled model once it has run on tokens, targets (B, T), else the model itself; and a note that says which.
-
-    Compilation happens at the first call, so failures (no C++ compiler, no Triton on Windows, an old card) show
-    here and not in the loop. Leaves weights as they were, and no gradients.
-    """
-    start = time.perf_counter()
-    torch.compiler.reset()  # of former runs: what has been compiled too often is left eager
-    try:
-        compiled = torch.compile(model, dynamic=False)
-        with machine.autocast():
-            compiled(tokens, targets).backward()
-            with torch.no_grad():
-                compiled(tokens, targets)
-        model.zero_grad(set_to_none=True)
-        return compiled, f"compiled in {time.perf_counter() - start:.0f} s"
-    except Exception as error:
-        model.zero_grad(set_to_none=True)
-        if is_out_of_memory(error):  # the loop will try again with a smaller micro-batch
-            return compiled, "compiled at the first step"
-        torch.compiler.reset()
-        return model, f"eager, since torch.compile failed ({type(error).__name__}: {_first_line(error)})"
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or "no message").splitlines()[0][:200]
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a device, or the system behind a CPU, had no memory left for a tensor or for a kernel's own buffers."""
-    on_gpu = ("out of memory", "ALLOC_FAILED")  # also within an error of the compiler; cuBLAS, cuDNN
-    on_cpu = ("can't allocate memory", "could not create a primitive", "bad_alloc")  # torch, oneDNN, C++
-    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in on_gpu + on_cpu)
-
-
-class progress_bar:
-    """One line that is drawn anew: share of the budget used, time left, and what `show` is given.
-
-    Plain text, so that it looks the same in a terminal, a notebook and a saved page; at most 2,000 updates
-    over a run limited by the clock, so that a day of them stays small.
-    """
-
-    def __init__(self, budget: Budget) -> None:
-        self._bar = tqdm(
-            total=1.0, file=sys.stdout, mininterval=max(0.5, budget.max_hours * 1.8),
-            bar_format="{percentage:5.1f}% |{bar:20}| {remaining} left  {desc}",
-        )  # fmt: skip
-
-    def __enter__(self) -> progress_bar:
-        return self
-
-    def __exit__(self, *exception) -> None:
-        self._bar.close()
-
-    def show(self, progress: float, step: int, line: dict) -> None:
-        """Move to `progress` (0 to 1), with what the last step measured after the bar."""
-        if "train_loss" in line:
-            mfu = f"{line['mfu']:.0%}" if line["mfu"] else "n/a"
-            text = f"step {step:,}  loss {line['train_loss']:.3f}  {line['tokens_per_second']:,.0f} tokens/s  MFU {mfu}"
-            self._bar.set_description_str(text, refresh=False)
-        self._bar.update(progress - self._bar.n)
-
-    def evaluated(self, step: int, tokens: int, seconds: float, val_bpb: float) -> None:
-        """A line with what an evaluation found, that stays."""
-        self.write(f"step {step:7,} {tokens:15,} tokens {seconds:8,.0f} s   {val_bpb:.4f} bits per byte held out")
-
-    def write(self, text: str) -> None:
-        """A line above the bar, that stays."""
-        self._bar.write(text, file=sys.stdout)
-
-
-class StopRequest:
-    """Turns Ctrl-C, the notebook's stop button and SIGTERM into a request that the loop honours between steps.
-
-    A second Ctrl-C interrupts at once, unless it comes within a second: torchrun passes on the one that the
-    terminal has sent already.
-    """
-
-    def __init__(self) -> None:
-        self.requested, self._when = False, 0.0
-
-    def __enter__(self) -> StopRequest:
-        self._previous = {}
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._handle)
-        return self
-
-    def _handle(self, number: int, frame) -> None:
-        if self.requested:
-            if number == signal.SIGINT and time.monotonic() - self._when > 1:
-                raise KeyboardInterrupt
+        Raises `UserError` when the run was begun with another tokenizer.
+        """
+        if at_step and read_json(self.folder / "tokenizer.json") != tokenizer:
+            raise UserError(
+                f"run {self.folder.name!r} was begun with another tokenizer: the text it was learned from has"
+                " changed; use a new run_name"
+            )
+        if not self.writes:
             return
-        self.requested, self._when = True, time.monotonic()
-        print("\nstopping after this step; a checkpoint is written first (interrupt again to stop at once)")
+        config = portable(config)
+        (self.folder / "summary.json").unlink(missing_ok=True)  # of an earlier part of this run
+        for name, value in [("config", config), ("tokenizer", tokenizer), ("environment", environment)]:
+            write_json(self.folder / f"{name}.json", value)
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            kept = [line for line in read_jsonl(self.folder / name) if line["step"] <= at_step] if at_step else []
+            write_atomic(self.folder / name, "".join(json.dumps(line) + "\n" for line in kept))
+        if wandb != "off":
+            self._wandb = _start_wandb(self.folder, config, wandb)
 
-    def __exit__(self, *exception) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
+    def preflight(
+        self, prediction: dict, machine: Machine, note: str, matmul_flops: float, keep: int, processes: int = 1
+    ) -> None:
+        """Print what the run will take. Raises `UserError` when the device cannot hold one sequence, or the disk one
+        checkpoint.
+
+        `prediction` is the notebook's, with the measured rate of all processes; `note` says how the model runs. A
+        rate that falls under half of it later is reported.
+        """
+        p, free_disk = prediction, shutil.disk_usage(self.folder).free / 1e9
+        needed, memory, peak = p["checkpoint (GB)"] * (keep + 1), machine.memory / 1e9, p["peak memory (GB)"]
+        flops = p["tokens per second"] * p["FLOPs per token"] / processes
+        each = f"{processes} × " if processes > 1 else ""
+        mfu = f", MFU {flops / machine.peak_flops:.0%}" if machine.peak_flops else ""
+        length = datetime.timedelta(seconds=round(p["seconds"]))
+        end = datetime.datetime.now() + length
+        loss, best = p["expected loss"], p["compute-optimal parameters"]  # nan where the law knows nothing
+        rows = {
+            "device": f"{each}{machine.name}, {str(machine.dtype).removeprefix('torch.')}, {note}",
+            "memory": f"{peak:.2f} GB predicted at micro-batch {p['micro-batch']}, {memory:.1f} GB there",
+            "disk": f"{needed:.2f} GB for {keep} checkpoints and one being written, {free_disk:.1f} GB free",
+            "speed": f"{p['tokens per second']:,.0f} tokens/s, {flops / matmul_flops:.0%} of the matrix rate{mfu}",
+            "budget": f"{p['tokens']:,.0f} tokens in {length}, until {end:%Y-%m-%d %H:%M}",
+            "size": f"{p['parameters']:,} parameters, {p['tokens per parameter']:.2g} tokens for each"
+            + ("" if math.isnan(loss) else " (best: about 20)"),
+            "scaling law": ("loss n/a, too small" if math.isnan(loss) else f"loss {loss:.2f} on web text")
+            + ("" if math.isnan(best) else f"; best size for so much compute {best:,.0f}"),
+        }  # fmt: skip
+        print("\n".join(f"  {name:12s} {text}" for name, text in rows.items()))
+        if p["micro-batch"] == 1 and peak > memory:
+            raise UserError(
+                f"no go: one sequence at a time is predicted to take {peak:.1f} GB and the device has {memory:.1f} GB;"
+                " use a smaller n_layer, n_embd, vocab_size or block_size"
+            )
+        if p["checkpoint (GB)"] > free_disk:
+            raise UserError(
+                f"no go: a checkpoint takes {p['checkpoint (GB)']:.2f} GB and {free_disk:.2f} GB are free in"
+                f" {self.folder.parent}; make room or set runs_dir"
+            )
+        print("  go")
+        self._expected_rate = p["tokens per second"]
+
+    def metrics(self, step: int, **values: float | None) -> None:
+        """Append one line to metrics.jsonl. A loss far above the last fifty is marked, a slow machine told."""
+        loss = values.get("train_loss")
+        if loss is not None and math.isfinite(loss):
+            if len(self._losses) == self._losses.maxlen:
+                mean, spread = statistics.fmean(self._losses), statistics.stdev(self._losses)
+                if loss > mean + 6 * spread:
+                    values["spike"] = loss - mean
+                    tqdm.write(f"step {step:,}: loss {loss:.3f} after a mean of {mean:.3f}", file=sys.stdout)
+            self._losses.append(loss)
+            self._rates.append(values.get("tokens_per_second", math.inf))
+            if len(self._rates) == self._rates.maxlen and statistics.median(self._rates) < self._expected_rate / 2:
+                rate = statistics.median(self._rates)
+                text = f"{rate:,.0f} tokens/s, under half of the {self._expected_rate:,.0f} before"
+                tqdm.write(f"step {step:,}: {text}", file=sys.stdout)
+                self._expected_rate = rate  # said once, until it halves again
+        self._append("metrics.jsonl", {"step": step, **values})
+        self._mirror(lambda run: run.log(values, step=step))
+
+    def sample(self, step: int, prompt: str, text: str, **scores: float) -> None:
+        """Append one line to samples.jsonl, with the scores of what is written at this step."""
+        self._append("samples.jsonl", {"step": step, "prompt": prompt, "text": text, **scores})
+        self._mirror(lambda run: run.log({"sample": _wandb_html(prompt, text), **scores}, step=step))
+
+    def median_rate(self) -> float:
+        """Tokens per second of the median step; 0 before there is one."""
+        lines = read_jsonl(self.folder / "metrics.jsonl")
+        rates = [line["tokens_per_second"] for line in lines if line.get("tokens_per_second")]
+        return statistics.median(rates or [0.0])
+
+    def finish(self, summary: dict) -> None:
+        """Write summary.json and close W&B."""
+        if not self.writes:
+            return
+        try:
+            write_json(self.folder / "summary.json", summary)
+        except OSError as error:
+            print(f"summary.json was not written ({error.strerror}): {json.dumps(summary)}")
+        self._mirror(lambda run: (run.summary.update(summary), run.finish(exit_code=0)))
+        self._wandb = None
+
+    def _append(self, name: str, line: dict) -> None:
+        """Add a line to a file; on a full disk, keep it and try again with the next one."""
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
+        if self.writes:
+            self._unwritten.append((name, json.dumps(finite) + "\n"))  # JSON has no NaN
+        try:
+            while self._unwritten:
+                name, text = self._unwritten[0]
+                with (self.folder / name).open("a", encoding="utf-8") as file:
+                    file.write(text)
+                self._unwritten.pop(0)
+        except OSError as error:
+            if len(self._unwritten) == 1:
+                print(f"\n{name} cannot be written now ({error.strerror}); its lines are kept and written later")
+            name, text = self._unwritten[0]
+            self._unwritten[0] = name, "\n" + text.lstrip("\n")  # part of it may be on disk: begin a line of its own
+
+    def _mirror(self, action: Callable) -> None:
+        """Do something with the W&B run. Whatever goes wrong there is said once and never stops training."""
+        if self._wandb is None:
+            return
+        try:
+            action(self._wandb)
+        except Exception as error:
+            self._wandb = None
+            print(f"W&B stopped ({type(error).__name__}: {error}); the run goes on, its files are in {self.folder}")
+
+
+def _start_wandb(folder: Path, config: dict, mode: str):
+    """A W&B run, or None with a line that says why. Never asks for a key: without one it logs offline."""
+    try:
+        import wandb
+
+        if mode == "online" and not wandb.login(prompt=False):
+            mode = "offline"
+            print("W&B: no API key here, logging offline (later: wandb login, then wandb sync)")
+        settings = wandb.Settings(console="off", silent=True, init_timeout=60, disable_git=True, disable_code=True)
+        id_file = folder / "wandb_id"
+        run_id = id_file.read_text() if id_file.exists() else secrets.token_hex(4)
+        id_file.write_text(run_id)
+        return wandb.init(
+            project="lmharness", name=folder.name, id=run_id, resume="allow",
+            dir=folder.parent, config=config, mode=mode, settings=settings,
+        )  # fmt: skip
+    except Exception as error:
+        print(f"W&B is off ({type(error).__name__}: {error}); the run's files are in {folder}")
+        return None
+
+
+def _wandb_html(prompt: str, text: str):
+    import html
+
+    import wandb
+
+    return wandb.Html(f"<pre><b>{html.escape(prompt)}</b>{html.escape(text)}</pre>", inject=False)
+
+
+def run_state(folder: str | Path) -> dict:
+    """Where a run stands, from its files alone: for another notebook, kernel or terminal, while it trains or after.
+
+    "status" is "running", "finished", "interrupted" or "diverged", or "stopped" when its process is gone without
+    a word; "progress" (0 to 1) and "seconds_left" come from the budget; "metrics" and "samples" are its lines.
+    """
+    folder = Path(folder)
+    config, metrics = read_json(folder / "config.json"), read_jsonl(folder / "metrics.jsonl")
+    last = {name: value for line in metrics for name, value in line.items()}  # the latest of each
+    try:
+        budget = Budget(config["max_steps"], config["max_tokens"], config["max_hours"])
+        seconds = float(last.get("seconds", 0.0))
+        progress = budget.progress(last.get("step", 0), last.get("tokens", 0), seconds)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{folder}: its config or metrics do not say how far it is ({error!r})") from None
+    summary = folder / "summary.json"
+    status = read_json(summary).get("status", "stopped") if summary.exists() else "stopped"
+    lock = FileLock(folder / ".lock", timeout=0)
+    try:
+        lock.acquire()
+        lock.release()
+    except Timeout:
+        status = "running"
+    return {
+        "status": status,
+        "progress": progress,
+        "seconds_left": seconds / progress * (1 - progress) if progress else math.inf,
+        "last": last,
+        "metrics": metrics,
+        "samples": read_jsonl(folder / "samples.jsonl"),
+    }
+
+
+def show_run(folder: str | Path) -> None:
+    """Print where a run stands and its latest sample, and draw its curves."""
+    import matplotlib.pyplot as plt
+
+    state = run_state(folder)
+    last, left = state["last"], state["seconds_left"]
+    print(f"{Path(folder).name}: {state['status']}, {state['progress']:.1%} of the budget", end="")
+    print(f", {left / 3600:.1f} hours left" if state["status"] == "running" and math.isfinite(left) else "")
+    numbers = [
+        ("step", ",d"),
+        ("tokens", ",d"),
+        ("train_loss", ".3f"),
+        ("val_bpb", ".4f"),
+        ("tokens_per_second", ",.0f"),
+    ]
+    print(", ".join(f"{name} {last[name]:{form}}" for name, form in numbers if last.get(name) is not None))
+    for sample in state["samples"][-1:]:
+        print(f"──── sample of step {sample['step']:,}\n{sample['prompt']}{sample['text']}")
+    plt.figure(figsize=(7, 3))
+    for name, style in [("train_loss", "-"), ("val_loss", "o-")]:
+        points = [(line["tokens"] / 1e6, line[name]) for line in state["metrics"] if line.get(name) is not None]
+        plt.plot(*zip(*points), style, label=name) if points else None
+    plt.gca().set(xlabel="tokens (millions)", ylabel="nats per token", title=Path(folder).name)
+    plt.legend()
+    plt.show()

@@ -15,7 +15,7 @@ import matplotlib  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-from notebook_utils import load_definitions  # noqa: E402
+from machinery.notebook import load_definitions  # noqa: E402
 
 matplotlib.use("agg")
 torch.set_num_threads(1)

@@ -6,12 +6,12 @@ import pytest
 import torch
 from conftest import LM
 
-from bench import recipe, steps
-from bench.common import in_own_process, slug, table, take_turns
-from bench.generation import compare_generation
-from bench.peers import make_config
-from bench.scaling import grows_faster, measure_scaling
-from bench.tokenization import compare_tokenization
+from tools.bench import recipe, steps
+from tools.bench.common import in_own_process, slug, table, take_turns
+from tools.bench.generation import compare_generation
+from tools.bench.peers import make_config
+from tools.bench.scaling import grows_faster, measure_scaling
+from tools.bench.tokenization import compare_tokenization
 
 MACHINE = LM.find_machine("cpu")
 
@@ -23,9 +23,9 @@ def test_calls_take_turns_and_the_first_round_does_not_count():
 
 
 def test_peak_memory_is_of_a_process_of_its_own():
-    assert in_own_process("bench.steps", "transformers, as shipped", "tiny", "cpu")["bytes"] > 0
+    assert in_own_process("tools.bench.steps", "transformers, as shipped", "tiny", "cpu")["bytes"] > 0
     with pytest.raises(RuntimeError, match="KeyError: 'nobody'"):
-        in_own_process("bench.steps", "nobody", "tiny", "cpu")
+        in_own_process("tools.bench.steps", "nobody", "tiny", "cpu")
 
 
 @pytest.mark.parametrize("name", steps.CONTENDERS)

@@ -15,9 +15,9 @@ import nbformat
 import pytest
 from nbconvert import HTMLExporter
 
-from notebook_utils import NOTEBOOK
+from machinery.notebook import NOTEBOOK
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install -r requirements-dev.txt")
+sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install -r tools/requirements.txt")
 
 QUIET = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
 QUIET += " --disable-component-update --disable-sync"

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from notebook_utils import UserError
+from machinery.errors import UserError
 
 WRONG = [
     ({"n_layr": 3}, ["n_layr", "n_layer"]),
@@ -75,7 +75,7 @@ def test_every_field_is_commented():
     """Each field of the configuration has a comment on its line, the three budgets share one."""
     import nbformat
 
-    from notebook_utils import NOTEBOOK
+    from machinery.notebook import NOTEBOOK
 
     for cell in nbformat.read(NOTEBOOK, as_version=4).cells:
         if "Fields:" in cell.source and "define" in cell.metadata.get("tags", []):

@@ -15,18 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data_utils
-import text_utils
-from data_utils import Batches, is_held_out, prepare_data
-from text_utils import (
-    DataError,
-    get_tokenizer,
-    iter_documents,
-    read_documents,
-    source_files,
-    token_byte_counts,
-    tokenizer_from_dict,
-    tokenizer_to_dict,
-)
+from data_utils import Batches, get_tokenizer, is_held_out, prepare_data
+from machinery import sources
+from machinery.errors import DataError
+from machinery.sources import iter_documents, read_documents, source_files
+from machinery.tokenizers import token_byte_counts, tokenizer_from_dict, tokenizer_to_dict
 
 GPT2_VOCABULARY = Path(__file__).parents[2] / "shared" / "tiktoken"  # tiktoken's cache files, where a machine has them
 SAMPLE = ["def main():\n    return 1\n", "Größe 🙂 naïve\r\n\r\n\ttabs   spaces\n", "0123456789" * 3]
@@ -119,7 +112,7 @@ def test_order_of_files_does_not_depend_on_folders(texts):
 
 def test_very_long_files_are_cut_at_line_ends(texts, monkeypatch):
     pattern, contents = texts
-    monkeypatch.setattr(text_utils, "MAX_DOCUMENT_BYTES", 200)
+    monkeypatch.setattr(sources, "MAX_DOCUMENT_BYTES", 200)
     pieces = list(iter_documents(pattern))
     assert sum(map(len, pieces)) == sum(map(len, contents)) and len(pieces) > len(contents)
     assert all(piece.endswith("\n") for piece in pieces)
@@ -173,7 +166,7 @@ def test_unreadable_sources_are_one_line_each(tmp_path):
 
 def test_hub_that_does_not_answer_is_one_line():
     """A real refusal: the hub library is told to use an address where nothing listens."""
-    program = "from text_utils import *\nlist(iter_documents('owner/name:config'))"
+    program = "from machinery.sources import *\nlist(iter_documents('owner/name:config'))"
     env = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
     result = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, timeout=120)
     last = result.stderr.strip().splitlines()[-1]

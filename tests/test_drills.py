@@ -2,10 +2,10 @@
 
 import pytest
 
-from drills.hostile import fuzz
-from drills.processes import interrupt_kernel, kill_tokenization, kill_training, terminate
-from drills.services import bad_network, bad_wandb
-from drills.storage import corrupt_checkpoints, corrupt_shards, full_disk
+from tools.drills.hostile import fuzz
+from tools.drills.processes import interrupt_kernel, kill_tokenization, kill_training, terminate
+from tools.drills.services import bad_network, bad_wandb
+from tools.drills.storage import corrupt_checkpoints, corrupt_shards, full_disk
 
 SHORT = [
     (kill_training, 3), (kill_tokenization, 2), (interrupt_kernel, 2), (terminate, 1), (full_disk, 1),

@@ -10,10 +10,10 @@ import pandas as pd
 import pytest
 import torch
 
-from experiments import choices, curves, equal_size, frontier, induction, lengths, plot_sweep, shape, sweep
-from experiments.__main__ import FINDINGS, RESULTS, repeat
-from experiments.tool import places
-from notebook_utils import UserError
+from machinery.errors import UserError
+from tools.experiments import choices, curves, equal_size, frontier, induction, lengths, plot_sweep, shape, sweep
+from tools.experiments.__main__ import FINDINGS, RESULTS, repeat
+from tools.experiments.tool import places
 
 
 @pytest.fixture

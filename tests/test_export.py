@@ -13,12 +13,14 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from test_data import TOKENIZERS
 
-from checkpoint_utils import save_checkpoint
-from export_utils import ExportError, config_from_hf, export_hf, import_hf
-from family_utils import FAMILIES, families_table, family_of
-from notebook_utils import UserError
-from text_utils import DataError, get_tokenizer, iter_documents, tokenizer_to_dict
-from tokenizer_export import read_tokenizer, save_tokenizer, to_tokenizers
+from data_utils import get_tokenizer
+from machinery.checkpoints import save_checkpoint
+from machinery.errors import DataError, UserError
+from machinery.huggingface.families import FAMILIES, ExportError, families_table, family_of
+from machinery.huggingface.tokenizers import read_tokenizer, save_tokenizer, to_tokenizers
+from machinery.huggingface.weights import config_from_hf, export_hf, import_hf
+from machinery.sources import iter_documents
+from machinery.tokenizers import tokenizer_to_dict
 
 BYTES = get_tokenizer("bytes", 257)
 ENVIRONMENT = {"commit": "abc123", "device": "a CPU", "dtype": "float32", "versions": {"torch": "2.13.0"}}

@@ -9,7 +9,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from drills.hub_server import Hub
+from tools.drills.hub_server import Hub
 
 DOCUMENTS = [f"Document {i}: ünïcode\r\n" + f"line {i} of many\n" * (5 + i % 40) for i in range(600)]
 
@@ -32,7 +32,7 @@ def run(hub, tmp_path, program, **env):
     return json.loads(result.stdout.splitlines()[-1])
 
 
-READ = "import json, text_utils; print(json.dumps(list(text_utils.iter_documents('owner/name'))))"
+READ = "import json; from machinery import sources; print(json.dumps(list(sources.iter_documents('owner/name'))))"
 
 
 @pytest.mark.parametrize("fault", ["none", "drop", "refuse", "stall"])
@@ -46,7 +46,7 @@ def test_every_document_arrives_once_whatever_the_network_does(folder, tmp_path,
 
 def test_a_hub_stream_goes_on_from_a_position(folder, tmp_path):
     program = (
-        "import json, itertools, text_utils as t\n"
+        "import json, itertools; from machinery import sources as t\n"
         "head = list(itertools.islice(t.read_documents('owner/name'), 333))\n"
         "position = json.loads(json.dumps(head[-1][1]))\n"
         "rest = [text for text, _ in t.read_documents('owner/name', start=position)]\n"
@@ -57,9 +57,7 @@ def test_a_hub_stream_goes_on_from_a_position(folder, tmp_path):
 
 
 def test_held_out_text_is_the_validation_split_where_there_is_one(folder, tmp_path):
-    program = (
-        "import json, text_utils; print(json.dumps(list(text_utils.iter_documents('owner/name', split='validation'))))"
-    )
+    program = "import json; from machinery import sources; print(json.dumps(list(sources.iter_documents('owner/name', split='validation'))))"
     table = pyarrow.table({"text": ["held out"]})
     with Hub(folder) as hub:
         pyarrow.parquet.write_table(table, tmp_path / "validation-00000.parquet")
@@ -104,9 +102,9 @@ def test_an_interrupted_hub_tokenization_goes_on_and_gives_the_same_shards(folde
 
 def test_a_hub_that_is_gone_is_one_line(folder, tmp_path):
     program = (
-        "import json, text_utils\n"
-        "try: list(text_utils.iter_documents('owner/other'))\n"
-        "except text_utils.DataError as error: print(json.dumps(str(error)))"
+        "import json; from machinery import sources\n"
+        "try: list(sources.iter_documents('owner/other'))\n"
+        "except sources.DataError as error: print(json.dumps(str(error)))"
     )
     with Hub(folder) as hub:
         message = run(hub, tmp_path, program)

@@ -9,7 +9,7 @@ import torch
 import transformers
 from conftest import LM
 
-from notebook_utils import NOTEBOOK, load_definitions
+from machinery.notebook import NOTEBOOK, load_definitions
 
 TABLES = {"attention": LM.ATTENTIONS, "position": LM.POSITIONS, "ffn": LM.FFNS, "norm": LM.NORMS}
 VARIANTS = [dict(zip(TABLES, names)) for names in itertools.product(*TABLES.values())]

@@ -8,8 +8,8 @@ import nbformat
 import papermill
 import pytest
 
-from notebook_utils import NOTEBOOK, mark_executed, source_digest
-from run_utils import read_jsonl
+from machinery.files import read_jsonl
+from machinery.notebook import NOTEBOOK, mark_executed, source_digest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 

@@ -12,19 +12,20 @@ import pytest
 import torch
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from checkpoint_utils import newest_checkpoint, read_state
 from data_utils import Batches
-from notebook_utils import NOTEBOOK, UserError
-from parallel_utils import ALONE, Group, micro_batch_of, spread
-from run_utils import read_json, read_jsonl
+from machinery.checkpoints import newest_checkpoint, read_state
+from machinery.errors import UserError
+from machinery.files import read_json, read_jsonl
+from machinery.notebook import NOTEBOOK
+from machinery.processes import ALONE, Group, micro_batch_of, spread
 
 PROGRAM = """
 import json, sys
 import torch
-import notebook_utils
+from machinery import notebook
 
 torch.set_num_threads(1)
-lm = notebook_utils.load_definitions()
+lm = notebook.load_definitions()
 for values in json.loads(sys.argv[1]):
     lm.train(lm.Config.from_dict(values))
 """

@@ -5,8 +5,8 @@ import nbformat
 from IPython.display import HTML
 from jupyter_client.manager import start_new_kernel
 
-import play_utils
-from play_utils import coloured_tokens, describe
+from machinery import figures
+from machinery.figures import coloured_tokens, describe
 
 PIECES = [("import os\n", 0.9, "first"), ("<b>", 0.001, 'a "quoted" guess'), ("\tx", 1e-12, "last")]
 
@@ -34,14 +34,14 @@ def test_tokens_are_a_figure_where_nobody_is_there_and_html_where_somebody_is(mo
     assert sum(shades[0]) > sum(shades[-1])  # what was not expected is darker
     plt.close(figure)
 
-    monkeypatch.setattr(play_utils, "attended", lambda: True)
+    monkeypatch.setattr(figures, "attended", lambda: True)
     page = coloured_tokens(PIECES)
     assert isinstance(page, HTML) and "&lt;b&gt;" in page.data and "0.1%; a &quot;quoted&quot; guess" in page.data
 
 
 CELL = """
 import matplotlib.pyplot as plt
-from play_utils import play
+from machinery.figures import play
 
 def draw(power: int = 2, name: str = "x"):
     print("drawn", power, name)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import LM
 
-import rehearsal.__main__ as rehearsal
+import tools.rehearsal.__main__ as rehearsal
 
 CUDA_BUILD = torch.version.cuda and sys.platform == "linux"
 
@@ -29,7 +29,7 @@ def test_a_run_gets_through(tmp_path, monkeypatch):
     """In spite of a broken one before it, which is told, and counted in the exit status."""
     broken, good = (rehearsal.ADA, 1, {"n_layer": 0}), (rehearsal.ADA, 1, {"n_layer": 2})
     monkeypatch.setattr(rehearsal, "JOBS", [broken, good])
-    monkeypatch.setattr(rehearsal, "RESULT", tmp_path / "rehearsal.md")
+    monkeypatch.setattr(rehearsal, "RESULT", tmp_path / "tools.rehearsal.md")
     with pytest.raises(SystemExit, match="(?s)^not finished: .*n_layer is 0"):
         rehearsal.main()
-    assert (tmp_path / "rehearsal.md").read_text().count("| compiled |") == 1
+    assert (tmp_path / "tools.rehearsal.md").read_text().count("| compiled |") == 1

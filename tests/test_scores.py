@@ -9,18 +9,20 @@ from conftest import LM
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import eval_utils
-from eval_utils import encode_pair, held_out_documents, held_out_functions, make_questions, parses
-from notebook_utils import UserError
-from run_utils import read_jsonl
-from text_utils import get_tokenizer, iter_documents
+from data_utils import get_tokenizer
+from machinery.errors import UserError
+from machinery.files import read_jsonl
+from machinery.sources import iter_documents
+from tools.scores import questions as tasks
+from tools.scores.parsing import held_out_functions, parses
+from tools.scores.questions import encode_pair, held_out_documents, make_questions
 
-lm_eval = pytest.importorskip("lm_eval", reason="lm_eval is not installed: see requirements-dev.txt")
+lm_eval = pytest.importorskip("lm_eval", reason="lm_eval is not installed: see tools/requirements.txt")
 
 from lm_eval.api.model import TemplateLM  # noqa: E402
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window  # noqa: E402
 
-from bench import scores as bench_scores  # noqa: E402
+from tools.bench import scores as bench_scores  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +61,7 @@ def test_scores_equal_those_of_lm_eval(lm, run, capsys):
     config, model, encoding = lm.load_run(folder)
     texts = held_out_documents(data)
     questions = make_questions(texts, config.block_size, count=60)
-    eval_utils.write_tasks(folder / "scores", questions, texts)
+    tasks.write_tasks(folder / "scores", questions, texts)
     result = bench_scores.compare(folder)
     ours, theirs = result["notebook"], result["lm_eval"]
     for name in ("acc", "acc_norm", "acc_stderr", "acc_norm_stderr"):
@@ -230,22 +232,22 @@ def test_a_file_of_questions_that_is_none_gets_one_line(tmp_path, content, messa
     path = tmp_path / "endings.jsonl"
     path.write_text(content)
     with pytest.raises(UserError, match=message) as caught:
-        eval_utils.read_questions(path)
+        tasks.read_questions(path)
     assert "\n" not in str(caught.value) and str(path) in str(caught.value)
 
 
 def test_task_files_come_back(tmp_path):
     texts = ["a\r\nb\u2028c\x0b", "🙂"]
     questions = [{"ctx": "é\u2028", "endings": ["a", "b"], "label": 1}]
-    eval_utils.write_tasks(tmp_path, questions, texts)
-    assert eval_utils.read_questions(tmp_path / "endings.jsonl") == questions
-    assert eval_utils.read_texts(tmp_path / "documents.jsonl") == texts
+    tasks.write_tasks(tmp_path, questions, texts)
+    assert tasks.read_questions(tmp_path / "endings.jsonl") == questions
+    assert tasks.read_texts(tmp_path / "documents.jsonl") == texts
     (tmp_path / "bad.jsonl").write_bytes(b'{"text": "\xff"}')
     with pytest.raises(UserError, match="not readable as text"):
-        eval_utils.read_texts(tmp_path / "bad.jsonl")
+        tasks.read_texts(tmp_path / "bad.jsonl")
     (tmp_path / "bad.jsonl").write_text(json.dumps({"text": 3}))
     with pytest.raises(UserError, match="text is '3'"):
-        eval_utils.read_texts(tmp_path / "bad.jsonl")
-    eval_utils.write_tasks(tmp_path / "none", [], texts)
+        tasks.read_texts(tmp_path / "bad.jsonl")
+    tasks.write_tasks(tmp_path / "none", [], texts)
     assert not (tmp_path / "none" / "endings.jsonl").exists()
     assert (tmp_path / "none" / "documents.yaml").exists()

@@ -16,7 +16,7 @@ import torch
 from torch.optim import lr_scheduler
 
 import train_utils
-from checkpoint_utils import (
+from machinery.checkpoints import (
     CheckpointError,
     checkpoint_folders,
     load_checkpoint,
@@ -24,9 +24,10 @@ from checkpoint_utils import (
     read_state,
     save_checkpoint,
 )
-from notebook_utils import UserError
-from run_utils import RunLog, read_jsonl, run_state, show_run
-from train_utils import SCHEDULES, Budget, find_machine
+from machinery.errors import UserError
+from machinery.files import read_jsonl
+from machinery.machine import find_machine
+from train_utils import SCHEDULES, Budget, RunLog, run_state, show_run
 
 # --------------------------------------------------------------------------------------------- schedules
 
@@ -216,7 +217,7 @@ def test_a_loss_spike_is_marked(tmp_path):
 
 def test_a_second_trainer_is_refused_and_a_dead_one_is_not_in_the_way(tmp_path):
     program = (
-        "import sys, time\nfrom run_utils import RunLog\n"
+        "import sys, time\nfrom train_utils import RunLog\n"
         "log = RunLog(sys.argv[1], 'run').__enter__()\nprint('in', flush=True)\ntime.sleep(60)"
     )
     other = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE, text=True)
@@ -422,7 +423,7 @@ def test_hours_end_a_run(lm, settings):
 
 TRAIN_PROGRAM = """
 import json, sys
-from notebook_utils import load_definitions
+from machinery.notebook import load_definitions
 lm = load_definitions()
 lm.torch.set_num_threads(1)
 lm.train(lm.Config.from_dict(json.load(open(sys.argv[1]))))
@@ -521,7 +522,7 @@ def test_a_bad_step_never_reaches_the_weights(lm, settings, monkeypatch):
 
 OUT_OF_MEMORY_PROGRAM = """
 import json, resource, sys, psutil
-from notebook_utils import load_definitions
+from machinery.notebook import load_definitions
 lm = load_definitions()
 lm.torch.set_num_threads(1)
 config = lm.Config.from_dict(json.load(open(sys.argv[1])))

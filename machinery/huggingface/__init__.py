@@ -1,0 +1,6 @@
+"""Models leave and enter as Hugging Face checkpoints."""
+
+from machinery.huggingface.families import ExportError
+from machinery.huggingface.weights import check_tokenizer, config_from_hf, export_hf, import_hf
+
+__all__ = ["ExportError", "check_tokenizer", "config_from_hf", "export_hf", "import_hf"]

@@ -1,0 +1,210 @@
+"""Which architecture of `transformers` computes exactly what a configuration does: a table, read in both directions."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from machinery.errors import UserError
+from machinery.files import read_json
+from machinery.settings import LIMITS
+
+
+class ExportError(UserError):
+    """A model that has no exact equivalent on the other side."""
+
+
+LLAMA_MODULES = {
+    "model.embed_tokens": "embedding", "input_layernorm": "attention_norm", "self_attn": "attention",
+    "post_attention_layernorm": "ffn_norm", "mlp": "ffn", "model.norm": "norm", "lm_head": "head",
+}  # fmt: skip
+APERTUS_MODULES = LLAMA_MODULES | {"attention_layernorm": "attention_norm", "feedforward_layernorm": "ffn_norm"}
+STARCODER2_MODULES = LLAMA_MODULES | {"mlp.c_fc": "ffn.up_proj", "mlp.c_proj": "ffn.down_proj"}
+GPT2_MODULES = {
+    "transformer.wte": "embedding", "transformer.wpe": "position", "ln_1": "attention_norm",
+    "attn.c_attn": "attention.q_proj attention.k_proj attention.v_proj", "attn.c_proj": "attention.o_proj",
+    "ln_2": "ffn_norm", "mlp.c_fc": "ffn.up_proj", "mlp.c_proj": "ffn.down_proj",
+    "transformer.ln_f": "norm", "lm_head": "head",
+}  # fmt: skip
+LLAMA_FIELDS = {
+    "n_layer": "num_hidden_layers", "n_embd": "hidden_size", "n_ffn": "intermediate_size",
+    "n_head": "num_attention_heads", "n_kv_head": "num_key_value_heads",
+    "block_size": "max_position_embeddings", "vocab_size": "vocab_size",
+    "norm_eps": "rms_norm_eps", "tie_embeddings": "tie_word_embeddings",
+}  # fmt: skip
+GPT2_FIELDS = {
+    "n_layer": "n_layer", "n_embd": "n_embd", "n_head": "n_head", "n_ffn": "n_inner", "block_size": "n_positions",
+    "vocab_size": "vocab_size", "norm_eps": "layer_norm_epsilon", "tie_embeddings": "tie_word_embeddings",
+}  # fmt: skip
+GELU = {"hidden_act": "gelu_pytorch_tanh"}
+
+
+@dataclass(frozen=True)
+class Family:
+    """An architecture of `transformers`, and the choices of this stack that compute the same."""
+
+    model_type: str
+    position: str
+    ffn: str
+    norm: str
+    qk_norm: bool = False
+    attention: str = "any"  # "any" number of key/value heads, "mha": one for each query head, "mqa": one
+    gguf: str = "yes"  # whether llama.cpp computes the same; it fixes some settings that `transformers` reads
+    settings: dict = field(default_factory=dict)  # of its config, besides sizes
+    fields: dict = field(default_factory=lambda: LLAMA_FIELDS)  # our config fields under its names
+    modules: dict = field(default_factory=lambda: LLAMA_MODULES)  # its modules under our names
+
+
+FAMILIES = [
+    Family("llama", "rope", "gated", "rms"),
+    Family("qwen3", "rope", "gated", "rms", qk_norm=True),
+    Family("arcee", "rope", "mlp", "rms", gguf="no, has ReLU²", settings=GELU),
+    Family(
+        "apertus", "rope", "mlp", "rms", qk_norm=True, gguf="no, has xIELU",
+        settings=GELU, modules=APERTUS_MODULES,
+    ),
+    Family(
+        "stablelm", "rope", "gated", "layer",
+        fields=LLAMA_FIELDS | {"norm_eps": "layer_norm_eps"}, settings={"partial_rotary_factor": 1.0},
+    ),
+    Family(
+        "starcoder2", "rope", "mlp", "layer", modules=STARCODER2_MODULES,
+        fields=LLAMA_FIELDS | {"norm_eps": "norm_epsilon"}, settings=GELU,
+    ),
+    Family("smollm3", "none", "gated", "rms", gguf="no, has RoPE in three of four layers"),
+    Family(
+        "gpt2", "absolute", "mlp", "layer", attention="mha", gguf="if n_ffn is 4 n_embd",
+        fields=GPT2_FIELDS, modules=GPT2_MODULES,
+    ),
+    Family(
+        "gpt_bigcode", "absolute", "mlp", "layer", attention="mqa", gguf="if n_ffn is 4 n_embd",
+        fields=GPT2_FIELDS, modules=GPT2_MODULES,
+    ),
+]  # fmt: skip
+PARTS = ("position", "ffn", "norm", "qk_norm")
+SAME = {"gelu_new": "gelu_pytorch_tanh"}  # two names of one function
+# What a config says about training, output or bookkeeping. Everything else changes what a model computes.
+HARMLESS = {
+    "attention_dropout", "hidden_dropout", "residual_dropout", "embedding_dropout", "resid_pdrop", "embd_pdrop",
+    "attn_pdrop", "initializer_range", "use_cache", "bos_token_id", "eos_token_id", "pad_token_id", "pretraining_tp",
+    "max_window_layers", "no_rope_layer_interval", "summary_type", "summary_use_proj", "summary_activation",
+    "summary_proj_to_labels", "summary_first_dropout", "attention_softmax_in_fp32", "scale_attention_softmax_in_fp32",
+    "reorder_and_upcast_attn", "n_ctx", "partial_rotary_factor",  # the library moves this one to rope_parameters
+}  # fmt: skip
+
+
+def families_table() -> str:
+    """`FAMILIES` to read: the choices, the architecture they are, and whether llama.cpp computes the same."""
+    heads = {"any": "mha or gqa", "mha": "mha", "mqa": "gqa of 1"}
+    rows = [("position", "attention", "ffn", "norm", "qk_norm", "transformers", "llama.cpp")]
+    for f in FAMILIES:
+        rows.append((f.position, heads[f.attention], f.ffn, f.norm, str(f.qk_norm), f.model_type, f.gguf))
+    return "\n".join("{:9s} {:11s} {:6s} {:6s} {:8s} {:13s} {}".format(*row) for row in rows)
+
+
+def family_of(config: dict) -> Family:
+    """The row of `FAMILIES` that is `config`. Raises `ExportError` naming the part for which there is none."""
+    heads, kv_heads = config["n_head"], kv_heads_of(config)
+    fits = {"any": True, "mha": kv_heads == heads, "mqa": kv_heads == 1}
+    rest = list(FAMILIES)
+    for part in PARTS:
+        fitting = [family for family in rest if getattr(family, part) == config[part]]
+        if not fitting:
+            chosen = ", ".join(f"{p} {config[p]!r}" for p in PARTS[: PARTS.index(part)])
+            known = ", ".join(sorted({repr(getattr(family, part)) for family in rest}))
+            raise ExportError(f"{part} {config[part]!r} has no equivalent in transformers with {chosen}; {known} has")
+        rest = fitting
+    if config["attention"] not in ("mha", "gqa"):
+        raise ExportError(f"attention {config['attention']!r} has no equivalent in transformers; 'gqa' and 'mha' have")
+    fitting = [family for family in rest if fits[family.attention]]
+    if not fitting:
+        known = " or ".join({"mha": str(heads), "mqa": "1"}[family.attention] for family in rest)
+        raise ExportError(
+            f"attention {config['attention']!r} with {kv_heads} key/value heads has no equivalent in transformers with"
+            f" position {config['position']!r}; {known} for {heads} query heads has"
+        )
+    return fitting[0]
+
+
+def positions_of(config: dict) -> int:
+    """The longest sequence the model can take."""
+    return config.get("n_position") or config["block_size"]
+
+
+def kv_heads_of(config: dict) -> int:
+    """K, key/value heads: "mha" has one for each query head whatever n_kv_head says."""
+    return config["n_head"] if config["attention"] == "mha" else config["n_kv_head"]
+
+
+def to_hf_config(config: dict):
+    """The `transformers` config of a Config's fields. Raises `ExportError` where there is none."""
+    import transformers
+
+    family = family_of(config)
+    values = config | {"block_size": positions_of(config), "n_kv_head": kv_heads_of(config)}
+    for ours in ("n_layer", "n_embd", "n_head", "n_ffn", "vocab_size", "block_size"):
+        if type(values[ours]) is not int or not 0 < values[ours] <= LIMITS[ours]:
+            raise ExportError(f"{ours} is {values[ours]!r}; it must be a number from 1 to {LIMITS[ours]:,}")
+    settings = {theirs: values.get(ours, 1e-5) for ours, theirs in family.fields.items()} | family.settings
+    if family.position == "rope":
+        settings["rope_parameters"] = {"rope_type": "default", "rope_theta": float(config["rope_base"])}
+    if family.model_type in ("llama", "qwen3", "arcee"):
+        settings["head_dim"] = config["n_embd"] // config["n_head"]
+    if family.model_type == "smollm3":
+        settings["no_rope_layers"] = [0] * config["n_layer"]
+    if family.fields is GPT2_FIELDS:
+        settings |= {"multi_query": True} if family.attention == "mqa" else {}
+        settings["n_ctx"] = values["block_size"]  # llama.cpp reads this name
+    ends = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    made = transformers.AutoConfig.for_model(family.model_type, **ends, **settings)
+    if family.model_type == "stablelm":
+        made.partial_rotary_factor = 1.0  # llama.cpp looks for it here
+    return made
+
+
+def model_fields(folder: Path) -> dict:
+    """The model fields of a Config that a checkpoint's config.json amounts to; see `config_from_hf`."""
+    import transformers
+
+    path = folder / "config.json"
+    raw = read_json(path)
+    types = [family.model_type for family in FAMILIES]
+    family = next((family for family in FAMILIES if family.model_type == raw.get("model_type")), None)
+    if family is None:
+        raise ExportError(f"{path}: model_type {raw.get('model_type')!r} is not one of {', '.join(types)}")
+    for ours, theirs in family.fields.items():  # before anything is made that is as large as they say
+        value = raw.get(theirs)
+        if ours in LIMITS and value is not None and not (type(value) is int and 0 < value <= LIMITS[ours]):
+            raise ExportError(f"{path}: {theirs} is {value!r}; it must be from 1 to {LIMITS[ours]:,}")
+    for part in ("auto_map", "quantization_config"):
+        if raw.get(part):
+            raise ExportError(f"{path}: {part} {json.dumps(raw[part])[:60]} is not supported; plain weights come in")
+    try:
+        theirs = transformers.AutoConfig.from_pretrained(folder).to_dict()
+    except Exception as error:  # whatever the validation of the library raises
+        raise ExportError(f"{path}: refused by transformers ({str(error).splitlines()[0][:160]})") from None
+    values = {ours: theirs.get(name) for ours, name in family.fields.items()}
+    values |= {part: getattr(family, part) for part in PARTS}
+    if "n_kv_head" not in values:
+        values["n_kv_head"] = 1 if theirs.get("multi_query") else values["n_head"]
+    values["n_ffn"] = values["n_ffn"] or 4 * values["n_embd"]
+    values["attention"] = "mha" if values["n_kv_head"] == values["n_head"] else "gqa"
+    rope = theirs.get("rope_parameters") or {}
+    values["rope_base"] = float(rope.get("rope_theta", 10000.0)) if family.position == "rope" else 10000.0
+    same = to_hf_config(values).to_dict()
+    for name in sorted((set(same) - set(transformers.PreTrainedConfig().to_dict()) - HARMLESS) | {"head_dim"}):
+        there, here = theirs.get(name), same.get(name)
+        if name == "n_inner" and there is None:
+            there = 4 * values["n_embd"]
+        if name == "head_dim" and here is None:
+            here, there = values["n_embd"] // values["n_head"], there or values["n_embd"] // values["n_head"]
+        if name == "rope_parameters" and family.position != "rope":
+            continue  # of layers that all leave it out
+        if name == "use_bias":
+            continue  # biases are looked at themselves
+        if SAME.get(str(there), there) != SAME.get(str(here), here):
+            raise ExportError(
+                f"{path}: {name} is {str(there)[:120]}, which this stack does not have (it has {str(here)[:120]})"
+            )
+    return values

@@ -1,0 +1,58 @@
+"""The seam between the notebook and plain Python: its definitions as a module, its errors as one line.
+
+`tests/`, `bench/` and any script of yours get the notebook's classes and functions from here, so that
+nothing is written twice:
+
+    lm = load_definitions("LMHarness.ipynb")
+    model = lm.build_model(lm.Config.from_preset("smoke"))
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import linecache
+import sys
+import types
+from pathlib import Path
+
+from machinery.errors import UserError
+
+NOTEBOOK = Path(__file__).parents[1] / "LMHarness.ipynb"
+
+
+def defining_cells(notebook: str | Path = NOTEBOOK) -> list[tuple[int, str]]:
+    """Number and source of the cells tagged `define`. Reads plain JSON: nbformat takes two seconds to import."""
+    cells = json.loads(Path(notebook).read_text("utf-8")).get("cells", [])
+    return [(i, "".join(c["source"])) for i, c in enumerate(cells) if "define" in c["metadata"].get("tags", [])]
+
+
+def load_definitions(notebook: str | Path = NOTEBOOK) -> types.ModuleType:
+    """Execute the cells of `notebook` tagged `define`, in order, in a fresh module and return it.
+
+    Stack traces show the notebook's own lines. Raises `UserError` when there is nothing to execute.
+    """
+    path = Path(notebook)
+    defining = defining_cells(path)
+    if not defining:
+        raise UserError(f"{path.name} has no cell tagged 'define': is this the LMHarness notebook?")
+    module = types.ModuleType(path.stem)
+    sys.modules[module.__name__] = module  # dataclasses and torch.compile look classes up by module name
+    for index, source in defining:
+        name = f"{path.name}, cell {index}"
+        linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)
+        exec(compile(source, name, "exec", dont_inherit=True), module.__dict__)
+    return module
+
+
+def source_digest(notebook: str | Path = NOTEBOOK) -> str:
+    """A hash of the text of all cells, whatever their outputs are."""
+    cells = json.loads(Path(notebook).read_text("utf-8"))["cells"]
+    return hashlib.sha256(json.dumps([[c["cell_type"], "".join(c["source"])] for c in cells]).encode()).hexdigest()
+
+
+def mark_executed(notebook: str | Path = NOTEBOOK) -> None:
+    """Note in the file that its outputs are of its present source; a test asks for that. `make notebook` calls it."""
+    content = json.loads(Path(notebook).read_text("utf-8"))
+    content["metadata"]["executed_source"] = source_digest(notebook)
+    Path(notebook).write_text(json.dumps(content, indent=1, ensure_ascii=False, sort_keys=True) + "\n", "utf-8")

@@ -1,0 +1,78 @@
+"""Tokenizers as they are kept: every one is a `tiktoken.Encoding` with an end-of-text token.
+
+One code path encodes and decodes them all, whether it was published, learned here, or is plain bytes.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import itertools
+import json
+from collections.abc import Iterable
+
+import regex
+import tiktoken
+import torch
+
+from machinery.errors import DataError, first_line
+
+END_OF_TEXT = "<|endoftext|>"
+# How text is cut into pieces before byte pairs merge: the pattern of GPT-4 and Llama 3, which keeps
+# words, runs of digits and runs of spaces apart (tiktoken: openai_public.py, cl100k_base).
+SPLIT_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+PROBE = "Größe 1234 🙂\r\n\tdef f(x):  # it's\x00\n"  # text with something of everything
+
+
+def tokenizer_to_dict(encoding: tiktoken.Encoding) -> dict:
+    """Everything `tokenizer_from_dict` needs, as JSON values; a token's id is its place in `tokens`."""
+    tokens = sorted(encoding._mergeable_ranks, key=encoding._mergeable_ranks.get)
+    return {
+        "name": encoding.name,
+        "pattern": encoding._pat_str,
+        "special_tokens": encoding._special_tokens,
+        "tokens": [base64.b64encode(token).decode() for token in tokens],
+    }
+
+
+def tokenizer_from_dict(fields: dict) -> tiktoken.Encoding:
+    """The encoding that `tokenizer_to_dict` described. Raises `DataError` for what cannot encode every text."""
+    try:
+        ranks = {base64.b64decode(token, validate=True): rank for rank, token in enumerate(fields["tokens"])}
+        special = fields["special_tokens"]
+        if len(ranks) != len(fields["tokens"]) or not all(bytes([byte]) in ranks for byte in range(256)):
+            raise ValueError("it does not hold every byte exactly once")
+        if END_OF_TEXT not in special or not all(len(ranks) <= number < 1 << 24 for number in special.values()):
+            raise ValueError(f"{END_OF_TEXT} or another special token has no number of its own")
+        if regex.compile(fields["pattern"]).fullmatch(""):
+            raise ValueError("its pattern matches nothing at all")
+        encoding = tiktoken.Encoding(
+            str(fields["name"]), pat_str=fields["pattern"], mergeable_ranks=ranks, special_tokens=special
+        )
+        if encoding.decode_bytes(encoding.encode_ordinary(PROBE)) != PROBE.encode():
+            raise ValueError("its pattern leaves text out")
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, regex.error) as error:
+        raise DataError(f"tokenizer.json is not usable ({first_line(error)}); remove its folder") from None
+    return encoding
+
+
+def tokenizer_hash(encoding: tiktoken.Encoding) -> str:
+    """Names a tokenizer by what it does: equal for encodings that give the same ids."""
+    return hashlib.sha256(json.dumps(tokenizer_to_dict(encoding), sort_keys=True).encode()).hexdigest()
+
+
+def token_byte_counts(encoding: tiktoken.Encoding, vocab_size: int) -> torch.Tensor:
+    """(vocab_size,) int64: how many UTF-8 bytes each token stands for; 0 for special and unused ids."""
+    counts = torch.zeros(vocab_size, dtype=torch.int64)
+    for token, rank in encoding._mergeable_ranks.items():
+        counts[rank] = len(token)
+    return counts
+
+
+def decode_text(encoding: tiktoken.Encoding, ids: Iterable[int]) -> str:
+    """The text of ids up to the first end-of-text, without ids that stand for no text (untrained models draw them)."""
+    before_end = itertools.takewhile(lambda token: token != encoding.eot_token, ids)
+    return encoding.decode([token for token in before_end if token < len(encoding._mergeable_ranks)])

@@ -1,0 +1,83 @@
+"""What the benchmarks share: the notebook's definitions, clocks that take turns, and processes of their own."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "results"
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+
+from machinery.notebook import load_definitions  # noqa: E402
+
+lm = load_definitions()
+PACKAGES = ("torch", "transformers", "x-transformers", "tiktoken", "tokenizers", "datasets")
+
+
+def take_turns(calls: dict[str, Callable], machine, rounds: int) -> dict[str, float]:
+    """Median seconds of each call. They take turns, so that whatever slows the machine slows them all.
+
+    The first round is not timed: it compiles and warms up.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(1 + rounds):
+        for name, call in calls.items():
+            machine.synchronize()
+            start = time.perf_counter()
+            call()
+            machine.synchronize()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values[1:]) for name, values in seconds.items()}
+
+
+def in_own_process(module: str, *arguments) -> dict:
+    """What `python -m module` prints as its last line, given `arguments` as JSON. Raises its error as RuntimeError."""
+    command = [sys.executable, "-m", module, json.dumps(arguments)]
+    env = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    if done.returncode:
+        errors = re.findall(r"^[\w.]*(?:Error|Exception)\b.*", done.stderr, re.MULTILINE)
+        raise RuntimeError(f"{module}: {errors[-1] if errors else 'no message'}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def quietly(function: Callable, *arguments, **options):
+    """Call a function without its prints."""
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        return function(*arguments, **options)
+
+
+def describe(machine) -> dict:
+    """Versions, hardware and threads: what a figure is worth nothing without."""
+    versions = {}
+    for package in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return lm.describe_environment(machine) | {"versions": versions, "threads": torch.get_num_threads()}
+
+
+def slug(machine) -> str:
+    """The machine's name as part of a file's name, with the number of threads where those count."""
+    threads = f" {torch.get_num_threads()} threads" if machine.device.type == "cpu" else ""
+    return re.sub(r"[^a-z0-9]+", "-", (machine.name + threads).lower()).strip("-")
+
+
+def table(rows: list[dict], columns: dict[str, str]) -> str:
+    """A Markdown table of `rows`: `columns` maps a key to the format of its values, such as ",.0f"."""
+    lines = [f"| {' | '.join(columns)} |", f"|{' --- |' * len(columns)}"]
+    for row in rows:
+        cells = ["" if row.get(key) is None else format(row[key], form) for key, form in columns.items()]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)

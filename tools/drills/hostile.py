@@ -1,0 +1,127 @@
+"""Input that nobody meant: each is accepted, or refused with one clear line."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import data_utils
+from machinery.checkpoints import newest_checkpoint
+from machinery.errors import UserError
+from machinery.sources import iter_documents
+from tools.drills.common import Result, lm, quietly, tiny_config
+from tools.drills.storage import damage
+from train_utils import RunLog, run_state
+
+STRANGE = [
+    None,
+    True,
+    -1,
+    0,
+    3,
+    7.5,
+    1e308,
+    float("nan"),
+    "",
+    "x",
+    "../../etc",
+    "auto",
+    "rope",
+    [],
+    {},
+    [1],
+    "\x00",
+    2**70,
+]
+
+
+def fuzz(folder: Path, times: int, seed: int = 0) -> Result:
+    """Feed configs, names, manifests, tokenizers, states and tables that nobody meant: a line each, and no more."""
+    chance = random.Random(seed)
+    config = tiny_config(folder, run_name="fuzz", max_steps=10)
+    quietly(lm.train, config)
+    run, data = Path(config.runs_dir) / "fuzz", quietly(lm.load_data, config)
+    table = folder / "rows.jsonl"
+    table.write_text('{"text": "one"}\n{"text": "two\\n"}\n')
+    newest = quietly(newest_checkpoint, run)
+    outside = {path: path.stat().st_mtime_ns for path in folder.parent.iterdir() if path != folder}
+
+    def strange_config() -> None:
+        values = config.to_dict()
+        for name in chance.sample(list(values), chance.randint(1, 3)):
+            values[name] = chance.choice(STRANGE)
+        lm.Config.from_dict(values)
+
+    def strange_json(path: Path, use) -> None:
+        content = path.read_bytes()
+        if chance.random() < 0.5:
+            changed = damage(content, chance)
+        else:
+            value = json.loads(content)
+            mutate(value, chance)
+            changed = json.dumps(value).encode()
+        path.write_bytes(changed)
+        try:
+            use()
+        finally:
+            path.write_bytes(content)
+
+    def run_name() -> None:
+        name = "".join(chance.choice("ab./\\ \x00~-_é") for _ in range(chance.randint(0, 6)))
+        RunLog(folder / "names", name)
+
+    targets = [
+        strange_config,
+        run_name,
+        lambda: strange_json(data.folder / "manifest.json", lambda: data.windows("train", 16, 0).read(0, 2)),
+        lambda: strange_json(data.folder / "tokenizer.json", lambda: data_utils._load_tokenizer(data.folder)),
+        lambda: strange_json(run / "config.json", lambda: (run_state(run), lm.load_run(run))),
+        lambda: strange_json(run / "summary.json", lambda: run_state(run)),
+        lambda: strange_json(newest / "state.json", lambda: newest_checkpoint(run)),
+        lambda: strange_bytes(table, lambda: list(iter_documents(str(table))), chance),
+        lambda: strange_bytes(run / "metrics.jsonl", lambda: run_state(run), chance),
+    ]
+    odds = [40, 20, 10, 5, 3, 8, 5, 1, 8]
+    survived, unclear = 0, []
+    for _ in range(times):
+        (target,) = chance.choices(targets, odds)
+        try:
+            quietly(target)
+            survived += 1
+        except UserError as error:
+            clear = "\n" not in str(error) and len(str(error)) < 600
+            survived += clear
+            if not clear:
+                unclear.append(str(error))
+        except Exception as error:
+            unclear.append(f"{type(error).__name__}: {error}")
+    same = outside == {path: path.stat().st_mtime_ns for path in folder.parent.iterdir() if path != folder}
+    note = "nothing written elsewhere" if same else "WROTE OUTSIDE"
+    return Result("fuzzed input", times, survived if same else 0, None, None, "; ".join([note, *unclear[:3]]))
+
+
+def strange_bytes(path: Path, use, chance: random.Random) -> None:
+    content = path.read_bytes()
+    path.write_bytes(damage(content, chance))
+    try:
+        use()
+    finally:
+        path.write_bytes(content)
+
+
+def mutate(value, chance: random.Random) -> None:
+    """Change one thing, somewhere inside a JSON value, in place."""
+    while True:
+        keys = list(value) if isinstance(value, dict) else list(range(len(value)))
+        if not keys:
+            return
+        key = chance.choice(keys)
+        if isinstance(value[key], dict | list) and value[key] and chance.random() < 0.8:
+            value = value[key]
+            continue
+        if isinstance(value, dict) and chance.random() < 0.3:
+            del value[key]
+        else:
+            value[key] = chance.choice(STRANGE)
+        return

@@ -1,0 +1,154 @@
+"""Processes that are killed, interrupted or told to end, at random moments."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import torch
+
+from machinery.checkpoints import newest_checkpoint, read_state
+from tools.drills.common import (
+    ROOT,
+    Result,
+    equal,
+    last_step,
+    lm,
+    make_texts,
+    quietly,
+    start_training,
+    tiny_config,
+    weights,
+)
+from train_utils import run_state
+
+
+def kill_training(folder: Path, times: int, seed: int = 0) -> Result:
+    """SIGKILL a training process at random moments, every third time while it writes a checkpoint."""
+    chance = random.Random(seed)
+    straight = tiny_config(folder, run_name="straight", max_steps=60 * times)
+    killed = lm.replace(straight, run_name="killed")
+    quietly(lm.train, straight)
+    run, survived, lost, inside = Path(killed.runs_dir) / "killed", 0, 0, 0
+    for strike in range(times):
+        process = start_training(killed)
+        begun = last_step(run)
+        while last_step(run) <= begun and process.poll() is None:
+            time.sleep(0.005)
+        if strike % 3 == 0:  # a folder that ends in .part is a checkpoint being written
+            while process.poll() is None and not list((run / "checkpoints").glob(".*.part")):
+                pass
+            inside += 1
+        else:
+            time.sleep(chance.uniform(0, 0.5))
+        process.kill()
+        process.wait()
+        reached, checkpoint = last_step(run), quietly(newest_checkpoint, run)
+        kept = read_state(checkpoint)["step"] if checkpoint else 0
+        lost = max(lost, reached - kept)
+        survived += reached - kept <= killed.checkpoint_every
+    quietly(lm.train, killed)
+    note = f"{inside} of them while a checkpoint was written"
+    return Result("SIGKILL while training", times, survived, lost, equal(weights(straight), weights(killed)), note)
+
+
+PREPARE = """
+import json, sys
+sys.path.insert(0, sys.argv[1])
+import data_utils
+data_utils.SHARD_TOKENS = 100_000
+data_utils.prepare_data(sys.argv[2], tokenizer="bpe", vocab_size=300, val_fraction=0.2, data_dir=sys.argv[3])
+"""
+
+
+def kill_tokenization(folder: Path, times: int, seed: int = 0) -> Result:
+    """SIGKILL a tokenization at random moments after its first shard."""
+    chance = random.Random(seed)
+    source = make_texts(folder / "many", files=60 + 36 * times, lines=2500)
+    commands = [
+        [sys.executable, "-c", PREPARE, str(ROOT), source, str(folder / name)] for name in ("one", "many times")
+    ]
+    subprocess.run(commands[0], stdout=subprocess.DEVNULL, check=True)
+    struck = 0
+    for _ in range(times):
+        process = subprocess.Popen(commands[1], stdout=subprocess.DEVNULL)
+        before = len(list((folder / "many times").glob("*/train_*.bin")))
+        while len(list((folder / "many times").glob("*/train_*.bin"))) <= before and process.poll() is None:
+            time.sleep(0.002)
+        time.sleep(chance.uniform(0, 0.1))
+        struck += process.poll() is None
+        process.kill()
+        process.wait()
+    subprocess.run(commands[1], stdout=subprocess.DEVNULL, check=True)
+    files = [{p.name: p.read_bytes() for p in (folder / name).glob("*/*.bin")} for name in ("one", "many times")]
+    return Result("SIGKILL while tokenizing", struck, struck, None, files[0] == files[1], f"{len(files[0])} shards")
+
+
+def interrupt_kernel(folder: Path, times: int, seed: int = 0) -> Result:
+    """Interrupt a real Jupyter kernel, as the stop button does, at random moments of the training cell."""
+    import nbformat
+    from jupyter_client.manager import start_new_kernel
+
+    chance = random.Random(seed)
+    straight = tiny_config(folder, run_name="straight", max_steps=150 * times)
+    config = lm.replace(straight, run_name="interrupted")
+    quietly(lm.train, straight)
+    manager, client = start_new_kernel(cwd=str(ROOT))
+    try:
+
+        def execute(code: str) -> dict:
+            return client.execute_interactive(code, output_hook=lambda message: None, timeout=120)["content"]
+
+        for cell in nbformat.read(ROOT / "LMHarness.ipynb", as_version=4).cells:
+            if "define" in cell.metadata.get("tags", []):
+                execute(cell.source)
+        execute(f"torch.set_num_threads({torch.get_num_threads()})")
+        execute(f"config = Config.from_dict({config.to_dict()!r})")
+        run, survived, lost = Path(config.runs_dir) / "interrupted", 0, 0
+        for _ in range(times):
+            begun = last_step(run)
+
+            def strike(begun=begun):
+                while last_step(run) <= begun:
+                    time.sleep(0.005)
+                time.sleep(chance.uniform(0, 0.4))
+                manager.interrupt_kernel()
+
+            thread = threading.Thread(target=strike)
+            thread.start()
+            reply = execute("summary = train(config)")
+            thread.join()
+            status = json.loads((run / "summary.json").read_text())["status"]
+            kept = read_state(newest_checkpoint(run))["step"]
+            lost = max(lost, last_step(run) - kept)
+            survived += reply["status"] == "ok" and status == "interrupted"
+        execute("summary = train(config)")
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)
+    return Result("interrupt of a Jupyter kernel", times, survived, lost, equal(weights(straight), weights(config)))
+
+
+def terminate(folder: Path, times: int, seed: int = 0) -> Result:
+    """SIGTERM, as a shutdown or a scheduler sends it."""
+    chance = random.Random(seed)
+    straight = tiny_config(folder, run_name="straight", max_steps=80 * times)
+    config = lm.replace(straight, run_name="terminated")
+    quietly(lm.train, straight)
+    run, survived, lost = Path(config.runs_dir) / "terminated", 0, 0
+    for _ in range(times):
+        process, begun = start_training(config), last_step(run)
+        while last_step(run) <= begun and process.poll() is None:
+            time.sleep(0.005)
+        time.sleep(chance.uniform(0, 0.3))
+        process.terminate()
+        ended = process.wait(timeout=60)
+        lost = max(lost, last_step(run) - read_state(newest_checkpoint(run))["step"])
+        survived += ended == 0 and run_state(run)["status"] in ("interrupted", "finished")
+    quietly(lm.train, config)
+    return Result("SIGTERM", times, survived, lost, equal(weights(straight), weights(config)))

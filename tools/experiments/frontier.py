@@ -1,0 +1,207 @@
+"""Larger or longer: of equal compute or time, how much should go into parameters and how much into tokens?
+
+Hoffmann et al. 2022, arXiv 2203.15556, approach 2: at each budget a parabola of loss in the logarithm of the size, and
+a power law through the lowest points. Beside it, the corrected fit of Besiroglu et al. 2024, arXiv 2404.10102.
+"""
+
+from __future__ import annotations
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib.ticker import NullFormatter
+
+from machinery.notebook import load_definitions
+from model_utils import compute_optimal, flops_per_token
+from tools.experiments.scales import CPU, GPU
+from tools.experiments.tool import COLOURS, MARKERS, sweep
+
+TITLE = "Larger or longer"
+SCALES = {
+    "cpu": {
+        "sizes": [(1, 16), (1, 24), (2, 32), (2, 48), (3, 64), (4, 80), (4, 112)], "head_size": 8,
+        "budgets": [2e11, 6e11, 1.8e12], "seeds": (0, 1),
+        "common": CPU | {"attention": "mha", "warmup": 0.05},
+    },
+    "gpu": {
+        "sizes": [(4, 128), (5, 192), (6, 256), (8, 384), (10, 512), (12, 768)], "head_size": 64,
+        "budgets": [2e15, 1e16, 5e16], "seeds": (0, 1),
+        "common": GPU | {"attention": "mha", "warmup": 0.05},
+    },
+}  # fmt: skip
+
+
+def variants(scale: dict) -> dict[str, dict]:
+    """Labels and overrides: at each budget, every size for as many steps as the budget pays for."""
+    lm, common, found = load_definitions(), scale["common"], {}
+    for budget in scale["budgets"]:
+        for n_layer, n_embd in scale["sizes"]:
+            n_head = max(1, n_embd // scale["head_size"])
+            values = {"n_layer": n_layer, "n_embd": n_embd, "n_head": n_head, "n_ffn": n_embd * 8 // 3}
+            config = lm.Config.from_preset("smoke", **(common | values))
+            with torch.device("meta"):
+                step = flops_per_token(lm.build_model(config), config) * config.batch_tokens
+            if budget / step >= 20:
+                found[f"{n_layer} × {n_embd}, {budget:g}"] = values | {"max_steps": round(budget / step)}
+    return found
+
+
+def measure(scale: dict, **options) -> pd.DataFrame:
+    """A row per run, with its budget in FLOPs."""
+    table = sweep(variants(scale), seeds=scale["seeds"], **(scale["common"] | options))
+    table = table[table.status == "finished"]
+    return table.drop(columns=["status", "run", "error", "max_steps", "tokens_per_second"]).assign(
+        budget=table.label.str.split(", ").str[1].astype(float)
+    )
+
+
+def fit(table: pd.DataFrame) -> pd.DataFrame:
+    """At each budget, where a parabola of loss in ln(parameters) is lowest: budget, parameters, tokens, loss, inside.
+
+    `inside` says whether that is between the smallest and the largest size, and not a guess beyond them.
+    """
+    rows = []
+    for budget, runs in table.groupby("budget"):
+        x = np.log(runs.parameters)
+        a, b, c = np.polyfit(x, runs.val_loss, 2)
+        best = -b / (2 * a)
+        means = runs.groupby("parameters").tokens.mean()
+        tokens = np.exp(np.interp(best, np.log(means.index), np.log(means)))
+        inside = bool(a > 0 and x.min() < best < x.max())
+        rows.append({"budget": budget, "parameters": np.exp(best), "tokens": tokens, "inside": inside})
+        rows[-1] |= {"loss": c - b * b / (4 * a), "a": a, "b": b, "c": c}
+    return pd.DataFrame(rows)
+
+
+def at_equal_time(table: pd.DataFrame, count: int = 3) -> pd.DataFrame:
+    """What `fit` takes, with seconds of training as the budget, at `count` times that all sizes have.
+
+    The loss of a size is read between its own runs, each of which had a whole schedule, linearly in ln(seconds).
+    """
+    sizes = {size: runs.groupby("budget").mean(numeric_only=True) for size, runs in table.groupby("parameters")}
+    sizes = {size: runs.sort_values("train_seconds") for size, runs in sizes.items()}
+    earliest = max(runs.train_seconds.min() for runs in sizes.values())
+    latest = min(runs.train_seconds.max() for runs in sizes.values())
+    rows = []
+    for seconds in np.geomspace(earliest, latest, count) if earliest < latest else []:
+        for size, runs in sizes.items():
+            read = {c: np.interp(np.log(seconds), np.log(runs.train_seconds), runs[c]) for c in ("val_loss", "tokens")}
+            rows.append({"budget": seconds, "parameters": size} | read)
+    return pd.DataFrame(rows)
+
+
+def power_law(budgets, values) -> tuple[float, float]:
+    """k and p of values = k · budgets^p, by least squares of the logarithms."""
+    power, constant = np.polyfit(np.log(budgets), np.log(values), 1)
+    return float(np.exp(constant)), float(power)
+
+
+def spread_of_power(table: pd.DataFrame, resamples: int = 200) -> float:
+    """One standard deviation of the exponent, when each run is drawn anew from its seeds (a bootstrap)."""
+    chance, powers = np.random.default_rng(0), []
+    for _ in range(resamples):
+        drawn = table.groupby("label", group_keys=False).sample(
+            frac=1, replace=True, random_state=chance.integers(2**31)
+        )
+        points = fit(drawn)
+        if points.inside.all():
+            powers.append(power_law(points.budget, points.parameters)[1])
+    return float(np.std(powers)) if len(powers) > 1 else float("nan")
+
+
+def draw_sizes(ax: plt.Axes, table: pd.DataFrame, unit: str) -> None:
+    """Loss by size at each budget, with its parabola and the lowest point of that."""
+    for number, (point, (budget, runs)) in enumerate(zip(fit(table).itertuples(), table.groupby("budget"))):
+        colour, ends = COLOURS[number], runs.groupby("parameters").val_loss.agg(["mean", "std"])
+        spread = ends["std"] if ends["std"].notna().any() else None
+        label = f"{budget:.3g} {unit}"
+        ax.errorbar(ends.index, ends["mean"], spread, fmt=MARKERS[number], capsize=3, color=colour, label=label)
+        x = np.linspace(np.log(ends.index.min()), np.log(ends.index.max()))
+        ax.plot(np.exp(x), np.polyval([point.a, point.b, point.c], x), color=colour, linewidth=1)
+        if point.inside:
+            ax.plot(point.parameters, point.loss, "k*", markersize=11, markeredgecolor="white")
+    ax.set(xscale="log", xlabel="parameters", ylabel="held-out loss (nats per token)")
+    ax.legend(fontsize=8, title="★: lowest point of a parabola", title_fontsize=7)
+
+
+def draw(table: pd.DataFrame) -> plt.Figure:
+    """Loss by size at equal compute and at equal time, and the best sizes beside the published ones."""
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(14, 3.8), layout="constrained")
+    draw_sizes(left, table, "FLOPs")
+    left.set_title("Equal compute, by size")
+    if len(timed := at_equal_time(table)):
+        draw_sizes(middle, timed, "s")
+        middle.set_title("Equal training time, read between those runs")
+    else:
+        middle.set_axis_off()
+
+    points = fit(table)
+    inside = points[points.inside]
+    budgets = np.array([table.budget.min(), table.budget.max()])
+    published = [compute_optimal(budget)[0] for budget in budgets]
+    right.plot(inside.budget, inside.parameters, "k*", markersize=11, label="best size here")
+    if len(inside) > 1:
+        k, p = power_law(inside.budget, inside.parameters)
+        right.plot(budgets, k * budgets**p, "k-", linewidth=1, label=f"fit: exponent {p:.2f}")
+    right.plot(budgets, published, "--", color=COLOURS[1], label="published law, far below its range")
+    right.set(
+        xscale="log",
+        yscale="log",
+        xlabel="training compute (FLOPs)",
+        ylabel="parameters",
+        title="The best size for a budget",
+    )
+    right.legend(fontsize=8)
+    for ax in (left, middle, right):
+        ax.xaxis.set_minor_formatter(NullFormatter())  # they would cover each other
+    return figure
+
+
+def say(table: pd.DataFrame) -> str:
+    """What was seen, from the numbers."""
+    points, noise = fit(table), np.sqrt(table.groupby("label").val_loss.var().mean())
+    inside = points[points.inside]
+    text = []
+    for point in points.itertuples():
+        published = compute_optimal(point.budget)[0]
+        runs = table[table.budget == point.budget]
+        losses = runs.groupby("parameters").val_loss.mean()
+        times = runs.groupby("parameters").train_seconds.mean()
+        where = (
+            f"{point.parameters:,.0f} parameters on {point.tokens / 1e6:.2f}M tokens"
+            if point.inside
+            else "outside the sizes tried"
+        )
+        text.append(
+            f"With {point.budget:.1e} FLOPs ({times.min():,.0f} to {times.max():,.0f} s) the best size is {where}; the"
+            f" published law says {published:,.0f}. The smallest model, on the most tokens, ends"
+            f" {losses.iloc[0] - losses.min():.3f} nats above the best, the largest"
+            f" {losses.iloc[-1] - losses.min():.3f}."
+        )
+    text.append(f"Two seeds of a run differ by a standard deviation of {noise:.3f} nats.")
+    if len(inside) > 1:
+        power = power_law(inside.budget, inside.parameters)[1]
+        expected = power_law(points.budget, [compute_optimal(budget)[0] for budget in points.budget])[1]
+        text.append(
+            f"The best size grows as compute to the power {power:.2f} ± {spread_of_power(table):.2f}; the published law"
+            f" has {expected:.2f}."
+        )
+    if len(timed := at_equal_time(table)):
+        found = fit(timed)
+        sizes = [f"{p.parameters:,.0f}" if p.inside else "outside those tried" for p in found.itertuples()]
+        times = [f"{seconds:.0f} s" for seconds in found.budget]
+        text.append(
+            f"At equal training time, read between these runs at {', '.join(times)}, the best sizes are"
+            f" {', '.join(sizes)} parameters."
+        )
+    if len(inside) == len(points) and (inside.parameters.diff().dropna() > 0).all():
+        ratio = np.exp(np.mean(np.log([compute_optimal(p.budget)[0] / p.parameters for p in inside.itertuples()])))
+        text.append(
+            "By the parabolas, the best size lies between those tried, and more compute wants more of both parameters"
+            " and tokens: **the finding holds here.** The published law, made on web text with models of 50M parameters"
+            f" and more, is {ratio:.2f} times these sizes."
+        )
+    else:
+        text.append("A best size that grows with compute, between the sizes tried, **was not seen here.**")
+    return " ".join(text)

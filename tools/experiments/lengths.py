@@ -1,0 +1,94 @@
+"""Beyond the trained length: what each kind of position predicts where it has never been.
+
+Rotary and no position can be computed anywhere; an absolute table needs rows, which `n_position` provides and which
+training on shorter sequences leaves as they began. Kazemnejad et al. 2023, arXiv 2305.19466.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+
+from machinery.checkpoints import load_weights, newest_checkpoint
+from machinery.files import read_json
+from machinery.notebook import load_definitions
+from tools.experiments import choices
+from tools.experiments.tool import COLOURS, MARKERS, equal_size, places, sweep
+
+TITLE = "Beyond the trained length"
+SCALES = choices.SCALES
+TIMES = 4  # the longest sequence, in trained lengths
+BINS = 32  # stretches of it
+
+
+def measure(scale: dict, **options) -> pd.DataFrame:
+    """A row per stretch of the sequence: position, seed, trained length, at (token), loss."""
+    common, length = scale["common"], scale["common"]["block_size"] * TIMES
+    parameters = 12 * common["n_layer"] * common["n_embd"] ** 2
+    kinds = {name: {"position": name, "attention": "mha", "ffn": "gated"} for name in ("rope", "absolute", "none")}
+    kinds = equal_size(kinds, parameters, **common)
+    kinds["absolute"] |= {"n_position": length}
+    table = sweep(kinds, seeds=scale["seeds"], **(common | options))
+    rows = []
+    for run in table[table.status == "finished"].itertuples():
+        losses = loss_by_position(run.run, length, **places(options))
+        for at, loss in zip(np.linspace(0, length, BINS, endpoint=False), losses.view(BINS, -1).mean(1).tolist()):
+            middle = at + length / BINS / 2
+            row = {"position": run.label, "seed": run.seed, "trained": length // TIMES, "at": middle, "loss": loss}
+            rows.append(row)
+    return pd.DataFrame(rows)
+
+
+@torch.no_grad()
+def loss_by_position(folder: str | Path, length: int, windows: int = 64, batch: int = 8, **where) -> torch.Tensor:
+    """Mean held-out loss (length,) at each token of windows of `length`, of a run that may have seen shorter ones.
+
+    `where` as for `measure_run`.
+    """
+    lm = load_definitions()
+    config = lm.Config.from_dict(read_json(Path(folder) / "config.json"))
+    config = lm.replace(config, n_position=max(length, config.n_position), **where)
+    model, machine = lm.build_model(config), lm.find_machine(config.device, config.dtype)
+    load_weights(newest_checkpoint(Path(folder)), model)
+    held_out = lm.load_data(config).windows("val", length)
+    chosen = np.linspace(0, len(held_out), min(windows, len(held_out)), endpoint=False).astype(int)
+    text = torch.from_numpy(np.concatenate([held_out.read(i, 1) for i in chosen])).to(machine.device)
+    model, total = model.to(machine.device), torch.zeros(length, device=machine.device)
+    for rows in text.split(batch):
+        total += F.cross_entropy(model(rows[:, :-1]).mT, rows[:, 1:], reduction="none").sum(0)  # (B, T) summed
+    return (total / len(text)).cpu()
+
+
+def draw(table: pd.DataFrame) -> plt.Figure:
+    """Loss by place in the sequence; the trained length is marked."""
+    figure, ax = plt.subplots(figsize=(7, 3.8), layout="constrained")
+    for number, (name, rows) in enumerate(table.groupby("position", sort=False)):
+        ends = rows.groupby("at").loss.agg(["mean", "std"])
+        ax.plot(ends.index, ends["mean"], MARKERS[number] + "-", color=COLOURS[number], markersize=4, label=name)
+        low, high = ends["mean"] - ends["std"], ends["mean"] + ends["std"]
+        ax.fill_between(ends.index, low, high, color=COLOURS[number], alpha=0.2)
+    ax.axvline(table.trained.iloc[0], color="gray", linestyle="--", label="trained length")
+    ax.set(xlabel="token of the sequence", ylabel="held-out loss (nats per token)", title=TITLE)
+    ax.legend(fontsize=8)
+    return figure
+
+
+def say(table: pd.DataFrame) -> str:
+    """What was seen, from the numbers."""
+    trained = table.trained.iloc[0]
+    text = [f"Trained on windows of {trained} tokens."]
+    for name, rows in table.groupby("position", sort=False):
+        inside = rows[rows["at"].between(trained / 2, trained)].groupby("seed").loss.mean()
+        next_to = rows[rows["at"].between(trained, 2 * trained)].groupby("seed").loss.mean() - inside
+        far = rows[rows["at"] > (TIMES - 1) * trained].groupby("seed").loss.mean() - inside
+        text.append(
+            f"{name}: {next_to.mean():+.3f} ± {next_to.std():.3f} nats in the second {trained} tokens and"
+            f" {far.mean():+.3f} ± {far.std():.3f} in the last, against the second half of the trained length"
+            f" ({inside.mean():.3f})."
+        )
+    return " ".join(text)

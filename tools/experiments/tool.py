@@ -1,0 +1,211 @@
+"""A question to the machine in a few lines: overrides in, runs in processes of their own, one table and one figure out.
+
+    from tools.experiments import plot_sweep, sweep
+
+    table = sweep({"wide": {"n_layer": 1}, "deep": {"n_layer": 4}}, seeds=(0, 1, 2), preset="smoke", max_steps=200)
+    plot_sweep(table, x="parameters", y="val_loss")
+
+A table is a pandas DataFrame with a row per run: `table.to_csv("answer.csv")` keeps it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import torch
+from tqdm import tqdm
+
+from machinery.errors import UserError
+from machinery.files import read_json, read_jsonl
+from machinery.notebook import NOTEBOOK, defining_cells, load_definitions
+from model_utils import count_parameters, flops_per_token
+
+# What a run of a sweep does without, unless it is asked for
+PLAIN = {"sample_every": 10**9, "sample_tokens": 1, "compile": False}
+# Fields that say where and how a run is kept, and nothing about what it learns
+KEEPING = ("run_name", "runs_dir", "data_dir", "resume", "wandb")
+# Colours that stay apart for every kind of colour vision (Okabe and Ito 2008) and show on white and on black
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F", "#B8A800"]
+MARKERS = "os^DvPX*"
+TRAIN = """
+import json, sys
+sys.path.insert(0, sys.argv[1])
+from machinery.errors import UserError
+from machinery.notebook import load_definitions
+import torch
+torch.set_num_threads(int(sys.argv[2]))
+lm = load_definitions()
+try:
+    lm.train(lm.Config.from_dict(json.loads(sys.argv[3])))
+except UserError as error:
+    sys.exit(str(error))
+"""
+
+
+def sweep(
+    variants: dict[str, dict], seeds: Iterable[int] = (0,), preset="smoke", jobs: int = 0, threads=1, **common
+) -> pd.DataFrame:
+    """Train every variant with every seed, `jobs` at a time, each run in a process with `threads` threads.
+
+    `variants` maps a label to its overrides of `preset`, `common` are overrides of all. Returns a row per run: label,
+    seed, what the variants override, what the run's summary holds, FLOPs, and the run's folder. A run that is finished
+    on disk is not made again, and one that was cut off goes on; a change of the notebook's definitions makes a new one.
+    A run that fails is a row with its `error`, and the others go on. `jobs` is, unless given, the number of cores over
+    `threads`, and 1 on a GPU. Raises UserError for a configuration that cannot work, before anything is trained.
+    """
+    lm, source = load_definitions(), "\n".join(source for _, source in defining_cells())
+    runs = []
+    for label, values in variants.items():
+        for seed in seeds:
+            config = lm.Config.from_preset(preset, **(PLAIN | common | values | {"seed": seed, "run_name": ""}))
+            config = _named(lm, config, source)
+            with torch.device("meta"):  # an unknown variant, and what the model holds
+                runs.append((label, config, lm.build_model(config)))
+    on_gpu = any(lm.find_machine(config.device).device.type == "cuda" for _, config, _ in runs)
+    jobs = jobs or (1 if on_gpu else max(1, (os.cpu_count() or 1) // threads))
+
+    different = {config.run_name: config for _, config, _ in runs}  # two labels may mean the same run
+    with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(different), unit="run", file=sys.stdout) as bar:
+
+        def finish(config) -> str:
+            error = "" if _summary(config) else _train(config, threads)
+            bar.update()
+            return error
+
+        errors = dict(zip(different, pool.map(finish, different.values())))
+    rows = [_row(label, variants, config, model, errors[config.run_name]) for label, config, model in runs]
+    for row in rows:
+        if row["error"]:
+            print(f"{row['label']}, seed {row['seed']} {row['status']}: {row['error']}")
+    return pd.DataFrame(rows)
+
+
+def equal_size(variants: dict[str, dict], parameters: int = 0, preset="smoke", **common) -> dict[str, dict]:
+    """The variants, each with the `n_ffn` that gives it as many parameters outside the embedding and the head as the
+    first has, or `parameters`. Raises UserError where attention alone takes more.
+    """
+    lm, sized = load_definitions(), {}
+
+    def count(values: dict, n_ffn: int) -> int:
+        with torch.device("meta"):
+            return non_embedding(lm.build_model(lm.Config.from_preset(preset, **(common | values | {"n_ffn": n_ffn}))))
+
+    for label, values in variants.items():
+        first, second = count(values, 1), count(values, 2)
+        if not parameters:
+            parameters = count(
+                values, (common | values).get("n_ffn") or lm.PRESETS[preset].get("n_ffn", lm.Config.n_ffn)
+            )
+        n_ffn = 1 + round((parameters - first) / (second - first))
+        if n_ffn < 1:
+            raise UserError(
+                f"{label!r} has {first:,} parameters with the smallest feed-forward, more than {parameters:,};"
+                " give it a smaller n_embd or n_layer"
+            )
+        sized[label] = values | {"n_ffn": n_ffn}
+    return sized
+
+
+def non_embedding(model: torch.nn.Module) -> int:
+    """Parameters outside the embedding and the head: of blocks, norms and positions."""
+    counts = count_parameters(model)
+    return counts["total"] - counts["embedding"] - counts["head"]
+
+
+def curves(table: pd.DataFrame) -> pd.DataFrame:
+    """The logged steps of the runs of a table, a row each: label, seed, step, tokens, flops, train_loss, val_loss, …"""
+    parts = []
+    for run in table[table.status == "finished"].itertuples():
+        steps = pd.DataFrame(read_jsonl(Path(run.run) / "metrics.jsonl"))
+        steps["flops"] = steps.tokens * (run.flops / run.tokens)
+        parts.append(steps.assign(label=run.label, seed=run.seed))
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
+
+
+def plot_sweep(table: pd.DataFrame, x="tokens", y="val_loss", ax=None, band=True, **style) -> plt.Axes:
+    """Mean over seeds for each label, with one standard deviation either way: points, or lines where x has many values.
+
+    Takes what `sweep` or `curves` returns. Axes are named after the columns.
+    """
+    ax = ax or plt.subplots(figsize=(6, 3.6), layout="constrained")[1]
+    for number, (label, rows) in enumerate(table.dropna(subset=[y]).groupby("label", sort=False)):
+        look = {"color": COLOURS[number % len(COLOURS)], "label": label} | style
+        marker = MARKERS[number % len(MARKERS)]
+        if rows.groupby("seed")[x].nunique().max() == 1:
+            ax.errorbar(rows[x].mean(), rows[y].mean(), rows[y].std(), fmt=marker, capsize=3, **look)
+            continue
+        points = rows.groupby(x)[y].agg(["mean", "std"]).reset_index()
+        few = len(points) <= 30
+        ax.plot(points[x], points["mean"], marker=marker if few else None, markersize=4, linewidth=1.5, **look)
+        if band:
+            low, high = points["mean"] - points["std"], points["mean"] + points["std"]
+            ax.fill_between(points[x], low, high, color=look["color"], alpha=0.2, linewidth=0)
+    ax.set(xlabel=NAMES.get(x, x), ylabel=NAMES.get(y, y))
+    ax.legend(fontsize=8)
+    return ax
+
+
+NAMES = {
+    "tokens": "training tokens",
+    "flops": "training compute (FLOPs)",
+    "parameters": "parameters",
+    "train_seconds": "training time (s)",
+    "train_loss": "training loss (nats per token)",
+    "val_loss": "held-out loss (nats per token)",
+    "val_bpb": "held-out bits per byte",
+}
+
+
+def places(options: dict) -> dict:
+    """Of overrides, those that a run directory does not keep: where text and shards lie."""
+    return {name: options[name] for name in ("source", "data_dir") if name in options}
+
+
+def _named(lm, config, source: str):
+    """The config, with a run_name that changes with whatever may change the result."""
+    values = {name: value for name, value in config.to_dict().items() if name not in KEEPING}
+    digest = hashlib.sha256(json.dumps([values, source], sort_keys=True).encode()).hexdigest()[:10]
+    return lm.replace(config, run_name=f"sweep-{digest}")
+
+
+def _summary(config) -> dict | None:
+    """What a run left, once it is finished."""
+    path = Path(config.runs_dir) / config.run_name / "summary.json"
+    summary = read_json(path) if path.exists() else {}
+    return summary if summary.get("status") == "finished" else None
+
+
+def _train(config, threads: int) -> str:
+    """Train in a process of its own; returns what went wrong, or nothing."""
+    command = [sys.executable, "-c", TRAIN, str(NOTEBOOK.parent), str(threads), json.dumps(config.to_dict())]
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment)
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if line.strip()] or ["it said nothing"]
+        return f"{lines[-1].strip()[:300]} (exit status {done.returncode})"
+    return "" if _summary(config) else "it did not finish; see its folder"
+
+
+def _row(label: str, variants: dict, config, model, error: str) -> dict:
+    """One line of the table."""
+    varied = dict.fromkeys(name for values in variants.values() for name in values)
+    folder = Path(config.runs_dir) / config.run_name
+    summary = read_json(folder / "summary.json") if (folder / "summary.json").exists() else {}
+    tokens = summary.get("tokens", 0)
+    return {
+        "label": label, "seed": config.seed, **{name: getattr(config, name) for name in varied},
+        "status": summary.get("status", "failed"), "parameters": count_parameters(model)["total"],
+        "non_embedding": non_embedding(model), "steps": summary.get("steps", 0),
+        "tokens": tokens, "flops": tokens * flops_per_token(model, config),
+        **{name: summary.get(name) for name in ("val_loss", "val_bpb", "train_seconds", "tokens_per_second")},
+        "run": folder.as_posix(), "error": error,
+    }  # fmt: skip

@@ -1,0 +1,90 @@
+"""The scores of a run, twice: by the notebook's own definitions, and by EleutherAI's lm_eval on its export.
+
+    make scores RUN=runs/demo-b64f1d
+
+Both read the two task files in the run's folder, `scores/`, which the notebook's section 6 writes (and this, where it
+did not). Nothing is downloaded. What was measured is kept beside them, in `scores.json`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+
+from machinery.errors import UserError
+from machinery.huggingface.weights import export_hf
+from machinery.notebook import load_definitions
+from tools.scores.questions import held_out_documents, make_questions, read_questions, read_texts, write_tasks
+
+TASKS = {"endings": "heldout_endings", "documents": "heldout_documents"}  # file, and the task's name in lm_eval
+
+
+def by_notebook(lm, run: Path, folder: Path) -> dict[str, dict[str, float]]:
+    """The scores of the newest checkpoint on the tasks in `folder`, from the notebook's functions, in float32."""
+    machine = lm.find_machine("auto", "float32")
+    config, model, encoding = lm.load_run(run, machine.device)
+    if not any((folder / f"{name}.jsonl").exists() for name in TASKS):
+        data = lm.load_data(config)
+        texts = held_out_documents(data, 8 * config.eval_tokens)
+        write_tasks(folder, make_questions(texts, config.block_size), texts)
+    scores = {}
+    if (folder / "endings.jsonl").exists():
+        questions = read_questions(folder / "endings.jsonl")
+        scores["endings"] = lm.score_choices(model, encoding, questions, config.block_size, machine)
+    if (folder / "documents.jsonl").exists():
+        texts = read_texts(folder / "documents.jsonl")
+        scores["documents"] = lm.score_documents(model, encoding, texts, config.block_size, machine)
+    return scores
+
+
+def by_lm_eval(checkpoint: Path, folder: Path, block_size: int, device: str = "cpu") -> dict[str, dict[str, float]]:
+    """The scores of a Hugging Face checkpoint on the same tasks, from lm_eval, in float32."""
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    names = [name for name in TASKS if (folder / f"{name}.jsonl").exists()]
+    model_args = {"pretrained": str(checkpoint.resolve()), "dtype": "float32", "max_length": block_size}
+    with contextlib.chdir(folder):  # the task files name their data from here
+        manager = TaskManager(include_path=".", include_defaults=False)
+        tasks = [TASKS[name] for name in names]
+        found = lm_eval.simple_evaluate("hf", model_args, tasks, task_manager=manager, batch_size=8, device=device)
+    scores = {name: found["results"][TASKS[name]] for name in names}
+    return {
+        name: {key.removesuffix(",none"): value for key, value in values.items() if isinstance(value, float)}
+        for name, values in scores.items()
+    }
+
+
+def compare(run: Path) -> dict:
+    """Both sets of scores with the versions that made them; printed, and written to scores/scores.json."""
+    lm, folder = load_definitions(), run / "scores"
+    ours = by_notebook(lm, run, folder)
+    export = export_hf(run, folder / "export")
+    config = lm.Config.from_dict(lm.read_json(run / "config.json"))
+    theirs = by_lm_eval(export, folder, config.block_size, str(lm.find_machine("auto", "float32").device))
+    versions = {name: importlib.metadata.version(name) for name in ("lm_eval", "transformers", "torch")}
+    result = {"notebook": ours, "lm_eval": theirs, "versions": versions}
+    (folder / "scores.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(f"{'':10s} {'':16s} {'notebook':>10s} {'lm_eval':>10s}")
+    for name, values in theirs.items():
+        for key, value in values.items():
+            key = key.replace("_stderr,none", "_stderr")
+            print(f"{name:10s} {key:16s} {ours[name].get(key, float('nan')):10.5f} {value:10.5f}")
+    if "endings" in ours:
+        print(f"{'endings':10s} {'chance':16s} {ours['endings']['chance']:10.5f}")
+    print(", ".join(f"{name} {version}" for name, version in versions.items()))
+    return result
+
+
+if __name__ == "__main__":
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    try:
+        compare(Path(sys.argv[1]))
+    except UserError as error:
+        sys.exit(f"{type(error).__name__}: {error}")
