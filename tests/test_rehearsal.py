@@ -29,7 +29,7 @@ def test_a_run_gets_through(tmp_path, monkeypatch):
     """In spite of a broken one before it, which is told, and counted in the exit status."""
     broken, good = (rehearsal.ADA, 1, {"n_layer": 0}), (rehearsal.ADA, 1, {"n_layer": 2})
     monkeypatch.setattr(rehearsal, "JOBS", [broken, good])
-    monkeypatch.setattr(rehearsal, "RESULT", tmp_path / "tools.rehearsal.md")
+    monkeypatch.setattr(rehearsal, "RESULT", tmp_path / "rehearsal.md")
     with pytest.raises(SystemExit, match="(?s)^not finished: .*n_layer is 0"):
         rehearsal.main()
-    assert (tmp_path / "tools.rehearsal.md").read_text().count("| compiled |") == 1
+    assert (tmp_path / "rehearsal.md").read_text().count("| compiled |") == 1

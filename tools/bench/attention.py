@@ -10,7 +10,8 @@ import itertools
 import torch
 import torch.nn.functional as F
 
-from tools.bench.common import lm, take_turns
+from model_utils import short_attention
+from tools.bench.common import take_turns
 
 
 def compare_attention(machine, lengths=(64, 128, 256, 512), rounds: int = 10) -> list[dict]:
@@ -25,7 +26,7 @@ def compare_attention(machine, lengths=(64, 128, 256, 512), rounds: int = 10) ->
     rows = []
     for dtype, T in itertools.product(dict.fromkeys((torch.float32, machine.dtype)), lengths):
         heads = [torch.randn(1024 // T, H, T, 64, dtype=dtype, requires_grad=True) for H in (6, 2, 2)]
-        calls = {name: torch.compile(f, dynamic=False) for name, f in (("k", kernel), ("p", lm.short_attention))}
+        calls = {name: torch.compile(f, dynamic=False) for name, f in (("k", kernel), ("p", short_attention))}
         calls = {name: lambda f=f, heads=heads: gradient(f, heads) for name, f in calls.items()}
         seconds = take_turns(calls, machine, rounds)
         kernel_ms, products_ms = seconds["k"] * 1e3, seconds["p"] * 1e3

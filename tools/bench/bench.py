@@ -10,17 +10,20 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
 
+from machinery.machine import Machine
 from tools.bench.attention import compare_attention
-from tools.bench.common import RESULTS, describe, lm, slug, table
+from tools.bench.common import describe, slug
 from tools.bench.generation import compare_generation
 from tools.bench.scaling import TOLERANCE, grows_faster, measure_scaling
 from tools.bench.steps import compare_steps, waiting_for_data
 from tools.bench.tokenization import compare_tokenization, package_source
+from tools.common import RESULTS, table
 
 
 def step_models(machine) -> list[str]:
@@ -39,7 +42,7 @@ PARTS = {
         row
         for name in ("demo", "22M", "100M")
         for dtype in dict.fromkeys((machine.dtype, torch.float32))
-        for row in compare_generation(lm.replace(machine, dtype=dtype), name)
+        for row in compare_generation(replace(machine, dtype=dtype), name)
     ],
     "scaling": measure_scaling,
 }
@@ -166,7 +169,7 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
     parser.add_argument("--device", default="auto")
     options = parser.parse_args()
-    machine = lm.find_machine(options.device)
+    machine = Machine.find(options.device)
     path = RESULTS / f"bench-{slug(machine)}"
     saved = path.with_suffix(".json")
     results = json.loads(saved.read_text()) if saved.exists() else {}

@@ -1,4 +1,4 @@
-"""What the benchmarks share: the notebook's definitions, clocks that take turns, and processes of their own."""
+"""What the benchmarks share: clocks that take turns, and processes of their own."""
 
 from __future__ import annotations
 
@@ -12,17 +12,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
-RESULTS = ROOT / "results"
-sys.path.insert(0, str(ROOT))
+import torch
 
-import torch  # noqa: E402
+from machinery.run_folder import describe_environment
+from tools.common import ROOT
 
-from machinery.notebook import load_definitions  # noqa: E402
-
-lm = load_definitions()
 PACKAGES = ("torch", "transformers", "x-transformers", "tiktoken", "tokenizers", "datasets")
 
 
@@ -53,31 +48,16 @@ def in_own_process(module: str, *arguments) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def quietly(function: Callable, *arguments, **options):
-    """Call a function without its prints."""
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-        return function(*arguments, **options)
-
-
 def describe(machine) -> dict:
     """Versions, hardware and threads: what a figure is worth nothing without."""
     versions = {}
     for package in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
-    return lm.describe_environment(machine) | {"versions": versions, "threads": torch.get_num_threads()}
+    return describe_environment(machine) | {"versions": versions, "threads": torch.get_num_threads()}
 
 
 def slug(machine) -> str:
     """The machine's name as part of a file's name, with the number of threads where those count."""
     threads = f" {torch.get_num_threads()} threads" if machine.device.type == "cpu" else ""
     return re.sub(r"[^a-z0-9]+", "-", (machine.name + threads).lower()).strip("-")
-
-
-def table(rows: list[dict], columns: dict[str, str]) -> str:
-    """A Markdown table of `rows`: `columns` maps a key to the format of its values, such as ",.0f"."""
-    lines = [f"| {' | '.join(columns)} |", f"|{' --- |' * len(columns)}"]
-    for row in rows:
-        cells = ["" if row.get(key) is None else format(row[key], form) for key, form in columns.items()]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from tools.bench.common import lm, take_turns
+from tools.bench.common import take_turns
 from tools.bench.peers import Llama, make_config
+from tools.common import lm
 
 
 def compare_generation(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tools.bench.common import lm
+from tools.common import lm
 
 # Grouped queries, RoPE, SwiGLU, RMSNorm, tied embeddings, no biases, no QK-norm: what all of them can be set to.
 MODELS = {

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import statistics
 import subprocess
 import sys
@@ -29,9 +28,13 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import torch
 
+from data_utils import prepare_data
 from machinery.errors import UserError
-from machinery.files import read_jsonl
-from tools.bench.common import RESULTS, ROOT, describe, lm, table, take_turns
+from machinery.files import read_json, read_jsonl
+from machinery.machine import Machine
+from tools.bench.common import describe, take_turns
+from tools.common import RESULTS, ROOT, lm, table
+from tools.training import start_training
 
 DATA = ROOT / "data"
 SECONDS = RESULTS / "recipe-seconds.json"
@@ -93,29 +96,22 @@ class Run:
         return self.config().identity, self.tokens
 
 
-def train_once(run: Run) -> dict:
-    """Train in this process; returns what summary.json and the last evaluation of metrics.jsonl say."""
-    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+def train_apart(run: Run, threads: int) -> dict:
+    """Train in a process of its own; returns the line for the results, which says so where it failed."""
+    machine = Machine.find()
+    where = {"date": str(date.today()), "device": machine.name, "dtype": str(machine.dtype)[6:], "threads": threads}
+    line = {"identity": run.key[0], **vars(run), **where}
     with tempfile.TemporaryDirectory() as folder:
         config = run.config(folder)
-        summary = lm.train(config)
+        process = start_training(config, threads, stderr=subprocess.PIPE)
+        _, said = process.communicate()
+        if process.returncode:
+            return line | {"status": "failed", "error": (said.strip() or "no message").splitlines()[-1]}
+        summary = read_json(Path(folder) / config.run_name / "summary.json")
         metrics = read_jsonl(Path(folder) / config.run_name / "metrics.jsonl")
     scores = [{name: line[name] for name in ("val_bpb", "val_loss")} for line in metrics if line.get("val_bpb")]
     kept = {name: summary[name] for name in ("status", "parameters", "train_seconds", "tokens_per_second")}
-    return kept | (scores[-1] if scores else {})
-
-
-def train_apart(run: Run, threads: int) -> dict:
-    """Train in a process of its own; returns the line for the results, which says so where it failed."""
-    machine = lm.find_machine()
-    where = {"date": str(date.today()), "device": machine.name, "dtype": str(machine.dtype)[6:], "threads": threads}
-    line = {"identity": run.key[0], **vars(run), **where}
-    env = os.environ | {"OMP_NUM_THREADS": str(threads), "TORCHINDUCTOR_COMPILE_THREADS": "1"}
-    command = [sys.executable, "-m", "tools.bench.recipe", "--one", json.dumps(vars(run))]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
-    if done.returncode:
-        return line | {"status": "failed", "error": (done.stderr.strip() or "no message").splitlines()[-1]}
-    return line | json.loads(done.stdout.splitlines()[-1])
+    return line | kept | (scores[-1] if scores else {})
 
 
 # ------------------------------------------------------------------------------------------- the queue
@@ -180,7 +176,7 @@ def plan(results: Results, tokens: int, only: str = "all") -> list[Run]:
 
 def run_missing(results: Results, tokens: int, jobs: int, threads: int, only: str) -> None:
     """Run what is missing, `jobs` at a time, until nothing is."""
-    lm.load_data(Run(SAME, {}, 0, tokens).config())  # once, and not by several at a time
+    prepare_data(Run(SAME, {}, 0, tokens).config())  # once, and not by several at a time
     running = {}
     with ThreadPoolExecutor(jobs) as pool:
         while True:
@@ -321,7 +317,7 @@ def seconds_per_step(machine, rounds: int = 30, **changes) -> dict[str, float]:
     for name, overrides in [(SAME, {}), ("nanoGPT recipe", NANOGPT | {"lr": 0.002, "embedding_lr": 0.002})]:
         config = lm.Config.from_preset("demo", **overrides | changes, micro_batch=8)
         model = lm.build_model(config).to(machine.device)
-        optimizers, scaler = lm.build_optimizers(model, config), machine.scaler()
+        optimizers, scaler = lm.build_optimizers(model, config, machine), machine.scaler()
         rows = torch.randint(config.vocab_size, (8, config.block_size + 1), device=machine.device)
         runner = torch.compile(model, dynamic=False) if config.compile else model
 
@@ -329,7 +325,7 @@ def seconds_per_step(machine, rounds: int = 30, **changes) -> dict[str, float]:
             with machine.autocast():
                 loss = runner(rows[:, :-1], rows[:, 1:])
             scaler.scale(loss).backward()
-            lm.step_weights(model, optimizers, scaler, loss.detach(), 1.0, config.grad_clip)
+            lm.step_weights(model, optimizers, scaler, 1.0, config.grad_clip)
 
         steps[name] = step
     return take_turns(steps, machine, rounds)
@@ -440,13 +436,9 @@ def main() -> None:
     parser.add_argument("--summary", action="store_true", help="write what there is, train nothing")
     parser.add_argument("--seconds", action="store_true", help="measure seconds per step, train nothing")
     parser.add_argument("--results", type=Path, default=RESULTS / "recipe.jsonl")
-    parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.one:
-        print(json.dumps(train_once(Run(**json.loads(options.one)))))
-        return
     if options.seconds:
-        machine = lm.find_machine()
+        machine = Machine.find()
         SECONDS.write_text(json.dumps({"seconds": seconds_per_step(machine)} | describe(machine), indent=1) + "\n")
         print(SECONDS.read_text())
         return

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from tools.bench.common import lm, take_turns
+from model_utils import flops_per_token
+from tools.bench.common import take_turns
+from tools.common import lm
 
 BASE = {"n_layer": 4, "n_embd": 256, "n_head": 4, "n_kv_head": 2, "n_ffn": 704, "block_size": 256, "vocab_size": 8192}
 GRID = {
@@ -45,7 +47,7 @@ def measure_scaling(machine, grid=GRID, batch_tokens: int = 2048, rounds: int = 
         ]
         built = [gradient(config, machine) for config in configs]
         seconds = take_turns({i: compute for i, (_, compute) in enumerate(built)}, machine, rounds)
-        flops = [lm.flops_per_token(model, config) for (model, _), config in zip(built, configs)]
+        flops = [flops_per_token(model, config) for (model, _), config in zip(built, configs)]
         for i, config in enumerate(configs):
             growth, formula = seconds[i] / seconds[0], flops[i] / flops[0]
             rows.append({

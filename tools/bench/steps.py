@@ -11,12 +11,17 @@ import sys
 import time
 from collections.abc import Callable
 from statistics import median
+from types import SimpleNamespace
 
 import torch
 from torch import nn
 
-from tools.bench.common import in_own_process, lm, quietly, take_turns
+from data_utils import Batches, prepare_data
+from machinery.machine import Machine, compile_or_eager, measure_matmul_flops
+from model_utils import flops_per_token
+from tools.bench.common import in_own_process, take_turns
 from tools.bench.peers import Llama, XTransformers, make_config
+from tools.common import lm, quietly
 
 OURS = "LMHarness"
 CONTENDERS = {  # the model, whether it is compiled, and whether AdamW is fused
@@ -33,7 +38,7 @@ def build(name: str, config, machine) -> tuple[nn.Module, Callable]:
     torch.manual_seed(config.seed)
     model = make_model(config).to(machine.device)
     if name == OURS:
-        optimizers = lm.build_optimizers(model, config)
+        optimizers = lm.build_optimizers(model, config, machine)
     else:
         optimizers = [torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), fused=fused or None)]
     runner = torch.compile(model, dynamic=False) if compiled else model
@@ -64,8 +69,8 @@ def measure_memory(model_name: str, machine, contenders: tuple[str, ...]) -> dic
     memory = {}
     for name in contenders:
         try:  # where blocks land in the heap is up to chance
-            runs = [in_own_process("tools.bench.steps", name, model_name, machine.device.type)["bytes"] for _ in range(3)]
-            memory[name] = median(runs)
+            asked = "tools.bench.steps", name, model_name, machine.device.type
+            memory[name] = median(in_own_process(*asked)["bytes"] for _ in range(3))
         except RuntimeError as error:  # of PyTorch's compiler, on some devices
             if name == OURS:
                 raise
@@ -76,12 +81,12 @@ def measure_memory(model_name: str, machine, contenders: tuple[str, ...]) -> dic
 def compare_steps(model_name: str, machine, rounds: int = 10, contenders=tuple(CONTENDERS)) -> list[dict]:
     """A row per contender: tokens per second, and how ours compares; peak memory; share of the matrix rate."""
     config = config_on(machine, model_name)
-    matmul_flops = lm.measure_matmul_flops(machine)
+    matmul_flops = measure_matmul_flops(machine)
     memory = measure_memory(model_name, machine, contenders)
     built = {name: build(name, config, machine) for name in memory}
     parameters = {name: sum(p.numel() for p in model.parameters()) for name, (model, _) in built.items()}
     assert len(set(parameters.values())) == 1, f"not the same architecture: {parameters}"
-    flops = lm.flops_per_token(built[OURS][0], config)
+    flops = flops_per_token(built[OURS][0], config)
     seconds = take_turns({name: step for name, (_, step) in built.items()}, machine, rounds)
     rows = []
     for name in built:
@@ -102,7 +107,7 @@ def peak_memory(name: str, model_name: str, device: str) -> dict:
     On a CPU it is the whole process, above what it held after a step of a tiny model: neither the libraries nor
     the compiler count.
     """
-    machine = lm.find_machine(device)
+    machine = Machine.find(device)
     if machine.device.type == "cpu":
         build(name, make_config("tiny"), machine)[1]()
     before = machine.used_memory()
@@ -115,11 +120,10 @@ def peak_memory(name: str, model_name: str, device: str) -> dict:
 def waiting_for_data(machine, model_name: str = "demo", steps: int = 50) -> dict:
     """Share of a run's steps that is spent in `Batches.next`: the rest computes."""
     config = make_config(model_name, optimizer="muon")
-    data = quietly(lm.load_data, config)
-    windows = data.windows("train", config.block_size, config.seed)
-    batches = lm.Batches(windows, config.micro_batch, machine.device)
+    data = quietly(prepare_data, config)
+    batches = Batches(data, config, machine, SimpleNamespace(tokens=0, micro_batch=config.micro_batch))
     model = lm.build_model(config).to(machine.device)
-    optimizers, scaler = lm.build_optimizers(model, config), machine.scaler()
+    optimizers, scaler = lm.build_optimizers(model, config, machine), machine.scaler()
     waited, read = [], batches.next
 
     def timed_read():
@@ -129,12 +133,11 @@ def waiting_for_data(machine, model_name: str = "demo", steps: int = 50) -> dict
         return rows
 
     batches.next = timed_read
-    runner, _ = lm.compile_or_eager(model, *read(), machine)
-    micro_steps = config.batch_tokens // (config.micro_batch * config.block_size)
+    runner, _ = compile_or_eager(model, *read(), machine)
     start = time.perf_counter()
     for _ in range(steps):
-        loss = lm.accumulate(runner, batches, micro_steps, machine, scaler)
-        lm.step_weights(model, optimizers, scaler, loss, 1.0, config.grad_clip)
+        lm.gradient(runner, batches, batches.micro_steps, machine, scaler)
+        lm.step_weights(model, optimizers, scaler, 1.0, config.grad_clip)
     machine.synchronize()
     seconds = time.perf_counter() - start
     return {"model": model_name, "steps": steps, "waiting": sum(waited) / seconds}

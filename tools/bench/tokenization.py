@@ -16,8 +16,10 @@ from pathlib import Path
 import tiktoken
 from tokenizers import Tokenizer
 
+from data_utils import prepare_data
 from machinery.sources import iter_documents
-from tools.bench.common import lm, quietly, take_turns
+from tools.bench.common import take_turns
+from tools.common import lm, quietly
 
 
 def as_tokenizers(encoding: tiktoken.Encoding, folder: Path) -> Tokenizer:
@@ -60,7 +62,7 @@ def compare_tokenization(
     size = sum(len(text.encode()) for text in documents)
     with tempfile.TemporaryDirectory() as folder:
         config = lm.Config.from_preset("demo", source=source, vocab_size=vocab_size, data_dir=folder)
-        data = quietly(lm.load_data, config)  # learns the vocabulary, which stays
+        data = quietly(prepare_data, config)  # learns the vocabulary, which stays
         encoding, kept = data.encoding, {"tokenizer.json", ".lock"}
         fast = as_tokenizers(encoding, Path(folder))
         sample = documents[:20]
@@ -71,7 +73,7 @@ def compare_tokenization(
             for path in data.folder.iterdir():
                 if path.name not in kept:
                     path.unlink()
-            quietly(lm.load_data, config)
+            quietly(prepare_data, config)
 
         calls = {
             "LMHarness, files to shards": ours,

@@ -1,26 +1,19 @@
-"""What the drills share: a tiny run, a process that trains it, and the row that a drill returns."""
+"""What the drills share: a tiny run, and the row that a drill returns."""
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny, and the processes of a drill share the machine
+import torch
 
-import torch  # noqa: E402
+from machinery.files import read_jsonl
+from tools.common import ROOT, lm, quietly
+from tools.training import start_training
 
-from machinery.files import read_jsonl  # noqa: E402
-from machinery.notebook import load_definitions  # noqa: E402
-
-torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-lm = load_definitions()
+__all__ = [
+    "ROOT", "Result", "equal", "last_step", "lm", "make_texts", "quietly", "start_training", "tiny_config", "weights",
+]  # fmt: skip
 
 
 @dataclass
@@ -31,14 +24,8 @@ class Result:
     injected: int
     survived: int
     lost: int | None = None  # most steps lost to one fault; a checkpoint is written every `every` steps
-    identical: bool | None = None  # final weights and shards equal those of an undisturbed run
+    identical: bool | None = None  # final weights or shards equal those of an undisturbed run
     note: str = ""
-
-
-def quietly(function, *arguments, **options):
-    """Call a function without its prints."""
-    with contextlib.redirect_stdout(open(os.devnull, "w")):
-        return function(*arguments, **options)
 
 
 def make_texts(folder: Path, files: int = 60, lines: int = 80) -> str:
@@ -68,25 +55,10 @@ def weights(config) -> dict:
 
 
 def equal(first: dict, second: dict) -> bool:
+    """Whether two sets of tensors are the same, bit for bit."""
     return all(torch.equal(first[name], second[name]) for name in first)
 
 
-TRAIN = """
-import json, os, sys
-sys.path.insert(0, sys.argv[1])
-import torch
-torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-from machinery.notebook import load_definitions
-lm = load_definitions()
-lm.train(lm.Config.from_dict(json.loads(sys.argv[2])))
-"""
-
-
-def start_training(config, **options) -> subprocess.Popen:
-    """Train in a process of its own."""
-    command = [sys.executable, "-c", TRAIN, str(ROOT), json.dumps(config.to_dict())]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **options)
-
-
 def last_step(folder: Path) -> int:
+    """The last step that the log of a run folder holds."""
     return max((line["step"] for line in read_jsonl(folder / "metrics.jsonl")), default=0)

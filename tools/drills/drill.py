@@ -12,8 +12,13 @@ import tempfile
 import time
 from pathlib import Path
 
+import torch
+
 from machinery.files import read_jsonl
-from tools.drills.common import ROOT, lm, quietly
+from machinery.machine import Machine
+from machinery.run_folder import describe_environment
+from tools.common import RESULTS, lm, quietly, table
+from tools.drills.common import Result
 from tools.drills.hostile import fuzz
 from tools.drills.processes import interrupt_kernel, kill_tokenization, kill_training, terminate
 from tools.drills.services import bad_network, bad_wandb
@@ -44,32 +49,41 @@ def checkpoint_cost(folder: Path, rounds: int = 3) -> tuple[float, list[float]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output", type=Path, default=ROOT / "results" / "reliability.md")
+    parser.add_argument("--output", type=Path, default=RESULTS / "reliability.md")
     options = parser.parse_args()
+    torch.set_num_threads(1)  # the models are tiny, and the processes of a drill share the machine
     rows, begun = [], time.perf_counter()
     for drill, times in DRILLS:
         with tempfile.TemporaryDirectory() as folder:
             started = time.perf_counter()
-            rows.append((drill(Path(folder) / "drill", times), time.perf_counter() - started))
+            result = drill(Path(folder) / "drill", times)
+            rows.append(report_row(result, time.perf_counter() - started))
             print(rows[-1], flush=True)
     with tempfile.TemporaryDirectory() as folder:
         cost, ratios = checkpoint_cost(Path(folder))
-    environment = lm.describe_environment(lm.find_machine("cpu"))
+    environment = describe_environment(Machine.find("cpu"))
     write_report(options.output, rows, cost, ratios, environment, time.perf_counter() - begun)
     print(options.output.read_text())
 
 
-def write_report(path: Path, rows, cost: float, ratios: list[float], environment: dict, seconds: float) -> None:
-    def cell(value) -> str:
-        return {None: "", True: "yes", False: "NO"}[value] if value in (None, True, False) else str(value)
+COLUMNS = {
+    "fault": "", "injected": "d", "survived": "d", "most steps lost": "d", "identical": "", "": "", "seconds": ".0f",
+}  # fmt: skip
 
+
+def report_row(result: Result, seconds: float) -> dict:
+    """A drill's row of the table."""
+    identical = {None: None, True: "yes", False: "NO"}[result.identical]
+    values = (result.kind, result.injected, result.survived, result.lost, identical, result.note, seconds)
+    return dict(zip(COLUMNS, values))
+
+
+def write_report(
+    path: Path, rows: list[dict], cost: float, ratios: list[float], environment: dict, seconds: float
+) -> None:
+    """results/reliability.md"""
     machine = f"{environment['cpu_count']} × {environment['cpu']}, torch {environment['versions']['torch']}"
     pairs = ", ".join(f"{ratio - 1:+.1%}" for ratio in ratios)
-    table = [
-        f"| {row.kind} | {row.injected} | {row.survived} | {'' if row.lost is None else row.lost} |"
-        f" {cell(row.identical)} | {row.note} | {took:.0f} |"
-        for row, took in rows
-    ]
     text = f"""# Reliability
 
 `make drill`, {environment["started"][:10]}, {machine}, Python {environment["python"]}: {seconds / 60:.0f} minutes.
@@ -78,9 +92,7 @@ Faults are real: killed processes, a full file system, damaged files, a hub that
 is written every 5 steps, which bounds what a fault may cost. *Identical* compares final weights, or shards, with those
 of an undisturbed run, bit for bit.
 
-| fault | injected | survived | most steps lost | identical | | seconds |
-| --- | --- | --- | --- | --- | --- | --- |
-{chr(10).join(table)}
+{table(rows, COLUMNS)}
 
 Cost of checkpoints at the default interval of `demo` (every 300 steps): {cost - 1:+.1%} of the time of the same steps
 without, the median of {len(ratios)} interleaved pairs ({pairs}).

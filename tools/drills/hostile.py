@@ -6,9 +6,10 @@ import json
 import random
 from pathlib import Path
 
-import data_utils
+from data_utils import prepare_data
 from machinery.checkpoints import newest_checkpoint
 from machinery.errors import UserError
+from machinery.shards import load_tokenizer
 from machinery.sources import iter_documents
 from tools.drills.common import Result, lm, quietly, tiny_config
 from tools.drills.storage import damage
@@ -41,7 +42,7 @@ def fuzz(folder: Path, times: int, seed: int = 0) -> Result:
     chance = random.Random(seed)
     config = tiny_config(folder, run_name="fuzz", max_steps=10)
     quietly(lm.train, config)
-    run, data = Path(config.runs_dir) / "fuzz", quietly(lm.load_data, config)
+    run, data = Path(config.runs_dir) / "fuzz", quietly(prepare_data, config)
     table = folder / "rows.jsonl"
     table.write_text('{"text": "one"}\n{"text": "two\\n"}\n')
     newest = quietly(newest_checkpoint, run)
@@ -75,7 +76,7 @@ def fuzz(folder: Path, times: int, seed: int = 0) -> Result:
         strange_config,
         run_name,
         lambda: strange_json(data.folder / "manifest.json", lambda: data.windows("train", 16, 0).read(0, 2)),
-        lambda: strange_json(data.folder / "tokenizer.json", lambda: data_utils._load_tokenizer(data.folder)),
+        lambda: strange_json(data.folder / "tokenizer.json", lambda: load_tokenizer(data.folder)),
         lambda: strange_json(run / "config.json", lambda: (run_state(run), lm.load_run(run))),
         lambda: strange_json(run / "summary.json", lambda: run_state(run)),
         lambda: strange_json(newest / "state.json", lambda: newest_checkpoint(run)),

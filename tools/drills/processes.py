@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -32,7 +33,7 @@ def kill_training(folder: Path, times: int, seed: int = 0) -> Result:
     """SIGKILL a training process at random moments, every third time while it writes a checkpoint."""
     chance = random.Random(seed)
     straight = tiny_config(folder, run_name="straight", max_steps=60 * times)
-    killed = lm.replace(straight, run_name="killed")
+    killed = replace(straight, run_name="killed")
     quietly(lm.train, straight)
     run, survived, lost, inside = Path(killed.runs_dir) / "killed", 0, 0, 0
     for strike in range(times):
@@ -59,10 +60,10 @@ def kill_training(folder: Path, times: int, seed: int = 0) -> Result:
 
 PREPARE = """
 import json, sys
-sys.path.insert(0, sys.argv[1])
 import data_utils
+from machinery.notebook import load_definitions
 data_utils.SHARD_TOKENS = 100_000
-data_utils.prepare_data(sys.argv[2], tokenizer="bpe", vocab_size=300, val_fraction=0.2, data_dir=sys.argv[3])
+data_utils.prepare_data(load_definitions().Config.from_dict(json.loads(sys.argv[1])))
 """
 
 
@@ -70,13 +71,14 @@ def kill_tokenization(folder: Path, times: int, seed: int = 0) -> Result:
     """SIGKILL a tokenization at random moments after its first shard."""
     chance = random.Random(seed)
     source = make_texts(folder / "many", files=60 + 36 * times, lines=2500)
-    commands = [
-        [sys.executable, "-c", PREPARE, str(ROOT), source, str(folder / name)] for name in ("one", "many times")
-    ]
-    subprocess.run(commands[0], stdout=subprocess.DEVNULL, check=True)
+    values = {"source": source, "tokenizer": "bpe", "vocab_size": 300}
+    configs = [tiny_config(folder, **values, data_dir=str(folder / name)) for name in ("one", "many times")]
+    commands = [[sys.executable, "-c", PREPARE, json.dumps(config.to_dict())] for config in configs]
+    quiet = {"stdout": subprocess.DEVNULL, "cwd": ROOT}
+    subprocess.run(commands[0], **quiet, check=True)
     struck = 0
     for _ in range(times):
-        process = subprocess.Popen(commands[1], stdout=subprocess.DEVNULL)
+        process = subprocess.Popen(commands[1], **quiet)
         before = len(list((folder / "many times").glob("*/train_*.bin")))
         while len(list((folder / "many times").glob("*/train_*.bin"))) <= before and process.poll() is None:
             time.sleep(0.002)
@@ -84,7 +86,7 @@ def kill_tokenization(folder: Path, times: int, seed: int = 0) -> Result:
         struck += process.poll() is None
         process.kill()
         process.wait()
-    subprocess.run(commands[1], stdout=subprocess.DEVNULL, check=True)
+    subprocess.run(commands[1], **quiet, check=True)
     files = [{p.name: p.read_bytes() for p in (folder / name).glob("*/*.bin")} for name in ("one", "many times")]
     return Result("SIGKILL while tokenizing", struck, struck, None, files[0] == files[1], f"{len(files[0])} shards")
 
@@ -96,7 +98,7 @@ def interrupt_kernel(folder: Path, times: int, seed: int = 0) -> Result:
 
     chance = random.Random(seed)
     straight = tiny_config(folder, run_name="straight", max_steps=150 * times)
-    config = lm.replace(straight, run_name="interrupted")
+    config = replace(straight, run_name="interrupted")
     quietly(lm.train, straight)
     manager, client = start_new_kernel(cwd=str(ROOT))
     try:
@@ -138,7 +140,7 @@ def terminate(folder: Path, times: int, seed: int = 0) -> Result:
     """SIGTERM, as a shutdown or a scheduler sends it."""
     chance = random.Random(seed)
     straight = tiny_config(folder, run_name="straight", max_steps=80 * times)
-    config = lm.replace(straight, run_name="terminated")
+    config = replace(straight, run_name="terminated")
     quietly(lm.train, straight)
     run, survived, lost = Path(config.runs_dir) / "terminated", 0, 0
     for _ in range(times):

@@ -29,8 +29,8 @@ def bad_network(folder: Path, times: int) -> Result:
         table = pyarrow.table({"text": documents[part * 100 : part * 100 + 100]})
         pyarrow.parquet.write_table(table, served / f"train-{part:05d}.parquet", row_group_size=10)
     program = (
-        f"import json, sys; sys.path.insert(0, {str(ROOT)!r}); from machinery import sources\n"
-        "print(json.dumps(list(sources.iter_documents('owner/name'))))"
+        "import json; from machinery.sources import iter_documents\n"
+        "print(json.dumps(list(iter_documents('owner/name'))))"
     )
     survived, faults = 0, 0
     for strike in range(times):
@@ -46,7 +46,7 @@ def bad_network(folder: Path, times: int) -> Result:
             env = os.environ | {"HF_ENDPOINT": hub.url, "HF_HOME": str(folder / f"hf{strike}"), "HF_HUB_OFFLINE": "0"}
             env["HF_HUB_DOWNLOAD_TIMEOUT"] = "2"
             result = subprocess.run(
-                [sys.executable, "-c", program], env=env, capture_output=True, text=True, timeout=300
+                [sys.executable, "-c", program], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300
             )
         faults += len(struck)
         survived += len(struck) * (result.returncode == 0 and json.loads(result.stdout.splitlines()[-1]) == documents)

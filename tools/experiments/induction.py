@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -16,12 +17,15 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from data_utils import prepare_data
 from machinery.checkpoints import checkpoint_folders, load_weights, read_state
 from machinery.files import read_json
+from machinery.machine import Machine
 from machinery.notebook import load_definitions
 from model_utils import attention_maps
 from tools.experiments.scales import CPU, GPU
 from tools.experiments.tool import COLOURS, places, plot_sweep, sweep
+from tools.scores.scoring import held_out_losses
 
 TITLE = "The phase change"
 VARIANTS = {
@@ -79,7 +83,6 @@ def repeated_tokens(vocab_size: int, block_size: int, sequences: int, seed: int 
     return torch.randint(vocab_size, (sequences, block_size // 2), generator=generator).repeat(1, 2)
 
 
-@torch.no_grad()
 def measure_run(folder: str | Path, sequences: int = 8, windows: int = 128, **where) -> pd.DataFrame:
     """A row per checkpoint: step, tokens, held-out loss, in-context score, prefix matching of the best and every head.
 
@@ -89,18 +92,15 @@ def measure_run(folder: str | Path, sequences: int = 8, windows: int = 128, **wh
     lm, folder = load_definitions(), Path(folder)
     if (folder / "induction.csv").exists():
         return pd.read_csv(folder / "induction.csv")
-    config = lm.replace(lm.Config.from_dict(read_json(folder / "config.json")), **where)
-    machine = lm.find_machine(config.device, config.dtype)
-    model, data = lm.build_model(config).to(machine.device), lm.load_data(config)
-    held_out = data.windows("val", config.block_size)
-    chosen = np.linspace(0, len(held_out), min(windows, len(held_out)), endpoint=False).astype(int)
-    text = torch.from_numpy(np.concatenate([held_out.read(i, 1) for i in chosen])).to(machine.device)
+    config = replace(lm.Config.from_dict(read_json(folder / "config.json")), **where)
+    machine = Machine.find(config.device, config.dtype)
+    model, data = lm.build_model(config).to(machine.device), prepare_data(config)
     repeated = repeated_tokens(data.encoding.eot_token, config.block_size, sequences).to(machine.device)
     rows = []
     for checkpoint in checkpoint_folders(folder):
         load_weights(checkpoint, model)
         state = read_state(checkpoint)
-        losses = torch.cat([lm.token_losses(model, part[:, :-1], part[:, 1:], machine) for part in text.split(16)])
+        losses = held_out_losses(model, data, machine, windows)
         scores = torch.stack([prefix_matching(attention_maps(model, row), len(row) // 2) for row in repeated]).mean(0)
         heads = {f"layer {n}, head {h}": s for n, layer in enumerate(scores.tolist()) for h, s in enumerate(layer)}
         row = {"step": state["step"], "tokens": state["tokens"], "loss": losses.mean().item()}

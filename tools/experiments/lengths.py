@@ -6,19 +6,22 @@ training on shorter sequences leaves as they began. Kazemnejad et al. 2023, arXi
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
-import torch.nn.functional as F
 
+from data_utils import prepare_data
 from machinery.checkpoints import load_weights, newest_checkpoint
 from machinery.files import read_json
+from machinery.machine import Machine
 from machinery.notebook import load_definitions
 from tools.experiments import choices
 from tools.experiments.tool import COLOURS, MARKERS, equal_size, places, sweep
+from tools.scores.scoring import loss_by_position
 
 TITLE = "Beyond the trained length"
 SCALES = choices.SCALES
@@ -36,7 +39,7 @@ def measure(scale: dict, **options) -> pd.DataFrame:
     table = sweep(kinds, seeds=scale["seeds"], **(common | options))
     rows = []
     for run in table[table.status == "finished"].itertuples():
-        losses = loss_by_position(run.run, length, **places(options))
+        losses = measure_length(run.run, length, **places(options))
         for at, loss in zip(np.linspace(0, length, BINS, endpoint=False), losses.view(BINS, -1).mean(1).tolist()):
             middle = at + length / BINS / 2
             row = {"position": run.label, "seed": run.seed, "trained": length // TIMES, "at": middle, "loss": loss}
@@ -44,24 +47,19 @@ def measure(scale: dict, **options) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-@torch.no_grad()
-def loss_by_position(folder: str | Path, length: int, windows: int = 64, batch: int = 8, **where) -> torch.Tensor:
+def measure_length(folder: str | Path, length: int, windows: int = 64, **where) -> torch.Tensor:
     """Mean held-out loss (length,) at each token of windows of `length`, of a run that may have seen shorter ones.
 
     `where` as for `measure_run`.
     """
-    lm = load_definitions()
-    config = lm.Config.from_dict(read_json(Path(folder) / "config.json"))
-    config = lm.replace(config, n_position=max(length, config.n_position), **where)
-    model, machine = lm.build_model(config), lm.find_machine(config.device, config.dtype)
-    load_weights(newest_checkpoint(Path(folder)), model)
-    held_out = lm.load_data(config).windows("val", length)
-    chosen = np.linspace(0, len(held_out), min(windows, len(held_out)), endpoint=False).astype(int)
-    text = torch.from_numpy(np.concatenate([held_out.read(i, 1) for i in chosen])).to(machine.device)
-    model, total = model.to(machine.device), torch.zeros(length, device=machine.device)
-    for rows in text.split(batch):
-        total += F.cross_entropy(model(rows[:, :-1]).mT, rows[:, 1:], reduction="none").sum(0)  # (B, T) summed
-    return (total / len(text)).cpu()
+    lm, folder = load_definitions(), Path(folder)
+    trained = lm.Config.from_dict(read_json(folder / "config.json"))
+    positions = max(length, trained.n_position)
+    config = replace(trained, block_size=length, batch_tokens=length, micro_batch=1, n_position=positions, **where)
+    machine = Machine.find(config.device, config.dtype)
+    model = lm.build_model(config)
+    load_weights(newest_checkpoint(folder), model)
+    return loss_by_position(model.to(machine.device), prepare_data(config), machine, windows)
 
 
 def draw(table: pd.DataFrame) -> plt.Figure:

@@ -17,6 +17,7 @@ import subprocess
 import sys
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -26,8 +27,10 @@ from tqdm import tqdm
 
 from machinery.errors import UserError
 from machinery.files import read_json, read_jsonl
-from machinery.notebook import NOTEBOOK, defining_cells, load_definitions
+from machinery.machine import Machine
+from machinery.notebook import defining_cells, load_definitions
 from model_utils import count_parameters, flops_per_token
+from tools.training import start_training
 
 # What a run of a sweep does without, unless it is asked for
 PLAIN = {"sample_every": 10**9, "sample_tokens": 1, "compile": False}
@@ -36,19 +39,6 @@ KEEPING = ("run_name", "runs_dir", "data_dir", "resume", "wandb")
 # Colours that stay apart for every kind of colour vision (Okabe and Ito 2008) and show on white and on black
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F", "#B8A800"]
 MARKERS = "os^DvPX*"
-TRAIN = """
-import json, sys
-sys.path.insert(0, sys.argv[1])
-from machinery.errors import UserError
-from machinery.notebook import load_definitions
-import torch
-torch.set_num_threads(int(sys.argv[2]))
-lm = load_definitions()
-try:
-    lm.train(lm.Config.from_dict(json.loads(sys.argv[3])))
-except UserError as error:
-    sys.exit(str(error))
-"""
 
 
 def sweep(
@@ -67,10 +57,10 @@ def sweep(
     for label, values in variants.items():
         for seed in seeds:
             config = lm.Config.from_preset(preset, **(PLAIN | common | values | {"seed": seed, "run_name": ""}))
-            config = _named(lm, config, source)
+            config = _named(config, source)
             with torch.device("meta"):  # an unknown variant, and what the model holds
                 runs.append((label, config, lm.build_model(config)))
-    on_gpu = any(lm.find_machine(config.device).device.type == "cuda" for _, config, _ in runs)
+    on_gpu = any(Machine.find(config.device).device.type == "cuda" for _, config, _ in runs)
     jobs = jobs or (1 if on_gpu else max(1, (os.cpu_count() or 1) // threads))
 
     different = {config.run_name: config for _, config, _ in runs}  # two labels may mean the same run
@@ -170,11 +160,11 @@ def places(options: dict) -> dict:
     return {name: options[name] for name in ("source", "data_dir") if name in options}
 
 
-def _named(lm, config, source: str):
+def _named(config, source: str):
     """The config, with a run_name that changes with whatever may change the result."""
     values = {name: value for name, value in config.to_dict().items() if name not in KEEPING}
     digest = hashlib.sha256(json.dumps([values, source], sort_keys=True).encode()).hexdigest()[:10]
-    return lm.replace(config, run_name=f"sweep-{digest}")
+    return replace(config, run_name=f"sweep-{digest}")
 
 
 def _summary(config) -> dict | None:
@@ -186,12 +176,11 @@ def _summary(config) -> dict | None:
 
 def _train(config, threads: int) -> str:
     """Train in a process of its own; returns what went wrong, or nothing."""
-    command = [sys.executable, "-c", TRAIN, str(NOTEBOOK.parent), str(threads), json.dumps(config.to_dict())]
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-    done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment)
-    if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if line.strip()] or ["it said nothing"]
-        return f"{lines[-1].strip()[:300]} (exit status {done.returncode})"
+    process = start_training(config, threads, stderr=subprocess.PIPE)
+    _, said = process.communicate()
+    if process.returncode:
+        lines = [line for line in said.splitlines() if line.strip()] or ["it said nothing"]
+        return f"{lines[-1].strip()[:300]} (exit status {process.returncode})"
     return "" if _summary(config) else "it did not finish; see its folder"
 
 

@@ -1,9 +1,9 @@
 """`day` on cards that are not there: PyTorch's CUDA build, compiler and allocator, with a stand-in for the driver.
 
-python -m tools.rehearsal: a run of two steps for each line of JOBS, with preflight, evaluation, text and checkpoints, in a
-process (or two) of its own. Kernels are compiled for the card but never executed (stand_in.c): what this shows is that
-a run gets through, and the memory that it takes. It shows no speed and no loss. It writes results/rehearsal.md, and
-needs Linux, gcc and the CUDA build of PyTorch, which `pip install torch` brings there.
+python -m tools.rehearsal: a run of two steps for each line of JOBS, with preflight, evaluation, text and checkpoints,
+in a process (or two) of its own. Kernels are compiled for the card but never executed (stand_in.c): what this shows is
+that a run gets through, and the memory that it takes. It shows no speed and no loss. It writes results/rehearsal.md,
+and needs Linux, gcc and the CUDA build of PyTorch, which `pip install torch` brings there.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).parents[2]
-RESULT = ROOT / "results" / "tools.rehearsal.md"
+from tools.common import RESULTS, ROOT, lm, table
+
+RESULT = RESULTS / "rehearsal.md"
 TOLERANCE = 0.1  # of the predicted memory, for compiled runs
 CARDS = {  # capability, multiprocessors, bytes that PyTorch sees, shared memory of a block, threads of a multiprocessor
     "NVIDIA GeForce RTX 3060": (8, 6, 28, 12_490_000_000, 101376, 1536),
@@ -91,7 +92,7 @@ def rehearse(card: str, processes: int, overrides: dict, library: Path, folder: 
         "CUDA_VISIBLE_DEVICES": ",".join(map(str, range(processes))),
     }  # fmt: skip
     launch = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}"] if processes > 1 else []
-    command = [sys.executable, *launch, "-m", "rehearsal", json.dumps(overrides), str(folder)]
+    command = [sys.executable, *launch, "-m", "tools.rehearsal", json.dumps(overrides), str(folder)]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     shutil.rmtree(folder / "runs", ignore_errors=True)  # gigabytes
     row = next((line for line in done.stdout.splitlines() if line.startswith("{")), None)
@@ -104,9 +105,6 @@ def train(overrides: dict, folder: str) -> None:
     """Within the job: train, and print as JSON what was predicted and what was taken."""
     from torch.nn.parallel import distributed
 
-    from machinery.notebook import load_definitions
-
-    lm = load_definitions()
     distributed._verify_param_shape_across_processes = lambda *_, **__: None  # compares what comes from the other card
     config = lm.Config.from_preset("day", **{
         "source": "python", "data_dir": f"{folder}/data", "runs_dir": f"{folder}/runs", "run_name": "rehearsal",
@@ -127,8 +125,6 @@ def train(overrides: dict, folder: str) -> None:
 
 def write_report(rows: list[dict]) -> None:
     """results/rehearsal.md"""
-    from tools.bench.common import table
-
     columns = {
         "card": "", "processes": "", "day, but": "", "products in": "", "how": "", "micro-batch": "",
         "predicted (GB)": ".2f", "taken (GB)": ".2f", "taken over predicted": ".2f", "out of memory": "",
@@ -137,8 +133,8 @@ def write_report(rows: list[dict]) -> None:
     RESULT.write_text(f"""# A rehearsal on cards that are not there
 
 `make rehearsal`: PyTorch {torch.__version__} and Triton, with a stand-in for NVIDIA's driver, cuBLAS and NCCL
-([rehearsal/stand_in.c](../rehearsal/stand_in.c)). Each line is a run of `day` of two steps, with preflight, evaluation,
-text and checkpoints. Everything happens as on the card, but the kernels, which are compiled for it, are not executed:
+([tools/rehearsal/stand_in.c](../tools/rehearsal/stand_in.c)). Each line is a run of `day` of two steps, with
+preflight, evaluation, text and checkpoints. Everything happens as on the card, but the kernels, which are compiled for it, are not executed:
 nothing is computed, so there is neither a speed nor a loss. Memory is what PyTorch's allocator handed out at most, in
 each process. What this cannot show: whether results are right, how fast they come, and memory that libraries take by
 themselves.

@@ -1,4 +1,4 @@
-"""The scores of a run, twice: by the notebook's own definitions, and by EleutherAI's lm_eval on its export.
+"""The scores of a run, twice: by scoring.py, and by EleutherAI's lm_eval on its export.
 
     make scores RUN=runs/demo-b64f1d
 
@@ -10,35 +10,37 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
-import json
 import logging
 import os
 import sys
 from pathlib import Path
 
+from data_utils import prepare_data
 from machinery.errors import UserError
-from machinery.huggingface.weights import export_hf
-from machinery.notebook import load_definitions
+from machinery.files import read_json, write_json
+from machinery.huggingface import export_hf
+from machinery.machine import Machine
+from tools.common import lm
 from tools.scores.questions import held_out_documents, make_questions, read_questions, read_texts, write_tasks
+from tools.scores.scoring import score_choices, score_documents
 
 TASKS = {"endings": "heldout_endings", "documents": "heldout_documents"}  # file, and the task's name in lm_eval
 
 
-def by_notebook(lm, run: Path, folder: Path) -> dict[str, dict[str, float]]:
-    """The scores of the newest checkpoint on the tasks in `folder`, from the notebook's functions, in float32."""
-    machine = lm.find_machine("auto", "float32")
+def by_ours(run: Path, folder: Path, machine: Machine) -> dict[str, dict[str, float]]:
+    """The scores of the newest checkpoint on the tasks in `folder`, which are made where there are none."""
     config, model, encoding = lm.load_run(run, machine.device)
     if not any((folder / f"{name}.jsonl").exists() for name in TASKS):
-        data = lm.load_data(config)
+        data = prepare_data(config)
         texts = held_out_documents(data, 8 * config.eval_tokens)
         write_tasks(folder, make_questions(texts, config.block_size), texts)
     scores = {}
     if (folder / "endings.jsonl").exists():
         questions = read_questions(folder / "endings.jsonl")
-        scores["endings"] = lm.score_choices(model, encoding, questions, config.block_size, machine)
+        scores["endings"] = score_choices(model, encoding, questions, config.block_size, machine)
     if (folder / "documents.jsonl").exists():
         texts = read_texts(folder / "documents.jsonl")
-        scores["documents"] = lm.score_documents(model, encoding, texts, config.block_size, machine)
+        scores["documents"] = score_documents(model, encoding, texts, config.block_size, machine)
     return scores
 
 
@@ -63,15 +65,15 @@ def by_lm_eval(checkpoint: Path, folder: Path, block_size: int, device: str = "c
 
 def compare(run: Path) -> dict:
     """Both sets of scores with the versions that made them; printed, and written to scores/scores.json."""
-    lm, folder = load_definitions(), run / "scores"
-    ours = by_notebook(lm, run, folder)
+    folder, machine = run / "scores", Machine.find("auto", "float32")
+    ours = by_ours(run, folder, machine)
     export = export_hf(run, folder / "export")
-    config = lm.Config.from_dict(lm.read_json(run / "config.json"))
-    theirs = by_lm_eval(export, folder, config.block_size, str(lm.find_machine("auto", "float32").device))
+    config = lm.Config.from_dict(read_json(run / "config.json"))
+    theirs = by_lm_eval(export, folder, config.block_size, str(machine.device))
     versions = {name: importlib.metadata.version(name) for name in ("lm_eval", "transformers", "torch")}
-    result = {"notebook": ours, "lm_eval": theirs, "versions": versions}
-    (folder / "scores.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(f"{'':10s} {'':16s} {'notebook':>10s} {'lm_eval':>10s}")
+    result = {"ours": ours, "lm_eval": theirs, "versions": versions}
+    write_json(folder / "scores.json", result)
+    print(f"{'':10s} {'':16s} {'ours':>10s} {'lm_eval':>10s}")
     for name, values in theirs.items():
         for key, value in values.items():
             key = key.replace("_stderr,none", "_stderr")

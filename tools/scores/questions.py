@@ -1,15 +1,14 @@
-"""Around evaluation: questions and documents made from held-out text, their files, and what Python accepts.
+"""Questions and documents made from held-out text, as files that EleutherAI's lm_eval reads too.
 
-    held-out documents ┬─ make_questions ─ endings.jsonl ─┬─ score_choices, score_documents (the notebook)
-                       └────────────────── documents.jsonl ┴─ lm_eval, through the .yaml beside each
-
-The notebook holds the scoring; this module holds what both it and EleutherAI's lm_eval read.
+held-out documents ┬─ make_questions ─ endings.jsonl ─┬─ score_choices, score_documents (scoring.py)
+                   └────────────────── documents.jsonl ┴─ lm_eval, through the .yaml beside each
 """
 
 from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,35 +23,6 @@ CONTEXT_CHARACTERS = 400  # of a question, at most; it begins at a line where it
 ENDING_CHARACTERS = (40, 100)  # of an ending, fewest and most; it ends with a word
 ENDINGS = 4  # as HellaSwag has
 QUESTIONS = 200  # the standard error is then 0.035 at most
-
-QUESTIONS_YAML = """\
-# Held-out text in the format of HellaSwag: which of the endings continues ctx? For lm_eval --include_path, from here.
-task: heldout_endings
-dataset_path: json
-dataset_kwargs: {data_files: {test: endings.jsonl}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: ctx
-doc_to_choice: endings
-doc_to_target: label
-metric_list:
-  - {metric: acc, aggregation: mean, higher_is_better: true}
-  - {metric: acc_norm, aggregation: mean, higher_is_better: true}
-metadata: {version: 1.0}
-"""
-DOCUMENTS_YAML = """\
-# Held-out documents, whole: bits per byte of all their tokens. For lm_eval --include_path, from here.
-task: heldout_documents
-dataset_path: json
-dataset_kwargs: {data_files: {test: documents.jsonl}}
-test_split: test
-output_type: loglikelihood_rolling
-doc_to_text: ""
-doc_to_target: text
-metric_list:
-  - {metric: bits_per_byte}
-metadata: {version: 1.0}
-"""
 
 
 # -------------------------------------------------------------------------------------- held-out text
@@ -137,10 +107,10 @@ def write_tasks(folder: str | Path, questions: list[dict], documents: list[str])
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     documents = [{"text": text} for text in documents]
-    for name, rows, text in [("endings", questions, QUESTIONS_YAML), ("documents", documents, DOCUMENTS_YAML)]:
+    for name, rows in (("endings", questions), ("documents", documents)):
         if rows:
             (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-            (folder / f"{name}.yaml").write_text(text, encoding="utf-8")
+            shutil.copyfile(Path(__file__).with_name(f"{name}.yaml"), folder / f"{name}.yaml")
 
 
 def read_questions(path: str | Path) -> list[dict]:

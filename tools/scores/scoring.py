@@ -1,0 +1,132 @@
+"""What a model makes of given text: loss by place, multiple choice, whole documents.
+
+The same sums as EleutherAI's lm_eval (`make scores` compares the two). A model takes tokens (B, T) and returns logits
+(B, T, V); `machine` is the `Machine` it is on.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from tiktoken import Encoding
+from torch import Tensor, nn
+
+from data_utils import TokenData
+from machinery.errors import UserError
+from machinery.machine import Machine
+from machinery.tokenizers import decode_text
+from tools.scores.parsing import held_out_functions, parses
+from tools.scores.questions import encode_pair
+
+BATCH = 8  # sequences at a time
+
+
+@torch.no_grad()
+def token_losses(model: nn.Module, tokens: Tensor, targets: Tensor, machine: Machine) -> Tensor:
+    """Loss in nats of each of targets (B, T), on the CPU; 0 for targets of -100."""
+    with machine.autocast():
+        logits = model(tokens.to(machine.device)).float()  # (B, T, V)
+    losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten().to(machine.device), reduction="none")
+    return losses.view_as(targets).cpu().double()
+
+
+def held_out_losses(model: nn.Module, data: TokenData, machine: Machine, count: int) -> Tensor:
+    """(N, T) loss in nats of each token of N = `count` held-out windows spread evenly, or of as many as there are."""
+    losses = []
+    for tokens, targets in data.held_out(count * data.block_size, BATCH, machine):
+        scored = targets[:, 0] != -100  # other rows only fill the batch up
+        losses.append(token_losses(model, tokens[scored], targets[scored], machine))
+    return torch.cat(losses)
+
+
+def loss_by_position(model: nn.Module, data: TokenData, machine: Machine, count: int) -> Tensor:
+    """(T,) loss in nats at each place of a window, the mean over `count` held-out windows spread evenly."""
+    return held_out_losses(model, data, machine, count).mean(0)
+
+
+def log_likelihoods(
+    model: nn.Module, pairs: list[tuple[list[int], list[int]]], block_size: int, machine: Machine
+) -> Tensor:
+    """(N,) ln p(continuation | context) for N such pairs of token lists. A context too long loses its beginning.
+
+    Rows are context and continuation; the targets in the context are -100, which is not scored. Raises `UserError` for
+    a continuation that does not fit in `block_size` tokens.
+    """
+    sums = torch.zeros(len(pairs), dtype=torch.float64)
+    order = sorted(range(len(pairs)), key=lambda i: sum(map(len, pairs[i])))  # equal lengths together: little padding
+    for first in range(0, len(pairs), BATCH):
+        chosen, tokens, targets = order[first : first + BATCH], [], []
+        for context, continuation in (pairs[i] for i in chosen):
+            n = len(continuation)
+            if not 0 < n <= block_size:
+                raise UserError(f"a continuation has {n} tokens and block_size is {block_size}; shorten it")
+            row = torch.tensor((context + continuation)[-(block_size + 1) :])
+            tokens.append(row[:-1])
+            targets.append(row[1:].masked_fill(torch.arange(len(row) - 1) < len(row) - 1 - n, -100))
+        tokens, targets = (
+            nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=padding)
+            for rows, padding in [(tokens, 0), (targets, -100)]
+        )
+        sums[chosen] = -token_losses(model, tokens, targets, machine).sum(1)
+    return sums
+
+
+def score_choices(
+    model: nn.Module, encoding: Encoding, questions: list[dict], block_size: int, machine: Machine
+) -> dict[str, float]:
+    """Accuracies with their standard errors, and that of a guess, for questions with "ctx", "endings" and "label".
+
+    "acc" takes the ending of highest likelihood, "acc_norm" that of highest likelihood per character.
+    """
+    pairs = [encode_pair(encoding, q["ctx"], " " + ending) for q in questions for ending in q["endings"]]
+    sums = log_likelihoods(model, pairs, block_size, machine).split([len(q["endings"]) for q in questions])
+    right = {"acc": 0, "acc_norm": 0}
+    for question, ln_p in zip(questions, sums):
+        lengths = torch.tensor([len(ending) for ending in question["endings"]])
+        right["acc"] += ln_p.argmax().item() == question["label"]
+        right["acc_norm"] += (ln_p / lengths).argmax().item() == question["label"]
+    n, scores = len(questions), {"chance": sum(1 / len(q["endings"]) for q in questions) / len(questions)}
+    for name, count in right.items():
+        scores[name], scores[f"{name}_stderr"] = count / n, math.sqrt(count / n * (1 - count / n) / max(1, n - 1))
+    return scores
+
+
+def document_windows(ids: list[int], block_size: int) -> list[tuple[list[int], list[int]]]:
+    """A document's ids, the end-of-text token before it first, as (context, continuation) pairs: each id once.
+
+    The last, short window is filled up with earlier ids as context (a rolling log-likelihood).
+    """
+    pairs = []
+    for start in range(1, len(ids), block_size):
+        stop = min(start + block_size, len(ids))
+        pairs.append((ids[max(0, stop - block_size - 1) : start], ids[start:stop]))
+    return pairs
+
+
+def score_documents(
+    model: nn.Module, encoding: Encoding, texts: list[str], block_size: int, machine: Machine
+) -> dict[str, float]:
+    """Bits per byte of whole documents, every token of which is predicted once."""
+    documents = ([encoding.eot_token, *encoding.encode_ordinary(text)] for text in texts)
+    pairs = [pair for ids in documents for pair in document_windows(ids, block_size)]
+    nats = -log_likelihoods(model, pairs, block_size, machine).sum().item()
+    return {"bits_per_byte": nats / math.log(2) / sum(len(text.encode()) for text in texts)}
+
+
+def parse_share(model: nn.Module, data: TokenData, machine: Machine, generate: Callable) -> dict[str, float]:
+    """{"parse_share": 0 to 1} of held-out functions that the model has written on; {} for text that is not Python.
+
+    `generate(model, tokens, n_new)` continues tokens (B, T), as the notebook's does.
+    """
+    length = min(72, model.max_length)  # a few lines of code
+    given = length // 9  # enough for the first line
+    functions = torch.from_numpy(held_out_functions(data, 16, length)).to(machine.device)  # (B, length)
+    if not len(functions):
+        return {}
+    with machine.autocast(decoding=True):
+        written = generate(model, functions[:, :given], length - given).tolist()
+    texts = [(decode_text(data.encoding, row[:given]), decode_text(data.encoding, row[given:])) for row in written]
+    return {"parse_share": sum(parses(*text) for text in texts) / len(texts)}
