@@ -134,10 +134,10 @@ def write_report(rows: list[dict]) -> None:
 
 `make rehearsal`: PyTorch {torch.__version__} and Triton, with a stand-in for NVIDIA's driver, cuBLAS and NCCL
 ([tools/rehearsal/stand_in.c](../tools/rehearsal/stand_in.c)). Each line is a run of `day` of two steps, with
-preflight, evaluation, text and checkpoints. Everything happens as on the card, but the kernels, which are compiled for it, are not executed:
-nothing is computed, so there is neither a speed nor a loss. Memory is what PyTorch's allocator handed out at most, in
-each process. What this cannot show: whether results are right, how fast they come, and memory that libraries take by
-themselves.
+preflight, evaluation, text and checkpoints. Everything happens as on the card, but the kernels, which are compiled for
+it, are not executed: nothing is computed, so there is neither a speed nor a loss. Memory is what PyTorch's allocator
+handed out at most, in each process. What this cannot show: whether results are right, how fast they come, and memory
+that libraries take by themselves.
 
 {table(rows, columns)}
 

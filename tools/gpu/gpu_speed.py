@@ -1,0 +1,565 @@
+# ruff: noqa: B023, E501, E731, F821
+"""Call 2: how fast is a step of `day`, where does its time go, and what would make it faster? $OUT/speed.md, .json."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import re
+import statistics
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for a program that is started by its path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from machinery.machine import Machine, compile_or_eager, measure_matmul_flops
+from model_utils import LinearCrossEntropy, flops_per_token, training_memory
+from tools.common import lm
+from tools.gpu.common import OUT, Report, options, seconds_of, synchronize
+
+
+def begin() -> None:
+    """Read the options, open the report, look at the card."""
+    global report, DRY, DEVICE, machine, PEAK, SMALL, BIG, SIZES
+    chosen = options(__doc__, 540)
+    report = Report("speed", chosen.seconds, chosen.only)
+    DRY, DEVICE = chosen.dry, chosen.device
+    machine = Machine.find(DEVICE)
+    PEAK = machine.peak_flops or float("nan")
+    SMALL = {"n_layer": 2, "n_embd": 64, "n_head": 4, "n_kv_head": 2, "n_ffn": 128, "block_size": 64, "vocab_size": 512,
+             "batch_tokens": 1024} if DRY else {}  # fmt: skip
+    BIG = 4 if DRY else 64 if machine.memory > 60e9 else 16  # sequences at a time
+    SIZES = (4, 2) if DRY else (64, 32, 16) if machine.memory > 60e9 else (16, 8)
+    lm.ATTENTIONS.update(early=EarlyTurn, one=OneProduct)
+    lm.FFNS.update(one=OneProductFFN)
+    lm.POSITIONS.update(half=HalfStream)
+
+
+def day(**values):
+    return lm.Config.from_preset("day", **(SMALL | {"device": DEVICE} | values))
+
+
+def pair_for(config, batch: int):
+    rows = torch.randint(config.vocab_size, (batch, config.block_size + 1), generator=torch.Generator().manual_seed(1))
+    rows = rows.to(DEVICE)
+    return rows[:, :-1].clone(), rows[:, 1:].clone()
+
+
+class Same:
+    """Batches that are there already: what is timed is the step."""
+
+    def __init__(self, pair) -> None:
+        self.pair = pair
+
+    def next(self):
+        return self.pair
+
+
+def clean() -> None:
+    gc.collect()
+    machine.release_memory()
+
+
+# ------------------------------------------------------------------------------------------------ ceilings
+
+
+def matrices() -> None:
+    """The products of a micro-batch alone: what a step cannot go below, and which shapes are slow."""
+    config = day()
+    M, C, H, V = BIG * config.block_size, config.n_embd, config.n_ffn, config.vocab_size
+    kv = config.n_kv_head * config.head_size
+    names = {"q, o": (C, C, 2), "k, v": (C, kv, 2), "gate, up": (C, H, 2), "down": (H, C, 1), "qkv in one": (C, C + 2 * kv, 0),
+             "gate and up in one": (C, 2 * H, 0), "head, a quarter of the rows": (C, V, -1)}  # fmt: skip
+    total, floor = 0.0, 0.0
+    for name, (inside, outside, times) in names.items():
+        rows = M // 4 if times < 0 else M
+        x = torch.randn(rows, inside, device=DEVICE, dtype=machine.dtype)
+        w = torch.randn(outside, inside, device=DEVICE, dtype=machine.dtype)
+        y = torch.randn(rows, outside, device=DEVICE, dtype=machine.dtype)
+        flops = 2 * rows * inside * outside
+        found = [seconds_of(call, DEVICE, 7, 3) for call in (lambda: x @ w.mT, lambda: y @ w, lambda: y.mT @ x)]
+        report.say(
+            f"{name:28s} {rows} × {inside} × {outside}: forward {flops / found[0] / 1e12:6.1f}, to x {flops / found[1] / 1e12:6.1f},"
+            f" to the weight {flops / found[2] / 1e12:6.1f} TFLOP/s"
+        )
+        times = 4 / config.n_layer if times < 0 else times
+        total += config.n_layer * times * sum(found)
+        floor += config.n_layer * times * 3 * flops
+        del x, w, y
+    report.say(
+        f"all products of a micro-batch of {BIG}: {total * 1e3:.1f} ms, {floor / total / 1e12:.0f} TFLOP/s, {floor / total / PEAK:.0%}"
+    )
+    report.keep(matmul_ms_per_micro_batch=total * 1e3, matmul_rate=floor / total)
+    with contextlib.suppress(Exception):  # 8-bit head: the products alone
+        rows = M // 4
+        a = torch.randn(rows, C, device=DEVICE).to(torch.float8_e4m3fn)
+        b = torch.randn(V, C, device=DEVICE).to(torch.float8_e4m3fn)
+        one = torch.ones((), device=DEVICE)
+        seconds = seconds_of(lambda: torch._scaled_mm(a, b.T, one, one, out_dtype=torch.bfloat16), DEVICE, 7, 3)
+        report.say(f"head in float8, forward: {2 * rows * C * V / seconds / 1e12:.0f} TFLOP/s")
+
+
+def attention() -> None:
+    """Forward and backward of one layer's attention, by kernel."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    config = day()
+    T, D = config.block_size, config.head_size
+    make = lambda heads: (
+        torch.randn(BIG, T, heads, D, device=DEVICE, dtype=machine.dtype).transpose(1, 2).requires_grad_()
+    )
+    q, k, v = make(config.n_head), make(config.n_kv_head), make(config.n_kv_head)
+    out = torch.randn(BIG, T, config.n_head, D, device=DEVICE, dtype=machine.dtype).transpose(1, 2)
+    flops = 4 * BIG * T * T * config.n_embd / 2  # forward; the causal half is not computed
+    for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION):
+        try:
+            with sdpa_kernel(backend):
+                call = lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+                with torch.no_grad():
+                    forward = seconds_of(call, DEVICE, 7, 3)
+                both = seconds_of(lambda: torch.autograd.grad(call(), (q, k, v), out), DEVICE, 7, 3)
+            report.say(
+                f"attention {backend.name}: forward {forward * 1e3:.2f} ms ({flops / forward / 1e12:.0f} TFLOP/s),"
+                f" both {both * 1e3:.2f} ms ({3.5 * flops / both / 1e12:.0f} TFLOP/s), {config.n_layer} layers"
+                f" {config.n_layer * both * 1e3:.1f} ms"
+            )
+            report.keep(**{f"attention_ms_{backend.name}": config.n_layer * both * 1e3})
+        except RuntimeError as error:
+            report.say(f"attention {backend.name}: {str(error).splitlines()[0][:160]}")
+
+
+# ---------------------------------------------------------------------------------------- a step of `day`
+
+
+def step_of_day(batch: int, profiled: bool) -> None:
+    """Compile, time a micro-step, the weights' step and the whole; memory against the preflight; the profile."""
+    clean()
+    torch.compiler.reset()
+    config = day(micro_batch=batch)
+    before = machine.used_memory()
+    machine.forget_peak()
+    model = lm.build_model(config).to(DEVICE)
+    optimizers, scaler = lm.build_optimizers(model, config, machine), machine.scaler()
+    flops = flops_per_token(model, config)
+    predicted = sum(training_memory(model, optimizers, config, batch, machine.dtype.itemsize).values())
+    pair = pair_for(config, batch)
+    runner, note = compile_or_eager(model, *pair, machine)
+    report.say(f"micro-batch {batch}: {note}")
+    data = Same(pair)
+    micro_steps = config.batch_tokens // config.block_size // batch
+
+    def micro() -> None:
+        lm.gradient(runner, data, 1, machine, scaler)
+
+    seconds = seconds_of(micro, DEVICE, 5 if DRY else 8, 3)
+
+    def weights() -> None:  # gradients stay: they are wanted again
+        kept = [(p, p.grad) for p in model.parameters()]
+        lm.step_weights(model, optimizers, scaler, 1e-6, config.grad_clip)
+        for p, g in kept:
+            p.grad = g
+
+    optimizer_seconds = seconds_of(weights, DEVICE, 5, 2)
+    begun, steps = [], 2 if batch == SIZES[0] else 1
+    for _ in range(steps + 1):
+        synchronize(DEVICE)
+        begun.append(time.perf_counter())
+        lm.gradient(runner, data, micro_steps, machine, scaler)
+        lm.step_weights(model, optimizers, scaler, 1e-6, config.grad_clip)
+    synchronize(DEVICE)
+    begun.append(time.perf_counter())
+    whole = statistics.median(b - a for a, b in zip(begun[1:], begun[2:]))
+    rate = config.batch_tokens / whole
+    taken = machine.peak_memory() - before
+    report.say(
+        f"micro-batch {batch}: {rate:,.0f} tokens/s, MFU {rate * flops / PEAK:.1%}; step {whole * 1e3:.0f} ms ="
+        f" {micro_steps} × {seconds * 1e3:.1f} + weights {optimizer_seconds * 1e3:.1f} + rest"
+        f" {(whole - micro_steps * seconds - optimizer_seconds) * 1e3:.1f} ms"
+    )
+    report.say(
+        f"micro-batch {batch}: memory predicted {predicted / 1e9:.2f} GB, taken {taken / 1e9:.2f}, ratio {taken / predicted:.2f}"
+    )
+    report.keep(
+        **{f"tokens_per_second_{batch}": rate, f"mfu_{batch}": rate * flops / PEAK, f"peak_gb_{batch}": taken / 1e9}
+    )
+    with torch.no_grad(), machine.autocast():
+        evaluation = seconds_of(lambda: runner(*pair), DEVICE, 3, 1)
+    report.say(
+        f"micro-batch {batch}: forward alone {evaluation * 1e3:.1f} ms, {evaluation / seconds:.0%} of forward and backward"
+    )
+    if profiled:
+        report.part("profile", profile, 10, micro, weights, micro_steps)
+
+
+KINDS = [
+    ("attention", r"flash|fmha|cudnn.*(sdpa|attn)|sdpa|attention"),
+    ("matrix products", r"gemm|cutlass|nvjet|xmma|cublas|splitK|ampere_|sm90_|sm89_|sm80_"),
+    ("loss, besides products", r"softmax"),
+    ("casts of weights and gradients", r"triton_poi_fused__to_copy(_t)?_\d+$"),
+    ("copies", r"memcpy|memset|copy_kernel|CatArray"),
+    ("other compiled", r"^triton"),
+]
+
+
+def profile(micro, weights, micro_steps: int) -> None:
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as watch
+
+    kinds = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if DEVICE == "cuda" else [])
+    found = {}
+    for name, call, times in (("micro-step", micro, 2), ("weights", weights, 1)):
+        with watch(activities=kinds) as seen:
+            for _ in range(times):
+                call()
+            synchronize(DEVICE)
+        rows = []
+        for event in seen.key_averages():
+            on_device = getattr(event, "self_device_time_total", 0) or getattr(event, "self_cuda_time_total", 0)
+            is_kernel = str(getattr(event, "device_type", "")).endswith("CUDA")
+            spent = on_device if DEVICE == "cuda" and is_kernel else event.self_cpu_time_total if DEVICE == "cpu" else 0
+            if spent:
+                rows.append((spent / 1e3 / times, event.count / times, event.key))
+        rows.sort(reverse=True)
+        found[name] = rows
+        total = sum(row[0] for row in rows)
+        report.say(f"{name}: {total:.2f} ms in {sum(row[1] for row in rows):.0f} kernels of {len(rows)} kinds")
+        shares: dict[str, float] = {}
+        for spent, _, key in rows:
+            kind = next((kind for kind, words in KINDS if re.search(words, key, re.IGNORECASE)), "other")
+            shares[kind] = shares.get(kind, 0.0) + spent
+        report.say(
+            "    "
+            + ", ".join(
+                f"{kind} {spent:.2f} ms ({spent / total:.0%})"
+                for kind, spent in sorted(shares.items(), key=lambda s: -s[1])
+            )
+        )
+        report.keep(**{f"profile_{name}": {kind: round(spent, 3) for kind, spent in shares.items()}})
+        for spent, count, key in rows[:25]:
+            report.say(f"    {spent:8.3f} ms {spent / total:5.1%} {count:6.0f} × {key[:110]}")
+    step = micro_steps * sum(row[0] for row in found["micro-step"]) + sum(row[0] for row in found["weights"])
+    report.say(f"kernels of a step: {step:.0f} ms; the rest of its time the device waits")
+
+
+# ----------------------------------------------------------------------------------------------- the loss
+
+
+def losses() -> None:
+    """Forward and backward from the last norm on, of a whole micro-batch: time and memory."""
+    config = day()
+    rows, C, V = BIG * config.block_size, config.n_embd, config.vocab_size
+    x = torch.randn(rows, C, device=DEVICE, requires_grad=True)
+    table = (torch.randn(V, C, device=DEVICE) * 0.01).requires_grad_()
+    targets = torch.randint(V, (rows,), device=DEVICE)
+
+    def with_rows(parts: int):
+        return lambda: LinearCrossEntropy.apply(x, table, targets, max(1, rows // parts))
+
+    def plain():
+        return F.cross_entropy(F.linear(x, table).float(), targets)
+
+    calls = {"ours, 4 parts": (with_rows(4), True), "ours, 4 parts, eager": (with_rows(4), False), "ours, 8 parts": (with_rows(8), True),
+             "ours, 16 parts": (with_rows(16), True), "F.cross_entropy(F.linear)": (plain, True)}  # fmt: skip
+    if hasattr(F, "linear_cross_entropy"):
+        calls["F.linear_cross_entropy"] = (lambda: F.linear_cross_entropy(x, table, targets), True)
+    with contextlib.suppress(Exception):
+        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+        calls["Liger"] = (
+            lambda: liger_fused_linear_cross_entropy(x.to(machine.dtype), table.to(machine.dtype), targets),
+            False,
+        )
+    with contextlib.suppress(Exception):
+        from cut_cross_entropy import linear_cross_entropy
+
+        calls["cut cross-entropy"] = (
+            lambda: linear_cross_entropy(x.to(machine.dtype), table.to(machine.dtype), targets),
+            False,
+        )
+    flops = 6 * rows * C * V
+    for name, (call, compiled) in calls.items():
+        if report.left() < 15:
+            report.say(f"SKIPPED loss {name}")
+            continue
+        try:
+            clean()
+            torch.compiler.reset()
+            run = torch.compile(call, dynamic=False) if compiled else call
+
+            def both(run=run):
+                with machine.autocast():
+                    loss = run()
+                return torch.autograd.grad(loss, (x, table))
+
+            both()
+            machine.forget_peak()
+            before = machine.used_memory()
+            seconds = seconds_of(both, DEVICE, 5, 1)
+            report.say(
+                f"loss {name:26s} {seconds * 1e3:8.2f} ms, {flops / seconds / 1e12:6.1f} TFLOP/s of its products,"
+                f" {(machine.peak_memory() - before) / 1e9:.2f} GB"
+            )
+            report.keep(**{f"loss_ms {name}": seconds * 1e3})
+        except Exception as error:
+            report.say(f"loss {name}: {type(error).__name__}: {(str(error).strip() or '?').splitlines()[0][:160]}")
+
+
+# ---------------------------------------------------------------------------------------------- the weights
+
+
+def optimizers() -> None:
+    """A step of Muon and AdamW on `day`: as it is, in float32, compiled, and PyTorch's."""
+    clean()
+    config = day()
+    model = lm.build_model(config).to(DEVICE)
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
+    muon, adamw = lm.build_optimizers(model, config, machine)
+    real = lm.orthogonalise
+    shapes = {p.shape: sum(q.shape == p.shape for q in matrices) for p in matrices}
+    flops = sum(n * 5 * (4 * min(s) ** 2 * max(s) + 2 * min(s) ** 3) for s, n in shapes.items())
+
+    def wall(call, calls: int = 5) -> float:
+        call()
+        synchronize(DEVICE)
+        begun = time.perf_counter()
+        for _ in range(calls):
+            call()
+        synchronize(DEVICE)
+        return (time.perf_counter() - begun) / calls
+
+    def say(name: str, seconds: float, extra: str = "") -> None:
+        report.say(f"weights: {name:40s} {seconds * 1e3:8.2f} ms{extra}")
+        report.keep(**{f"weights_ms {name}": seconds * 1e3})
+
+    seconds = wall(muon.step)
+    say("Muon, bfloat16", seconds, f", {flops / seconds / 1e12:.0f} TFLOP/s of its iterations")
+    say("AdamW for the rest, fused", wall(adamw.step))
+    say("clip_grad_norm_ and its number", wall(lambda: nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()))
+    slow = lm.Muon([{"params": matrices}], 0.02, 0.1, torch.float32)
+    say("Muon, float32 (TF32)", wall(slow.step, 3))
+    try:
+        lm.orthogonalise = torch.compile(real, dynamic=False)
+        say("Muon, the iteration compiled", wall(muon.step))
+    finally:
+        lm.orthogonalise = real
+    theirs = torch.optim.Muon(matrices, lr=0.02, weight_decay=0.1)
+    say("torch.optim.Muon", wall(theirs.step, 3))
+    alone = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
+    say("AdamW for all, fused", wall(alone.step))
+
+
+# ------------------------------------------------------------------------------------------ other libraries
+
+
+def peers() -> None:
+    """The project's own contenders (tools/bench/steps.py) at one micro-batch, AdamW in all, without QK-norm."""
+    from tools.bench.peers import make_config
+    from tools.bench.steps import OURS, build
+
+    names = [OURS, "transformers, as shipped", "transformers, compiled, fused AdamW"]
+    batch = 2 if DRY else 16
+    config = make_config("tiny" if DRY else "day", device=DEVICE, micro_batch=batch)
+    flops, rates = None, {}
+    for name in names:
+        if report.left() < (5 if DRY else 45):
+            report.say(f"SKIPPED {name}")
+            continue
+        try:
+            clean()
+            torch.compiler.reset()
+            machine.forget_peak()
+            before = machine.used_memory()
+            model, step = build(name, config, machine)
+            flops = flops or flops_per_token(model, config)
+            begun = time.monotonic()
+            step()
+            synchronize(DEVICE)
+            first = time.monotonic() - begun
+            seconds = seconds_of(step, DEVICE, 8, 2)
+            rates[name] = batch * config.block_size / seconds
+            report.say(
+                f"{name}: {rates[name]:,.0f} tokens/s with a step of the weights for every {batch} sequences, MFU"
+                f" {rates[name] * flops / PEAK:.1%}, {(machine.peak_memory() - before) / 1e9:.2f} GB, first step {first:.0f} s;"
+                f" ours is {rates[OURS] / rates[name]:.2f} ×"
+            )
+            report.keep(**{f"peer {name}": rates[name]})
+            del model, step
+        except Exception as error:
+            report.say(f"{name}: {type(error).__name__}: {(str(error).strip() or '?').splitlines()[0][:200]}")
+
+
+def qwen3() -> None:
+    """`transformers` Qwen3, which `day` is, compiled, with fused AdamW: the same shapes with QK-norm."""
+    import transformers
+
+    from machinery.huggingface.families import to_hf_config
+
+    batch = 2 if DRY else 16
+    config = day(micro_batch=batch)
+    theirs = transformers.AutoModelForCausalLM.from_config(
+        to_hf_config(config.to_dict()), attn_implementation="sdpa"
+    ).to(DEVICE)
+    flops = flops_per_token(theirs, config)
+    tokens, targets = pair_for(config, batch)
+    optimizer = torch.optim.AdamW(theirs.parameters(), lr=1e-6, fused=True)
+    torch.compiler.reset()
+    runner = torch.compile(theirs, dynamic=False)
+
+    def step() -> None:
+        with machine.autocast():
+            loss = runner(input_ids=tokens, labels=targets, shift_labels=targets, use_cache=False).loss
+        loss.backward()
+        nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    seconds = seconds_of(step, DEVICE, 8, 3)
+    rate = batch * config.block_size / seconds
+    report.say(f"{type(theirs).__name__}, compiled, fused AdamW: {rate:,.0f} tokens/s, MFU {rate * flops / PEAK:.1%}")
+    report.keep(peer_qwen3=rate)
+
+
+# ------------------------------------------------------------------------------- what might make it faster
+
+
+class EarlyTurn(lm.GroupedQueryAttention):
+    """Norm and rotation of queries and keys before heads and tokens change places: less is written and read again."""
+
+    def forward(self, x, position, cache=None):
+        B, T, _ = x.shape
+        q, k, v = (proj(x).view(B, T, -1, self.D) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = turned(self.q_norm(q), position), turned(self.k_norm(k), position)
+        y = self.attend(*(z.transpose(1, 2) for z in (q, k, v)))
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, self.H * self.D))
+
+
+class OneProduct(lm.GroupedQueryAttention):
+    """Queries, keys and values from one product; the weights are put together as they are cast."""
+
+    def forward(self, x, position, cache=None):
+        B, T, _ = x.shape
+        weight = torch.cat([p.weight for p in (self.q_proj, self.k_proj, self.v_proj)])
+        q, k, v = F.linear(x, weight).view(B, T, -1, self.D).split((self.H, self.K, self.K), dim=2)
+        q, k = turned(self.q_norm(q), position), turned(self.k_norm(k), position)
+        y = self.attend(*(z.transpose(1, 2) for z in (q, k, v)))
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, self.H * self.D))
+
+
+class OneProductFFN(lm.GatedFFN):
+    def forward(self, x):
+        gate, up = F.linear(x, torch.cat((self.gate_proj.weight, self.up_proj.weight))).chunk(2, dim=-1)
+        return self.down_proj(F.silu(gate) * up)
+
+
+def turned(x, position):
+    """`rotate` for x (B, T, H, D)."""
+    cos, sin = (table[: x.size(1), None, : x.size(-1) // 2] for table in (position.cos, position.sin))
+    first, second = x.float().chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).type_as(x)
+
+
+class HalfStream(lm.RotaryPosition):
+    """The residual stream in the precision of the products."""
+
+    def add_to_embedding(self, x, start):
+        return x.to(machine.dtype)
+
+
+NO_GRAPHS = "max-autotune-no-cudagraphs"
+VARIANTS = {  # fields, options of torch.compile, seconds to compile
+    "as it is": ({}, {}, 25),
+    "norm and turn before the transpose": ({"attention": "early"}, {}, 25),
+    "residual stream in 16 bits": ({"position": "half"}, {}, 25),
+    "both": ({"attention": "early", "position": "half"}, {}, 25),
+    "both, and one product for q, k, v": ({"attention": "one", "position": "half"}, {}, 25),
+    "both, and one for gate and up": ({"attention": "early", "position": "half", "ffn": "one"}, {}, 25),
+    "no QK-norm": ({"qk_norm": False}, {}, 25),
+    "FlashAttention 2": ({}, {"flash": True}, 25),
+    "weights in 16 bits, no autocast": ({}, {"half": True}, 25),
+    "coordinate descent": ({}, {"options": {"coordinate_descent_tuning": True}}, 45),
+    "as it is, again": ({}, {}, 15),  # what differs from the first is noise
+    "CUDA graphs": ({}, {"mode": "reduce-overhead"}, 30),
+    "both, max-autotune": ({"attention": "early", "position": "half"}, {"mode": NO_GRAPHS}, 120),
+}
+
+
+def variants() -> None:
+    """One change at a time on four blocks; what a change of a block saves, `day` saves four times."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    layers = 2 if DRY else 4
+    base = None
+    for name, (fields, how, needs) in VARIANTS.items():
+        if report.left() < (2 if DRY else needs + 8):
+            report.say(f"SKIPPED {name}: {report.left():.0f} s left")
+            continue
+        how = dict(how)
+        flash, half = how.pop("flash", False), how.pop("half", False)
+        try:
+            clean()
+            torch.compiler.reset()
+            config = day(n_layer=layers, micro_batch=BIG, **fields)
+            model = lm.build_model(config).to(DEVICE)
+            if half:
+                model.to(machine.dtype)
+            for p in model.parameters():  # as in all micro-steps but the first, gradients are added to what is there
+                p.grad = torch.zeros_like(p)
+            pair = pair_for(config, BIG)
+            kernels = sdpa_kernel(SDPBackend.FLASH_ATTENTION) if flash else contextlib.nullcontext()
+            begun = time.monotonic()
+            runner = torch.compile(model, dynamic=False, **how)
+
+            def micro(runner=runner, pair=pair, half=half) -> float:
+                torch.compiler.cudagraph_mark_step_begin()
+                with contextlib.nullcontext() if half else machine.autocast():
+                    loss = runner(*pair)
+                loss.backward()
+                return loss.detach().clone()
+
+            machine.forget_peak()
+            with kernels:
+                loss = micro().item()
+                micro()
+                synchronize(DEVICE)
+                took = time.monotonic() - begun
+                seconds = seconds_of(micro, DEVICE, 10, 2)
+            base = base or seconds
+            saved = (base - seconds) * lm.Config.n_layer / layers
+            report.say(
+                f"variant {name:36s} {seconds * 1e3:8.2f} ms ({seconds / base - 1:+.1%}); of a whole micro-step about"
+                f" {saved * 1e3:+.1f} ms; {machine.peak_memory() / 1e9:.1f} GB; loss {loss:.4f}; compiled in {took:.0f} s"
+            )
+            report.keep(**{f"variant_ms {name}": seconds * 1e3})
+            model = runner = micro = None
+        except Exception as error:
+            report.say(f"variant {name}: {type(error).__name__}: {(str(error).strip() or '?').splitlines()[0][:200]}")
+
+
+def main() -> None:
+    begin()
+    report.say(f"{machine.name}, torch {torch.__version__}, {machine.memory / 1e9:.0f} GB, {machine.dtype}")
+    report.keep(device=machine.name, torch=torch.__version__)
+    rate = measure_matmul_flops(machine)
+    report.say(f"matrix rate {rate / 1e12:.1f} TFLOP/s, {rate / PEAK:.0%} of the datasheet")
+    report.part("matrices", matrices, 15)
+    report.part("attention", attention, 10)
+    report.part("step", step_of_day, 60, SIZES[0], True)
+    report.part("losses", losses, 30)
+    report.part("optimizers", optimizers, 20)
+    report.part("peers", peers, 60)
+    report.part("variants", variants, 60)
+    for size in SIZES[1:]:
+        report.part(f"step-{size}", step_of_day, 60, size, False)
+    report.part("qwen3", qwen3, 60)
+    report.say(f"{report.failed} failed; {report.left():.0f} s left; numbers in {OUT / 'speed.json'}")
+
+
+if __name__ == "__main__":
+    main()
