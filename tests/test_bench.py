@@ -6,14 +6,16 @@ import pytest
 import torch
 from conftest import LM
 
+from machinery.machine import Machine
 from tools.bench import recipe, steps
-from tools.bench.common import in_own_process, slug, table, take_turns
+from tools.bench.common import in_own_process, slug, take_turns
 from tools.bench.generation import compare_generation
 from tools.bench.peers import make_config
 from tools.bench.scaling import grows_faster, measure_scaling
 from tools.bench.tokenization import compare_tokenization
+from tools.common import table
 
-MACHINE = LM.find_machine("cpu")
+MACHINE = Machine.find("cpu")
 
 
 def test_calls_take_turns_and_the_first_round_does_not_count():
@@ -47,7 +49,7 @@ def test_every_library_is_the_same_architecture_and_learns(name, monkeypatch):
 
 def test_a_library_that_fails_here_is_named_and_left_out(monkeypatch, capsys):
     assert list(steps.measure_memory("tiny", MACHINE, ("nobody",))) == []
-    assert "nobody does not run here: bench.steps: KeyError: 'nobody'\n" in capsys.readouterr().out
+    assert "nobody does not run here: tools.bench.steps: KeyError: 'nobody'\n" in capsys.readouterr().out
     monkeypatch.setattr(steps, "OURS", "nobody")
     with pytest.raises(RuntimeError, match="KeyError"):
         steps.measure_memory("tiny", MACHINE, ("nobody",))
@@ -118,8 +120,9 @@ def test_the_summary_says_what_helped_and_what_hurt(tmp_path):
 def test_a_run_is_trained_and_a_failure_is_a_line(texts, tmp_path, monkeypatch):
     monkeypatch.setattr(recipe, "DATA", tmp_path / "data")
     overrides = {"source": texts[0], "tokenizer": "bytes", "vocab_size": 257, "n_layer": 1, "block_size": 32}
-    line = recipe.train_once(recipe.Run("tiny", overrides | {"batch_tokens": 64, "compile": False}, 0, 256))
-    assert line["status"] == "finished" and 0 < line["val_bpb"] < 9
+    run = recipe.Run("tiny", overrides | {"batch_tokens": 64, "compile": False}, 0, 256)
+    line = recipe.train_apart(run, threads=1)
+    assert line["status"] == "finished" and 0 < line["val_bpb"] < 9 and line["identity"] == run.key[0]
     line = recipe.train_apart(recipe.Run("absent", {"source": "nowhere/*.txt"}, 0, 256), threads=1)
     assert line["status"] == "failed" and "nowhere" in line["error"]
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from machinery.errors import UserError
+from model_utils import count_parameters, flops_per_token
 from tools.experiments import choices, curves, equal_size, frontier, induction, lengths, plot_sweep, shape, sweep
 from tools.experiments.__main__ import FINDINGS, RESULTS, repeat
 from tools.experiments.tool import places
@@ -54,7 +55,7 @@ def test_sweep_makes_a_tidy_table_reuses_what_is_finished_and_reports_what_fails
     assert len(list((Path(good.run) / "checkpoints").glob("step_*"))) == 1
     pd.testing.assert_frame_equal(induction.measure_run(good.run), measured, rtol=1e-3)  # as kept
 
-    losses = lengths.loss_by_position(good.run, 64, windows=3, **where)  # four times the trained 16
+    losses = lengths.measure_length(good.run, 64, windows=3, **where)  # four times the trained 16
     assert losses.shape == (64,) and losses.isfinite().all()
 
 
@@ -72,8 +73,8 @@ def test_grids_are_of_equal_size_and_budgets_are_met(lm, scale):
         config = lm.Config.from_preset("smoke", **(common | values))
         with torch.device("meta"):
             model = lm.build_model(config)
-        counts = lm.count_parameters(model)
-        return counts["total"] - counts["embedding"] - counts["head"], lm.flops_per_token(model, config), config
+        counts = count_parameters(model)
+        return counts["total"] - counts["embedding"] - counts["head"], flops_per_token(model, config), config
 
     for finding, groups in ((shape, 2), (choices, 1)):
         settings = finding.SCALES[scale]

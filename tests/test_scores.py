@@ -1,6 +1,7 @@
-"""Scores: the notebook's are lm_eval's, on the same files; and what the files and the parse rule promise."""
+"""Scores: ours are lm_eval's, on the same files; and what the files and the parse rule promise."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -9,20 +10,21 @@ from conftest import LM
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_utils import get_tokenizer
+from data_utils import get_tokenizer, prepare_data
 from machinery.errors import UserError
-from machinery.files import read_jsonl
+from machinery.machine import Machine
 from machinery.sources import iter_documents
 from tools.scores import questions as tasks
 from tools.scores.parsing import held_out_functions, parses
 from tools.scores.questions import encode_pair, held_out_documents, make_questions
+from tools.scores.scoring import document_windows, log_likelihoods, loss_by_position, parse_share, score_choices
 
 lm_eval = pytest.importorskip("lm_eval", reason="lm_eval is not installed: see tools/requirements.txt")
 
 from lm_eval.api.model import TemplateLM  # noqa: E402
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window  # noqa: E402
 
-from tools.bench import scores as bench_scores  # noqa: E402
+from tools.scores.__main__ import compare  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +54,7 @@ def run(code, tmp_path_factory):
         device="cpu",
     )  # fmt: skip
     LM.train(config)
-    return folder / "scored", LM.load_data(config)
+    return folder / "scored", prepare_data(config)
 
 
 def test_scores_equal_those_of_lm_eval(lm, run, capsys):
@@ -62,16 +64,15 @@ def test_scores_equal_those_of_lm_eval(lm, run, capsys):
     texts = held_out_documents(data)
     questions = make_questions(texts, config.block_size, count=60)
     tasks.write_tasks(folder / "scores", questions, texts)
-    result = bench_scores.compare(folder)
-    ours, theirs = result["notebook"], result["lm_eval"]
+    result = compare(folder)
+    ours, theirs = result["ours"], result["lm_eval"]
     for name in ("acc", "acc_norm", "acc_stderr", "acc_norm_stderr"):
         assert ours["endings"][name] == pytest.approx(theirs["endings"][name], abs=1e-9), name
     assert ours["endings"]["acc_norm_stderr"] > 0
     assert ours["documents"]["bits_per_byte"] == pytest.approx(theirs["documents"]["bits_per_byte"], rel=1e-4)
     assert "acc_norm" in capsys.readouterr().out
     # and the loop's own evaluation, on the same text in windows, is close: other borders, end-of-text tokens too
-    windows, counts = data.windows("val", config.block_size), lm.token_byte_counts(encoding, config.vocab_size)
-    in_windows = lm.evaluate(model, windows, counts, lm.find_machine("cpu", "float32"), 8, 1 << 30)["val_bpb"]
+    in_windows = lm.evaluate(model, data, Machine.find("cpu", "float32"), 8, math.inf)["val_bpb"]
     assert ours["documents"]["bits_per_byte"] == pytest.approx(in_windows, rel=0.02)
 
 
@@ -80,16 +81,16 @@ def test_a_context_too_long_loses_its_beginning_in_both(lm, run):
     folder, data = run
     config, model, encoding = lm.load_run(folder)
     text = held_out_documents(data)[0]
-    machine = lm.find_machine("cpu", "float32")
+    machine = Machine.find("cpu", "float32")
     context, ending = encode_pair(encoding, text[:2000], " the end")
-    sums = [lm.log_likelihoods(model, [(context[-keep:], ending)], 64, machine) for keep in (10**6, 65 - len(ending))]
+    sums = [log_likelihoods(model, [(context[-keep:], ending)], 64, machine) for keep in (10**6, 65 - len(ending))]
     assert torch.equal(*sums)
     with torch.no_grad():
         row = torch.tensor(context + ending)[-65:]
         chosen = model(row[None, :-1])[0].log_softmax(-1).gather(1, row[1:, None])[-len(ending) :]
     assert sums[0].item() == pytest.approx(chosen.sum().item(), rel=1e-5)
     with pytest.raises(UserError, match="a continuation has 70 tokens and block_size is 64"):
-        lm.log_likelihoods(model, [([1], [2] * 70)], 64, machine)
+        log_likelihoods(model, [([1], [2] * 70)], 64, machine)
 
 
 class Encoder(TemplateLM):
@@ -125,27 +126,25 @@ def test_pairs_are_cut_as_lm_eval_cuts_them(run, context, ending):
 
 
 @pytest.mark.parametrize("length", [1, 2, 7, 8, 9, 16, 17, 40])
-def test_windows_of_a_document_are_those_of_lm_eval(lm, length, monkeypatch):
+def test_windows_of_a_document_are_those_of_lm_eval(length):
     """Each token once, and with the context that the harness gives it."""
     encoding = get_tokenizer("bytes", 257)
-    text, seen = "".join(chr(65 + i) for i in range(length)), []
-    monkeypatch.setattr(lm, "log_likelihoods", lambda model, pairs, *_: seen.extend(pairs) or torch.zeros(len(pairs)))
-    lm.score_documents(None, encoding, [text], 8, None)
-    windows = get_rolling_token_windows(encoding.encode_ordinary(text), 256, 8, 1)
-    assert seen == [make_disjoint_window(pair) for pair in windows]
+    ids = encoding.encode_ordinary("".join(chr(65 + i) for i in range(length)))
+    theirs = get_rolling_token_windows(ids, encoding.eot_token, 8, 1)
+    assert document_windows([encoding.eot_token, *ids], 8) == [make_disjoint_window(pair) for pair in theirs]
 
 
 def test_standard_error_and_chance(lm, run):
     folder, data = run
     config, model, encoding = lm.load_run(folder)
-    machine = lm.find_machine("cpu", "float32")
+    machine = Machine.find("cpu", "float32")
     questions = make_questions(held_out_documents(data), 64, count=9)
-    scores = lm.score_choices(model, encoding, questions, 64, machine)
+    scores = score_choices(model, encoding, questions, 64, machine)
     right = [1.0] * round(9 * scores["acc_norm"]) + [0.0] * (9 - round(9 * scores["acc_norm"]))
     assert scores["acc_norm_stderr"] == pytest.approx(np.std(right, ddof=1) / 3)
     assert scores["chance"] == 0.25
     uneven = [questions[0] | {"endings": questions[0]["endings"][:2], "label": 0}, *questions[1:2]]
-    assert lm.score_choices(model, encoding, uneven, 64, machine)["chance"] == pytest.approx(3 / 8)
+    assert score_choices(model, encoding, uneven, 64, machine)["chance"] == pytest.approx(3 / 8)
 
 
 def test_questions_are_a_function_of_the_text(run):
@@ -176,14 +175,14 @@ def test_held_out_documents_are_the_text(run, code):
 def test_loss_by_position_averages_to_the_loss(lm, run):
     folder, data = run
     config, model, encoding = lm.load_run(folder)
-    machine, windows = lm.find_machine("cpu", "float32"), data.windows("val", 64)
-    positions = lm.loss_by_position(model, windows, machine, 1 << 20)
+    machine, windows = Machine.find("cpu", "float32"), data.windows("val", 64)
+    positions = loss_by_position(model, data, machine, 1 << 20)
     assert positions.shape == (64,)
     row = torch.from_numpy(np.concatenate([windows.read(i, 1) for i in range(len(windows))]))
     with torch.no_grad():
         expected = -model(row[:, :-1]).log_softmax(-1).gather(2, row[:, 1:, None]).squeeze(2)
     assert torch.allclose(positions, expected.mean(0).double(), atol=1e-4)
-    loss = lm.evaluate(model, windows, lm.token_byte_counts(encoding, 400), machine, 4, 1 << 30)["val_loss"]
+    loss = lm.evaluate(model, data, machine, 4, math.inf)["val_loss"]
     assert positions.mean().item() == pytest.approx(loss, rel=1e-5)
 
 
@@ -198,19 +197,24 @@ def test_what_parses():
         parses("x = ", hostile)  # comes back, with an answer
 
 
-def test_functions_are_begun_and_the_share_is_logged(lm, run):
+def test_functions_are_begun_and_the_share_is_that_of_those_that_parse(lm, run):
     folder, data = run
+    machine = Machine.find("cpu")
     rows = held_out_functions(data, 4, 30)
     assert rows.shape == (4, 30)
     assert all(data.encoding.decode(row.tolist()).startswith(("def ", "class ")) for row in rows)
-    samples = read_jsonl(folder / "samples.jsonl")
-    assert [sample["step"] for sample in samples] == [0, 20, 40]
-    assert all(0 <= sample["parse_share"] <= 1 for sample in samples)
+    _, model, _ = lm.load_run(folder)
+    assert 0 <= parse_share(model, data, machine, lm.generate)["parse_share"] <= 1
+
+    def nothing(model, tokens, n_new):  # a first line alone, then what no parser takes
+        return torch.cat((tokens, torch.full((len(tokens), n_new), data.encoding.encode_ordinary("(")[0])), dim=1)
+
+    assert parse_share(model, data, machine, nothing) == {"parse_share": 0.0}
 
 
 def test_text_that_is_not_python_has_no_share(lm, tiny, texts, tmp_path):
     config = tiny(source=texts[0], data_dir=str(tmp_path))
-    assert lm.parse_share(lm.build_model(config), lm.load_data(config), lm.find_machine("cpu")) == {}
+    assert parse_share(lm.build_model(config), prepare_data(config), Machine.find("cpu"), lm.generate) == {}
 
 
 BAD_QUESTIONS = [
