@@ -18,7 +18,7 @@ import torch
 
 from machinery.machine import Machine
 from tools.bench.attention import compare_attention
-from tools.bench.common import describe, slug
+from tools.bench.common import benchmark_environment, slug
 from tools.bench.generation import compare_generation
 from tools.bench.scaling import TOLERANCE, grows_faster, measure_scaling
 from tools.bench.steps import compare_steps, waiting_for_data
@@ -123,10 +123,10 @@ Python {e["python"]}, {versions}.
 
 """
     path.with_suffix(".md").write_text(text + "\n\n".join(blocks) + "\n")
-    draw(path.with_suffix(".png"), results)
+    draw_speed(path.with_suffix(".png"), results)
 
 
-def draw(path: Path, results: dict) -> None:
+def draw_speed(path: Path, results: dict) -> None:
     """Bars for what is compared, and cost against size beside the formula."""
     figure, axes = plt.subplots(2, 4, figsize=(17, 7))
     rows = results.get("steps", [])
@@ -174,7 +174,7 @@ def main() -> None:
     saved = path.with_suffix(".json")
     results = json.loads(saved.read_text()) if saved.exists() else {}
     for part in options.parts:
-        results |= {"environment": describe(machine), part: PARTS[part](machine)}
+        results |= {"environment": benchmark_environment(machine), part: PARTS[part](machine)}
         print(table(results[part], COLUMNS[part]), flush=True)
         saved.write_text(json.dumps(results, indent=1) + "\n")
     write_report(path, results)

@@ -48,7 +48,7 @@ def in_own_process(module: str, *arguments) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def describe(machine) -> dict:
+def benchmark_environment(machine) -> dict:
     """Versions, hardware and threads: what a figure is worth nothing without."""
     versions = {}
     for package in PACKAGES:

@@ -32,7 +32,7 @@ from data_utils import prepare_data
 from machinery.errors import UserError
 from machinery.files import read_json, read_jsonl
 from machinery.machine import Machine
-from tools.bench.common import describe, take_turns
+from tools.bench.common import benchmark_environment, take_turns
 from tools.common import RESULTS, ROOT, lm, table
 from tools.training import start_training
 
@@ -194,7 +194,7 @@ def run_missing(results: Results, tokens: int, jobs: int, threads: int, only: st
 # ----------------------------------------------------------------------------------------- the summary
 
 
-def effects(results: Results, tokens: int) -> list[dict]:
+def effects_of_changes(results: Results, tokens: int) -> list[dict]:
     """A row per choice that has a result: bits per byte less those of the recipe with the same seed, best first."""
     rows = []
     for name, overrides in CHOICES.items():
@@ -255,7 +255,7 @@ def write_summary(results: Results, tokens: int, folder: Path = RESULTS) -> None
         size for size, losses in ours.items() if tuned and statistics.fmean(losses) <= statistics.fmean(theirs[lr])
     ]
     share = f"{min(reached) / tokens:.2f}× or less" if reached else "more than all"
-    noise, rows = statistics.stdev(ours[tokens]), effects(results, tokens)
+    noise, rows = statistics.stdev(ours[tokens]), effects_of_changes(results, tokens)
     failed = [line for line in results.lines.values() if line["status"] != "finished"]
     seconds = json.loads(SECONDS.read_text()) if SECONDS.exists() else {"seconds": None}
     places = {(line["date"], line["device"], line["dtype"]) for line in results.lines.values()}
@@ -276,7 +276,7 @@ def write_summary(results: Results, tokens: int, folder: Path = RESULTS) -> None
                     {"of": "", "rule": "", "here": "", "source": ""}),
     )  # fmt: skip
     (folder / "recipe.md").write_text(text)
-    draw(folder / "recipe.png", rows, ours, theirs, noise, tokens)
+    draw_recipe(folder / "recipe.png", rows, ours, theirs, noise, tokens)
 
 
 def time_text(seconds: dict[str, float] | None, share: float) -> str:
@@ -289,7 +289,7 @@ def time_text(seconds: dict[str, float] | None, share: float) -> str:
     )
 
 
-def draw(path: Path, rows: list[dict], ours: dict, theirs: dict, noise: float, tokens: int) -> None:
+def draw_recipe(path: Path, rows: list[dict], ours: dict, theirs: dict, noise: float, tokens: int) -> None:
     """Left: the effect of each choice, a dot for each seed. Right: loss against tokens, beside the nanoGPT recipe's."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(13, 0.26 * len(rows) + 2), width_ratios=(2, 1))
     left.axvspan(-2 * noise, 2 * noise, color="gray", alpha=0.2, label="twice the spread over seeds")
@@ -439,7 +439,9 @@ def main() -> None:
     options = parser.parse_args()
     if options.seconds:
         machine = Machine.find()
-        SECONDS.write_text(json.dumps({"seconds": seconds_per_step(machine)} | describe(machine), indent=1) + "\n")
+        SECONDS.write_text(
+            json.dumps({"seconds": seconds_per_step(machine)} | benchmark_environment(machine), indent=1) + "\n"
+        )
         print(SECONDS.read_text())
         return
     results = Results(options.results)

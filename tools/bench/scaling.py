@@ -18,7 +18,7 @@ GRID = {
 TOLERANCE = 1.25  # what is no matrix product (norms, softmax, the clock's noise) is not in the formula
 
 
-def gradient(config, machine):
+def make_gradient(config, machine):
     """The configured model, and a function that computes its gradient on `batch_tokens` tokens."""
     model = lm.build_model(config).to(machine.device)
     rows = torch.randint(config.vocab_size, (config.batch_tokens // config.block_size, config.block_size + 1))
@@ -45,7 +45,7 @@ def measure_scaling(machine, grid=GRID, batch_tokens: int = 2048, rounds: int = 
             lm.Config.from_preset("day", **BASE | point, batch_tokens=batch_tokens, micro_batch=1, qk_norm=False)
             for point in points
         ]
-        built = [gradient(config, machine) for config in configs]
+        built = [make_gradient(config, machine) for config in configs]
         seconds = take_turns({i: compute for i, (_, compute) in enumerate(built)}, machine, rounds)
         flops = [flops_per_token(model, config) for (model, _), config in zip(built, configs)]
         for i, config in enumerate(configs):

@@ -62,7 +62,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         cost, ratios = checkpoint_cost(Path(folder))
     environment = describe_environment(Machine.find("cpu"))
-    write_report(options.output, rows, cost, ratios, environment, time.perf_counter() - begun)
+    write_reliability(options.output, rows, cost, ratios, environment, time.perf_counter() - begun)
     print(options.output.read_text())
 
 
@@ -78,7 +78,7 @@ def report_row(result: Result, seconds: float) -> dict:
     return dict(zip(COLUMNS, values))
 
 
-def write_report(
+def write_reliability(
     path: Path, rows: list[dict], cost: float, ratios: list[float], environment: dict, seconds: float
 ) -> None:
     """results/reliability.md"""

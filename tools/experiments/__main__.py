@@ -32,7 +32,7 @@ def repeat(name: str, scale: str, folder: Path, draw_only: bool = False, **optio
     return f"## {finding.TITLE}\n\n{question}\n\n![{finding.TITLE}]({folder.name}/{name}.png)\n\n{text}\n"
 
 
-def report(scale: str, parts: dict[str, str], measured: str) -> str:
+def page_text(scale: str, parts: dict[str, str], measured: str) -> str:
     """The page that holds the paragraphs, and says when the last table was `measured`."""
     device = torch.cuda.get_device_name() if scale == "gpu" else cpu_name()
     about = f"{measured}, {device}, torch {torch.__version__.split('+')[0]}. Mean ± standard deviation over"
@@ -62,7 +62,7 @@ def main() -> None:
             parts[name] = repeat(name, chosen.scale, folder, chosen.draw, jobs=chosen.jobs, device=device)
         elif (folder / f"{name}.csv").exists():
             parts[name] = repeat(name, chosen.scale, folder, draw_only=True)
-        page.write_text(report(chosen.scale, parts, measured), encoding="utf-8")
+        page.write_text(page_text(chosen.scale, parts, measured), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -21,17 +21,6 @@ from tools.gpu.common import ROOT, SCRATCH, Report, options, seconds_of, synchro
 DATA = SCRATCH / "data"  # where gpu_day.py looks
 
 
-def begin() -> None:
-    """Read the options and open the report."""
-    global report, DRY, DEVICE, WORK, WIDE
-    chosen = options(__doc__, 460)
-    report = Report("check", chosen.seconds, chosen.only)
-    DRY, DEVICE = chosen.dry, chosen.device
-    WORK = Path(tempfile.mkdtemp(prefix="lmh-check-"))
-    WIDE = {"n_layer": 2, "n_embd": 64, "n_head": 4, "n_kv_head": 2, "n_ffn": 128, "block_size": 64, "vocab_size": 512,
-            "batch_tokens": 512} if DRY else {"n_layer": 4}  # fmt: skip
-
-
 def versions() -> None:
     import torch
 
@@ -102,7 +91,7 @@ def day_model(dtype="auto", **values):
     return config, Machine.find(DEVICE, dtype), lm.build_model(config)
 
 
-def gradient(config, card, model, compiled: bool, batch: int = 4):
+def gradients_of(config, card, model, compiled: bool, batch: int = 4):
     rows = torch.randint(config.vocab_size, (batch, config.block_size + 1), generator=torch.Generator().manual_seed(1))
     rows = rows.to(card.device)
     tokens, targets = rows[:, :-1].clone(), rows[:, 1:].clone()
@@ -130,7 +119,7 @@ def numbers() -> None:
         for p in model.parameters():
             p += 0.02 * p.std() * torch.randn_like(p) if p.ndim > 1 else 0.1 * torch.randn_like(p)
     cpu = Machine.find("cpu", "float32")
-    loss, reference = gradient(config, cpu, model, False)
+    loss, reference = gradients_of(config, cpu, model, False)
     model.to(DEVICE)
     torch.set_float32_matmul_precision("highest")
     for dtype in ("float32", "bfloat16", "float16"):
@@ -140,7 +129,7 @@ def numbers() -> None:
         if dtype == "float32":
             torch.set_float32_matmul_precision("highest")  # Machine.find asks for TF32
         for compiled in (False, True):
-            found, grads = gradient(config, card, model, compiled)
+            found, grads = gradients_of(config, card, model, compiled)
             total, worst, name = distance(grads, reference)
             finite = all(g.isfinite().all() for g in grads.values())
             report.say(
@@ -248,7 +237,7 @@ def deterministic() -> None:
         torch.compiler.reset()
         config, card, model = day_model(**({} if DRY else {"n_layer": 2}))
         model.to(DEVICE)
-        (_, one), (_, other) = (gradient(config, card, model, True) for _ in range(2))
+        (_, one), (_, other) = (gradients_of(config, card, model, True) for _ in range(2))
         same = sum(torch.equal(one[n], other[n]) for n in one)
         report.say(f"deterministic algorithms {asked}: {same} of {len(one)} gradients are the same twice")
     torch.use_deterministic_algorithms(False)
@@ -437,7 +426,13 @@ def begin_data() -> None:
 
 
 def main() -> None:
-    begin()
+    global report, DRY, DEVICE, WORK, WIDE
+    chosen = options(__doc__, 460)
+    report = Report("check", chosen.seconds, chosen.only)
+    DRY, DEVICE = chosen.dry, chosen.device
+    WORK = Path(tempfile.mkdtemp(prefix="lmh-check-"))
+    WIDE = {"n_layer": 2, "n_embd": 64, "n_head": 4, "n_kv_head": 2, "n_ffn": 128, "block_size": 64, "vocab_size": 512,
+            "batch_tokens": 512} if DRY else {"n_layer": 4}  # fmt: skip
     report.part("versions", versions)
     if report.part("definitions", definitions) is None and "lm" not in globals():
         sys.exit("the definitions do not load: nothing else can be asked")

@@ -23,16 +23,6 @@ from tools.gpu.common import OUT, SCRATCH, Report, options
 DATA = SCRATCH / "data"  # begun by gpu_check.py, where the machine is the same
 
 
-def begin() -> None:
-    """Read the options and open the report."""
-    global report, DRY, DEVICE, WORK, RESERVE
-    chosen = options(__doc__, 540)
-    report = Report("day", chosen.seconds, chosen.only)
-    DRY, DEVICE = chosen.dry, chosen.device
-    WORK = Path(tempfile.mkdtemp(prefix="lmh-day-"))
-    RESERVE = 15 if DRY else 75  # seconds for the last evaluation, checkpoint, figures and export
-
-
 class Both:
     """Standard output, kept in a file as well."""
 
@@ -93,7 +83,7 @@ def data() -> None:
     report.keep(data_seconds=time.monotonic() - begun, tokens=manifest["tokens"])
 
 
-def train() -> None:
+def train_day() -> None:
     seconds = report.left() - RESERVE
     compiling = 5 if DRY else 60  # the budget's clock begins after the preflight
     config = configured(max_hours=max(3, seconds - compiling) / 3600) if not DRY else configured()
@@ -180,11 +170,16 @@ def export() -> None:
 
 
 def main() -> None:
-    begin()
+    global report, DRY, DEVICE, WORK, RESERVE
+    chosen = options(__doc__, 540)
+    report = Report("day", chosen.seconds, chosen.only)
+    DRY, DEVICE = chosen.dry, chosen.device
+    WORK = Path(tempfile.mkdtemp(prefix="lmh-day-"))
+    RESERVE = 15 if DRY else 75  # seconds for the last evaluation, checkpoint, figures and export
     if report.part("load", load) is None and "lm" not in globals():
         sys.exit(1)
     report.part("data", data)
-    report.part("train", train, RESERVE)
+    report.part("train", train_day, RESERVE)
     report.part("files", files)
     report.part("resumed", resumed, 5)
     report.part("export", export, 10)

@@ -23,23 +23,6 @@ from tools.common import lm
 from tools.gpu.common import OUT, Report, options, seconds_of, synchronize
 
 
-def begin() -> None:
-    """Read the options, open the report, look at the card."""
-    global report, DRY, DEVICE, machine, PEAK, SMALL, BIG, SIZES
-    chosen = options(__doc__, 540)
-    report = Report("speed", chosen.seconds, chosen.only)
-    DRY, DEVICE = chosen.dry, chosen.device
-    machine = Machine.find(DEVICE)
-    PEAK = machine.peak_flops or float("nan")
-    SMALL = {"n_layer": 2, "n_embd": 64, "n_head": 4, "n_kv_head": 2, "n_ffn": 128, "block_size": 64, "vocab_size": 512,
-             "batch_tokens": 1024} if DRY else {}  # fmt: skip
-    BIG = 4 if DRY else 64 if machine.memory > 60e9 else 16  # sequences at a time
-    SIZES = (4, 2) if DRY else (64, 32, 16) if machine.memory > 60e9 else (16, 8)
-    lm.ATTENTIONS.update(early=EarlyTurn, one=OneProduct)
-    lm.FFNS.update(one=OneProductFFN)
-    lm.POSITIONS.update(half=HalfStream)
-
-
 def day(**values):
     return lm.Config.from_preset("day", **(SMALL | {"device": DEVICE} | values))
 
@@ -490,7 +473,7 @@ VARIANTS = {  # fields, options of torch.compile, seconds to compile
 }
 
 
-def variants() -> None:
+def candidates() -> None:
     """One change at a time on four blocks; what a change of a block saves, `day` saves four times."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -543,7 +526,19 @@ def variants() -> None:
 
 
 def main() -> None:
-    begin()
+    global report, DRY, DEVICE, machine, PEAK, SMALL, BIG, SIZES
+    chosen = options(__doc__, 540)
+    report = Report("speed", chosen.seconds, chosen.only)
+    DRY, DEVICE = chosen.dry, chosen.device
+    machine = Machine.find(DEVICE)
+    PEAK = machine.peak_flops or float("nan")
+    SMALL = {"n_layer": 2, "n_embd": 64, "n_head": 4, "n_kv_head": 2, "n_ffn": 128, "block_size": 64, "vocab_size": 512,
+             "batch_tokens": 1024} if DRY else {}  # fmt: skip
+    BIG = 4 if DRY else 64 if machine.memory > 60e9 else 16  # sequences at a time
+    SIZES = (4, 2) if DRY else (64, 32, 16) if machine.memory > 60e9 else (16, 8)
+    lm.ATTENTIONS.update(early=EarlyTurn, one=OneProduct)
+    lm.FFNS.update(one=OneProductFFN)
+    lm.POSITIONS.update(half=HalfStream)
     report.say(f"{machine.name}, torch {torch.__version__}, {machine.memory / 1e9:.0f} GB, {machine.dtype}")
     report.keep(device=machine.name, torch=torch.__version__)
     rate = measure_matmul_flops(machine)
@@ -554,7 +549,7 @@ def main() -> None:
     report.part("losses", losses, 30)
     report.part("optimizers", optimizers, 20)
     report.part("peers", peers, 60)
-    report.part("variants", variants, 60)
+    report.part("variants", candidates, 60)
     for size in SIZES[1:]:
         report.part(f"step-{size}", step_of_day, 60, size, False)
     report.part("qwen3", qwen3, 60)

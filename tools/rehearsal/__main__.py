@@ -101,7 +101,7 @@ def rehearse(card: str, processes: int, overrides: dict, library: Path, folder: 
     return {"card": card, "processes": processes, "day, but": json.dumps(overrides)} | json.loads(row)
 
 
-def train(overrides: dict, folder: str) -> None:
+def rehearse_job(overrides: dict, folder: str) -> None:
     """Within the job: train, and print as JSON what was predicted and what was taken."""
     from torch.nn.parallel import distributed
 
@@ -123,7 +123,7 @@ def train(overrides: dict, folder: str) -> None:
     }))  # fmt: skip
 
 
-def write_report(rows: list[dict]) -> None:
+def write_rehearsal(rows: list[dict]) -> None:
     """results/rehearsal.md"""
     columns = {
         "card": "", "processes": "", "day, but": "", "products in": "", "how": "", "micro-batch": "",
@@ -164,12 +164,12 @@ def main() -> None:
             rows.append(row)
             if row["how"] == "compiled" and abs(row["taken over predicted"] - 1) > TOLERANCE:
                 failed.append(f"not as predicted: {row}")
-    write_report(rows)
+    write_rehearsal(rows)
     sys.exit("\n".join(failed) or 0)
 
 
 if __name__ == "__main__":
     if len(sys.argv) > 1:
-        train(json.loads(sys.argv[1]), sys.argv[2])
+        rehearse_job(json.loads(sys.argv[1]), sys.argv[2])
     else:
         main()
