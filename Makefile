@@ -2,9 +2,10 @@
 
 PYTHON ?= python3
 PRESET ?= auto
-OVERRIDES ?= {}
+OVERRIDES ?=
 SCALE ?= cpu
 BIN := .venv/bin
+export PRESET OVERRIDES RUN  # read from the environment: a quote in a value stays a quote
 
 help:
 	@echo 'make run    set up and execute the notebook: a trained model, its curve, its text   (PRESET=demo OVERRIDES="{n_layer: 2}")'
@@ -22,20 +23,10 @@ help:
 	@echo 'make recipe train demo with one change at a time, hours, can be stopped: results/recipe.md'
 
 run: .venv/run
-	@mkdir -p runs
-	@$(BIN)/papermill LMHarness.ipynb runs/LMHarness.ipynb --kernel python3 --log-level ERROR --no-progress-bar \
-	    --stdout-file - --stderr-file - -p preset '$(PRESET)' -y 'overrides: $(OVERRIDES)' 2>runs/stderr.log \
-	    || { tail -n 4 runs/stderr.log; exit 1; }
-	@$(BIN)/jupyter nbconvert --log-level ERROR --coalesce-streams --to notebook --inplace runs/LMHarness.ipynb
-	@$(BIN)/jupyter nbconvert --log-level ERROR --to html --template-file tools/report.html.j2 runs/LMHarness.ipynb
-	@echo 'The executed notebook is runs/LMHarness.ipynb, a page to read or send is runs/LMHarness.html.'
+	@$(BIN)/python -m tools.execute --preset "$$PRESET" --overrides "$$OVERRIDES"
 
 script: .venv/run
-	@mkdir -p runs
-	@$(BIN)/papermill LMHarness.ipynb runs/LMHarness.ipynb --prepare-only --log-level ERROR -p preset '$(PRESET)' -y 'overrides: $(OVERRIDES)'
-	@$(BIN)/jupyter nbconvert --log-level ERROR --to script --output-dir . runs/LMHarness.ipynb \
-	    --TagRemovePreprocessor.enabled=True --TagRemovePreprocessor.remove_cell_tags=show
-	@echo 'LMHarness.py is the program: $(BIN)/torchrun --nproc-per-node=8 LMHarness.py'
+	@$(BIN)/python -m tools.execute --preset "$$PRESET" --overrides "$$OVERRIDES" --script
 
 notebook: .venv/run
 	@$(BIN)/jupyter nbconvert --log-level ERROR --to notebook --execute --inplace --ExecutePreprocessor.timeout=-1 \
@@ -56,8 +47,8 @@ browser: .venv/dev
 	SCREENSHOTS=runs/browser $(BIN)/python -m pytest -q -rs -m 'long or not long' tests/test_browser.py
 
 scores: .venv/dev
-	@test -n "$(RUN)" || { echo 'make scores RUN=runs/... : which run?'; exit 1; }
-	@HF_HUB_OFFLINE=1 $(BIN)/python -m tools.scores '$(RUN)'
+	@test -n "$$RUN" || { echo 'make scores RUN=runs/... : which run?'; exit 1; }
+	@HF_HUB_OFFLINE=1 $(BIN)/python -m tools.scores "$$RUN"
 
 drill: .venv/dev
 	$(BIN)/python -m tools.drills.drill

@@ -1,0 +1,106 @@
+"""`make run` and `make script`: the notebook with other values for its two knobs.
+
+    python -m tools.execute --preset demo --overrides '{n_layer: 2}'            executed, into the run's folder
+    python -m tools.execute --preset demo --overrides '{n_layer: 2}' --script   as a program, LMHarness.py
+
+An executed notebook is LMHarness.ipynb in the folder of its run, beside report.html, a page to read or to send. Those
+of an earlier time are kept as LMHarness.1.ipynb, report.1.html and so on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import sys
+from pathlib import Path
+
+import nbformat
+import papermill
+import yaml
+from nbconvert import HTMLExporter, ScriptExporter
+from nbconvert.preprocessors import CoalesceStreamsPreprocessor, TagRemovePreprocessor
+
+from machinery.errors import UserError, first_line
+from tools.common import ROOT, lm
+
+NOTEBOOK, PROGRAM = ROOT / "LMHarness.ipynb", ROOT / "LMHarness.py"
+
+
+def parse_overrides(text: str) -> dict:
+    """The overrides in a text such as "{n_layer: 2}", none in an empty one. Raises `UserError` for what is no dict."""
+    example = "write them as OVERRIDES='{n_layer: 2}'"
+    try:
+        values = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise UserError(f"OVERRIDES is {text!r}, which is not YAML ({first_line(error)}); {example}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"OVERRIDES is {text!r}, which holds a value and no fields; {example}")
+    return values
+
+
+def free_names(folder: Path) -> tuple[Path, Path]:
+    """Paths in `folder` for a notebook and its page, once files that have these names have made room."""
+    paths = folder / "LMHarness.ipynb", folder / "report.html"
+    for path in paths:
+        if path.exists():
+            numbered = (path.with_suffix(f".{n}{path.suffix}") for n in itertools.count(1))
+            path.rename(next(other for other in numbered if not other.exists()))
+    return paths
+
+
+def run_notebook(parameters: dict) -> Path:
+    """Execute the notebook and put it into the folder of its run with a page to read; returns the folder."""
+    config = lm.Config.from_preset(parameters["preset"], **parameters["overrides"])
+    runs = Path(config.runs_dir).expanduser()
+    runs.mkdir(parents=True, exist_ok=True)
+    unfinished = runs / f"executing-{os.getpid()}.ipynb"  # the folder of the run may be moved while it begins
+    try:
+        papermill.execute_notebook(
+            NOTEBOOK, unfinished, parameters, kernel_name="python3", progress_bar=False,
+            stdout_file=sys.stdout, stderr_file=sys.stdout,
+        )  # fmt: skip
+    except papermill.PapermillExecutionError as error:
+        raise UserError(f"{error.ename}: {error.evalue} (the notebook as far as it came is {unfinished})") from None
+    notebook, _ = CoalesceStreamsPreprocessor().preprocess(nbformat.read(unfinished, as_version=4), {})
+    page, _ = HTMLExporter(template_file=str(ROOT / "tools" / "report.html.j2")).from_notebook_node(notebook)
+    executed, report = free_names(runs / config.run_name)
+    nbformat.write(notebook, executed)
+    report.write_text(page, encoding="utf-8")
+    unfinished.unlink()
+    return executed.parent
+
+
+def write_program(parameters: dict) -> None:
+    """LMHarness.py: the cells but those tagged `show`, as a program for torchrun."""
+    lm.Config.from_preset(parameters["preset"], **parameters["overrides"])  # refused here, and not by eight processes
+    notebook = papermill.execute_notebook(NOTEBOOK, None, parameters, prepare_only=True)
+    notebook, _ = TagRemovePreprocessor(remove_cell_tags={"show"}, enabled=True).preprocess(notebook, {})
+    program, _ = ScriptExporter().from_notebook_node(notebook)
+    PROGRAM.write_text(program, encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="auto")
+    parser.add_argument("--overrides", default="", help="fields of the configuration, in YAML or JSON")
+    parser.add_argument("--script", action="store_true", help="write LMHarness.py, execute nothing")
+    options = parser.parse_args()
+    try:
+        parameters = {"preset": options.preset or "auto", "overrides": parse_overrides(options.overrides)}
+        if options.script:
+            write_program(parameters)
+            print(
+                f"LMHarness.py is the program: {Path(sys.executable).parent}/torchrun --nproc-per-node=8 LMHarness.py"
+            )
+        else:
+            folder = run_notebook(parameters)
+            print(f"{folder}/ has the executed notebook, LMHarness.ipynb, and a page to read or to send, report.html.")
+    except UserError as error:
+        sys.exit(f"{type(error).__name__}: {error}")
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command goes on from the last checkpoint")
+
+
+if __name__ == "__main__":
+    main()
