@@ -14,7 +14,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import tiktoken
-from tokenizers import Tokenizer
 
 from data_utils import prepare_data
 from machinery.sources import iter_documents
@@ -22,7 +21,7 @@ from tools.bench.common import take_turns
 from tools.common import lm, quietly
 
 
-def as_tokenizers(encoding: tiktoken.Encoding, folder: Path) -> Tokenizer:
+def as_tokenizers(encoding: tiktoken.Encoding, folder: Path):
     """The same vocabulary in Hugging Face's `tokenizers`."""
     from transformers.convert_slow_tokenizer import TikTokenConverter
 

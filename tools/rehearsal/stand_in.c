@@ -3,7 +3,7 @@
  * Loaded before CUDA's runtime, driver, cuBLAS and NCCL, it answers in their place. Memory is taken and given back for
  * real, as addresses, up to what the card has. Kernels are compiled and loaded by those who make them, but their launches
  * do nothing: nothing is computed, and what is copied back from the device is zero. The functions that PyTorch needs and
- * that are not here are added as ones that do nothing and report success (rehearsal/__main__.py).
+ * that are not here are added as ones that do nothing and report success (tools/rehearsal/__main__.py).
  *
  * CARD in the environment is "name|major|minor|multiprocessors|bytes|bytes of shared memory of a block|threads of a
  * multiprocessor"; CARDS is how many there are. Names and numbers of attributes: cuda.h, driver_types.h.

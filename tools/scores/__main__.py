@@ -46,8 +46,11 @@ def by_ours(run: Path, folder: Path, machine: Machine) -> dict[str, dict[str, fl
 
 def by_lm_eval(checkpoint: Path, folder: Path, block_size: int, device: str = "cpu") -> dict[str, dict[str, float]]:
     """The scores of a Hugging Face checkpoint on the same tasks, from lm_eval, in float32."""
-    import lm_eval
-    from lm_eval.tasks import TaskManager
+    try:
+        import lm_eval
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise UserError(f"{error}; .venv/bin/pip install -r tools/requirements.txt brings what scores need") from None
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     names = [name for name in TASKS if (folder / f"{name}.jsonl").exists()]
