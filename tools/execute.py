@@ -10,14 +10,17 @@ of an earlier time are kept as LMHarness.1.ipynb, report.1.html and so on.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import nbformat
 import papermill
 import yaml
+from nbclient.exceptions import DeadKernelError
 from nbconvert import HTMLExporter, ScriptExporter
 from nbconvert.preprocessors import CoalesceStreamsPreprocessor, TagRemovePreprocessor
 
@@ -49,25 +52,52 @@ def free_names(folder: Path) -> tuple[Path, Path]:
     return paths
 
 
+@contextlib.contextmanager
+def kernel_errors_to(path: Path) -> Iterator[None]:
+    """What the kernel and its client write to standard error past the notebook goes to `path`."""
+    screen = os.dup(2)
+    with path.open("w") as file:
+        os.dup2(file.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(screen, 2)
+        os.close(screen)
+
+
+def execute(parameters: dict, unfinished: Path) -> nbformat.NotebookNode:
+    """The executed notebook, whose prints appear on the screen. It is kept in `unfinished` where a cell fails."""
+    log = unfinished.with_suffix(".log")
+    try:
+        with kernel_errors_to(log):
+            papermill.execute_notebook(
+                NOTEBOOK, unfinished, parameters, kernel_name="python3", progress_bar=False,
+                stdout_file=sys.stdout, stderr_file=sys.stdout,
+            )  # fmt: skip
+        return nbformat.read(unfinished, as_version=4)
+    except papermill.PapermillExecutionError as error:
+        keep = unfinished.with_stem(unfinished.stem.replace("executing", "failed"))
+        unfinished.replace(keep)
+        raise UserError(f"{error.ename}: {error.evalue} (the notebook as far as it came is {keep})") from None
+    except DeadKernelError:
+        said = log.read_text(errors="replace").strip().splitlines()[-1:]
+        raise UserError(f"the kernel died, mostly for lack of memory{': '.join(['', *said])}") from None
+    finally:
+        unfinished.unlink(missing_ok=True)
+        log.unlink(missing_ok=True)
+
+
 def run_notebook(parameters: dict) -> Path:
     """Execute the notebook and put it into the folder of its run with a page to read; returns the folder."""
     config = lm.Config.from_preset(parameters["preset"], **parameters["overrides"])
     runs = Path(config.runs_dir).expanduser()
     runs.mkdir(parents=True, exist_ok=True)
-    unfinished = runs / f"executing-{os.getpid()}.ipynb"  # the folder of the run may be moved while it begins
-    try:
-        papermill.execute_notebook(
-            NOTEBOOK, unfinished, parameters, kernel_name="python3", progress_bar=False,
-            stdout_file=sys.stdout, stderr_file=sys.stdout,
-        )  # fmt: skip
-    except papermill.PapermillExecutionError as error:
-        raise UserError(f"{error.ename}: {error.evalue} (the notebook as far as it came is {unfinished})") from None
-    notebook, _ = CoalesceStreamsPreprocessor().preprocess(nbformat.read(unfinished, as_version=4), {})
+    notebook = execute(parameters, runs / f"executing-{os.getpid()}.ipynb")  # a run that starts over moves its folder
+    notebook, _ = CoalesceStreamsPreprocessor().preprocess(notebook, {})
     page, _ = HTMLExporter(template_file=str(ROOT / "tools" / "report.html.j2")).from_notebook_node(notebook)
     executed, report = free_names(runs / config.run_name)
     nbformat.write(notebook, executed)
     report.write_text(page, encoding="utf-8")
-    unfinished.unlink()
     return executed.parent
 
 

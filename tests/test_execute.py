@@ -1,0 +1,67 @@
+"""`make run` and `make script`: values of the knobs come in, each run keeps its own notebook and page."""
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_notebook
+
+from machinery.errors import UserError
+from tools import execute
+
+
+@pytest.mark.parametrize("text, values", [
+    ("", {}), ("  ", {}), ("{}", {}), ("{n_layer: 2, prompt: it's}", {"n_layer": 2, "prompt": "it's"}),
+    ('{"position": "none"}', {"position": "none"}), ("n_layer: 2", {"n_layer": 2}),
+])  # fmt: skip
+def test_overrides_are_read(text, values):
+    assert execute.parse_overrides(text) == values
+
+
+@pytest.mark.parametrize("text", ["[1", "n_layer", "3", "[n_layer]", "{a: b: c}", "\x00"])
+def test_what_is_no_overrides_is_one_line(text):
+    with pytest.raises(UserError, match="^OVERRIDES is .*write them as") as caught:
+        execute.parse_overrides(text)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.fixture
+def notebook(tmp_path, monkeypatch):
+    """Makes a notebook of one cell beside the knobs the one that is executed; returns the parameters of a run."""
+
+    def make(source: str) -> dict:
+        knobs = new_code_cell("preset, overrides = None, None", metadata={"tags": ["parameters"]})
+        kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+        nbformat.write(new_notebook(cells=[knobs, new_code_cell(source)], metadata=kernel), tmp_path / "small.ipynb")
+        monkeypatch.setattr(execute, "NOTEBOOK", tmp_path / "small.ipynb")
+        return {"preset": "smoke", "overrides": {"runs_dir": str(tmp_path / "runs"), "run_name": "mine"}}
+
+    return make
+
+
+def test_each_run_keeps_its_own_notebook_and_page(notebook, tmp_path, capfd):
+    parameters = notebook("from pathlib import Path; Path(overrides['runs_dir'], 'mine').mkdir(); print(preset, 'ran')")
+    folder = execute.run_notebook(parameters)
+    assert sorted(path.name for path in folder.iterdir()) == ["LMHarness.ipynb", "report.html"]
+    assert "smoke ran" in capfd.readouterr().out and "smoke ran" in (folder / "report.html").read_text("utf-8")
+    first = (folder / "report.html").read_bytes()
+    execute.run_notebook(notebook("print('again')"))
+    assert (folder / "report.1.html").read_bytes() == first and "again" in (folder / "LMHarness.ipynb").read_text()
+    assert [path.name for path in folder.parent.iterdir()] == ["mine"]  # nothing else is left
+
+
+def test_a_cell_that_fails_and_a_kernel_that_dies_are_one_line(notebook, tmp_path):
+    with pytest.raises(UserError, match=r"^ValueError: too much \(the notebook .*failed-\d+.ipynb"):
+        execute.run_notebook(notebook("raise ValueError('too much')"))
+    with pytest.raises(UserError, match="^the kernel died, mostly for lack of memory"):
+        execute.run_notebook(notebook("import os; os._exit(9)"))
+    with pytest.raises(UserError, match="n_layer is 0"):  # before a kernel is started
+        execute.run_notebook({"preset": "smoke", "overrides": {"n_layer": 0}})
+    assert len(list((tmp_path / "runs").iterdir())) == 1
+
+
+def test_the_program_has_the_knobs_and_no_cells_that_show(tmp_path, monkeypatch):
+    monkeypatch.setattr(execute, "PROGRAM", tmp_path / "LMHarness.py")
+    execute.write_program({"preset": "demo", "overrides": {"n_layer": 2, "prompt": "it's"}})
+    program = (tmp_path / "LMHarness.py").read_text("utf-8")
+    assert 'preset = "demo"' in program and 'overrides = {"n_layer": 2, "prompt": "it\'s"}' in program
+    assert "summary = train(config)" in program and "from tools" not in program
+    compile(program, "LMHarness.py", "exec")
