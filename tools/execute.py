@@ -24,7 +24,7 @@ from nbclient.exceptions import DeadKernelError
 from nbconvert import HTMLExporter, ScriptExporter
 from nbconvert.preprocessors import CoalesceStreamsPreprocessor, TagRemovePreprocessor
 
-from machinery.errors import UserError, first_line
+from machinery.errors import UserError, first_line, plain_errors
 from tools.common import ROOT, lm
 
 NOTEBOOK, PROGRAM = ROOT / "LMHarness.ipynb", ROOT / "LMHarness.py"
@@ -111,6 +111,7 @@ def write_program(parameters: dict) -> None:
 
 
 def main() -> None:
+    plain_errors()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="auto")
     parser.add_argument("--overrides", default="", help="fields of the configuration, in YAML or JSON")
@@ -126,8 +127,6 @@ def main() -> None:
         else:
             folder = run_notebook(parameters)
             print(f"{folder}/ has the executed notebook, LMHarness.ipynb, and a page to read or to send, report.html.")
-    except UserError as error:
-        sys.exit(f"{type(error).__name__}: {error}")
     except KeyboardInterrupt:
         sys.exit("stopped; the same command goes on from the last checkpoint")
 

@@ -9,15 +9,14 @@ import sys
 
 import torch
 
-from machinery.errors import UserError
+from machinery.errors import plain_errors
 from machinery.notebook import NOTEBOOK, load_definitions
 
 
 def start_training(config, threads: int = 1, **options) -> subprocess.Popen:
     """Begin to train `config` in another process with `threads` threads; relative folders stay those of this process.
 
-    `options` are those of `subprocess.Popen`. A `UserError` there is the last line of its standard error, and the exit
-    status is 1.
+    `options` are those of `subprocess.Popen`. A `UserError` there is one line of its standard error.
     """
     path = os.pathsep.join([str(NOTEBOOK.parent), os.environ.get("PYTHONPATH", "")])
     env = os.environ | {"PYTHONPATH": path}
@@ -29,11 +28,9 @@ def start_training(config, threads: int = 1, **options) -> subprocess.Popen:
 def main() -> None:
     """Train what the first argument says."""
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    plain_errors()
     lm = load_definitions()
-    try:
-        lm.train(lm.Config.from_dict(json.loads(sys.argv[1])))
-    except UserError as error:
-        sys.exit(str(error))
+    lm.train(lm.Config.from_dict(json.loads(sys.argv[1])))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ import json
 import math
 import statistics
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
@@ -29,7 +28,7 @@ import matplotlib.pyplot as plt
 import torch
 
 from data_utils import prepare_data
-from machinery.errors import UserError
+from machinery.errors import UserError, plain_errors
 from machinery.files import read_json, read_jsonl
 from machinery.machine import Machine
 from tools.bench.common import benchmark_environment, take_turns
@@ -428,6 +427,7 @@ RULES = [
 
 
 def main() -> None:
+    plain_errors()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=TOKENS, help="of a run")
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
@@ -451,7 +451,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        sys.exit(str(error))
+    main()

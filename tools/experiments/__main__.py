@@ -14,7 +14,7 @@ from pathlib import Path
 import matplotlib
 import torch
 
-from machinery.errors import UserError
+from machinery.errors import UserError, plain_errors
 from machinery.machine import cpu_name
 from tools.experiments.findings import FINDINGS, RESULTS, answer
 
@@ -41,6 +41,7 @@ def page_text(scale: str, parts: dict[str, str], measured: str) -> str:
 
 
 def main() -> None:
+    plain_errors()
     parser = argparse.ArgumentParser(prog="python -m tools.experiments", description=__doc__.split("\n")[0])
     parser.add_argument(
         "findings", nargs="*", default=list(FINDINGS), help=f"of {', '.join(FINDINGS)}; all unless named"

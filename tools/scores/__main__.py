@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 from data_utils import prepare_data
-from machinery.errors import UserError
+from machinery.errors import UserError, plain_errors
 from machinery.files import read_json, write_json
 from machinery.huggingface import export_hf
 from machinery.machine import Machine
@@ -88,8 +88,6 @@ def compare(run: Path) -> dict:
 
 
 if __name__ == "__main__":
+    plain_errors()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    try:
-        compare(Path(sys.argv[1]))
-    except UserError as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+    compare(Path(sys.argv[1]))
