@@ -71,7 +71,7 @@ def kill_tokenization(folder: Path, times: int, seed: int = 0) -> Result:
     """SIGKILL a tokenization at random moments after its first shard."""
     chance = random.Random(seed)
     source = make_texts(folder / "many", files=60 + 36 * times, lines=2500)
-    values = {"source": source, "tokenizer": "bpe", "vocab_size": 300}
+    values = {"source": source, "tokenizer": "bpe", "vocab_size": 300, "max_steps": 10**9}
     configs = [tiny_config(folder, **values, data_dir=str(folder / name)) for name in ("one", "many times")]
     commands = [[sys.executable, "-c", PREPARE, json.dumps(config.to_dict())] for config in configs]
     quiet = {"stdout": subprocess.DEVNULL, "cwd": ROOT}
