@@ -64,7 +64,9 @@ def measure_memory(model_name: str, machine, contenders: tuple[str, ...]) -> dic
     memory = {}
     for name in contenders:
         try:  # where blocks land in the heap is up to chance
-            runs = [in_own_process("tools.bench.steps", name, model_name, machine.device.type)["bytes"] for _ in range(3)]
+            runs = [
+                in_own_process("tools.bench.steps", name, model_name, machine.device.type)["bytes"] for _ in range(3)
+            ]
             memory[name] = median(runs)
         except RuntimeError as error:  # of PyTorch's compiler, on some devices
             if name == OURS:
