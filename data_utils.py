@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
 
@@ -26,8 +27,9 @@ import torch
 from filelock import FileLock
 from tqdm import tqdm
 
-from machinery.errors import DataError
+from machinery.errors import DataError, UserError
 from machinery.files import write_atomic
+from machinery.machine import Machine, is_out_of_memory
 from machinery.shards import (
     MANIFEST_VERSION,
     ShardWriter,
@@ -38,7 +40,13 @@ from machinery.shards import (
     save_manifest,
 )
 from machinery.sources import Position, hub_split, iter_documents, read_documents, source_files
-from machinery.tokenizers import END_OF_TEXT, SPLIT_PATTERN, tokenizer_hash, tokenizer_to_dict
+from machinery.tokenizers import (
+    END_OF_TEXT,
+    SPLIT_PATTERN,
+    token_byte_counts,
+    tokenizer_hash,
+    tokenizer_to_dict,
+)
 
 SHARD_TOKENS = 1 << 25  # a shard closes at the first document that ends beyond this: 67 MB of uint16
 BACKGROUND_BYTES = 256 << 20  # more text than this is tokenized by a process of its own, beside training
@@ -47,37 +55,27 @@ BACKGROUND_BYTES = 256 << 20  # more text than this is tokenized by a process of
 # -------------------------------------------------------------------------------------------- preparing
 
 
-def prepare_data(
-    source: str,
-    *,
-    tokenizer: str,
-    vocab_size: int,
-    data_dir: str | Path = "data",
-    val_source: str = "",
-    val_fraction: float = 0.05,
-    text_column: str = "text",
-    train_tokens: int | None = None,
-    progress: bool = True,
-) -> TokenData:
+def prepare_data(config, progress: bool = True) -> TokenData:
     """Tokenize `source` into shards under `data_dir`, or use the shards already there.
 
     Held-out text is `val_source` where given, else the documents whose hash falls under `val_fraction`
     (equal texts fall on the same side); it is what the first train shard's stretch of text holds, so it
-    never changes as more text is prepared. `train_tokens` stops early: a later call with more goes on
-    after the last finished shard, as does one after an interruption.
+    never changes as more text is prepared. A budget in steps or tokens stops early: a later call with a larger one
+    goes on after the last finished shard, as does one after an interruption.
 
     Text of the hub, or more than `BACKGROUND_BYTES` of it, is tokenized by a process of its own: this
     returns as soon as the first shards stand, and the rest arrives beside training. Raises `DataError`.
     """
-    files = source_files(source)
+    source, val_source, tokenizer, vocab_size = config.source, config.val_source, config.tokenizer, config.vocab_size
+    train_tokens, files = tokens_needed(config), source_files(source)
     if val_source == source and (files is not None or hub_split(source, "validation") == "train"):
         raise DataError(f"val_source is the same text as source ({source!r}); leave it empty to hold documents out")
     settings = {
         "version": MANIFEST_VERSION,
         "source": source,
         "val_source": val_source,
-        "val_fraction": val_fraction,
-        "text_column": text_column,
+        "val_fraction": config.val_fraction,
+        "text_column": config.text_column,
         "tokenizer": tokenizer,
         "vocab_size": vocab_size,
         "shard_tokens": SHARD_TOKENS,
@@ -85,7 +83,7 @@ def prepare_data(
     }
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
     slug = re.sub(r"[^A-Za-z0-9]+", "-", f"{source}-{tokenizer}-{vocab_size}").strip("-")[-60:]
-    data = TokenData(Path(data_dir) / f"{slug}-{key}", settings, train_tokens)
+    data = TokenData(Path(config.data_dir).expanduser() / f"{slug}-{key}", settings, train_tokens, config.block_size)
     data.folder.mkdir(parents=True, exist_ok=True)
     if not data.is_enough():
         if files is None or sum(path.stat().st_size for path in files) > BACKGROUND_BYTES:
@@ -98,13 +96,25 @@ def prepare_data(
     return data
 
 
+def tokens_needed(config) -> int | None:
+    """Upper bound on the tokens that a run reads; None when only the clock limits it."""
+    limits = [config.max_steps * config.batch_tokens, config.max_tokens and config.max_tokens + config.batch_tokens]
+    return min((limit for limit in limits if limit), default=None)
+
+
 class TokenData:
     """A folder of shards with its manifest and tokenizer, complete or still growing."""
 
     encoding: tiktoken.Encoding
 
-    def __init__(self, folder: Path, settings: dict, train_tokens: int | None) -> None:
-        self.folder, self.settings, self.train_tokens = folder, settings, train_tokens
+    def __init__(self, folder: Path, settings: dict, train_tokens: int | None, block_size: int) -> None:
+        self.folder, self.settings, self.train_tokens, self.block_size = folder, settings, train_tokens, block_size
+        self._byte_counts: torch.Tensor | None = None
+
+    @property
+    def key(self) -> str:
+        """Names the text: a run goes on with no other."""
+        return hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()
 
     @property
     def manifest(self) -> dict:
@@ -122,6 +132,30 @@ class TokenData:
     def windows(self, split: str, block_size: int, seed: int | None = None) -> TokenWindows:
         """The windows of one split: shuffled by `seed`, or in text order without one."""
         return TokenWindows(self, split, block_size, seed)
+
+    def held_out(self, tokens: int, micro_batch: int, machine: Machine) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Inputs and targets (B, T) of about `tokens` held-out tokens, windows spread evenly, on the device.
+
+        Each process gets as many batches as the others; rows that only fill up have targets of -100.
+        """
+        windows = self.windows("val", self.block_size)
+        count = max(1, min(len(windows), tokens // self.block_size))
+        chosen = np.linspace(0, len(windows), count, endpoint=False).astype(int)
+        for start in range(0, count, machine.processes * micro_batch):
+            first = start + machine.rank * micro_batch  # of this process
+            part = chosen[first : first + micro_batch]
+            rows = torch.zeros(micro_batch, self.block_size + 1, dtype=torch.long)  # one shape for the compiled model
+            for row, i in zip(rows, part):
+                row[:] = torch.from_numpy(windows.read(int(i), 1)[0])
+            inputs, targets = _inputs_and_targets(rows, machine.device)
+            targets[len(part) :] = -100
+            yield inputs, targets
+
+    def bytes_of(self, targets: torch.Tensor) -> int:
+        """UTF-8 bytes of the text that targets stand for; an end-of-text token has none."""
+        if self._byte_counts is None:
+            self._byte_counts = token_byte_counts(self.encoding, self.encoding.n_vocab)
+        return int(self._byte_counts[targets[targets >= 0].cpu()].sum())
 
     def documents(self, split: str) -> Iterator[np.ndarray]:
         """The token ids of each document of one split, as far as it is on disk, without its end-of-text token."""
@@ -380,31 +414,66 @@ def _permutation(size: int, *seed: int) -> np.ndarray:
 
 
 class Batches:
-    """Endless micro-batches from `position` on, already on `device`; process `rank` of `size` gets every size-th.
+    """Micro-batches of the training text from where a run is, on its device; each process reads its own share.
 
-    On CUDA the copy leaves from pinned memory and is queued behind what still computes, while the next is read.
+    `at.tokens` says where the run is, `at.micro_batch` how many sequences are read at a time. On CUDA the copy leaves
+    from pinned memory and is queued behind what still computes, while the next is read.
     """
 
-    def __init__(
-        self,
-        windows: TokenWindows,
-        micro_batch: int,
-        device: torch.device,
-        position: int = 0,
-        rank: int = 0,
-        size: int = 1,
-    ) -> None:
-        self.windows, self.micro_batch, self.device = windows, micro_batch, device
-        self.position, self.stride = position + rank * micro_batch, size * micro_batch
+    def __init__(self, data: TokenData, config, machine: Machine, at) -> None:
+        self.windows = data.windows("train", config.block_size, config.seed)
+        self.machine, self.at, self.sequences = machine, at, config.batch_tokens // config.block_size
+        self.use_micro_batch(at.micro_batch)
+
+    def use_micro_batch(self, size: int) -> None:
+        """Go on with so many sequences at a time, or the smaller number that all processes can take."""
+        processes = self.machine.processes
+        share, left = divmod(self.sequences, processes)
+        if left or not share:
+            raise UserError(
+                f"a batch of {self.sequences} sequences cannot be shared by {processes} processes; set batch_tokens"
+                f" to a multiple of {processes} × block_size"
+            )
+        self.at.micro_batch = math.gcd(share, round(-self.machine.maximum(-size)[0]))
+        self.micro_steps = share // self.at.micro_batch  # of an optimizer step
+        self.seek()
+
+    def seek(self) -> None:
+        """Read on from where the run is, whatever was read since."""
+        self._position = self.at.tokens // self.windows.block_size + self.machine.rank * self.at.micro_batch
 
     def next(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens (B, T) and targets (B, T), the same windows shifted by one."""
-        rows = torch.from_numpy(self.windows.read(self.position, self.micro_batch))
-        self.position += self.stride
-        if self.device.type == "cuda":
-            rows = rows.pin_memory()
-        rows = rows.to(self.device, non_blocking=True)
-        return rows[:, :-1].clone(), rows[:, 1:].clone()  # strides as in evaluation: nothing is compiled twice
+        rows = torch.from_numpy(self.windows.read(self._position, self.at.micro_batch))
+        self._position += self.machine.processes * self.at.micro_batch
+        return _inputs_and_targets(rows, self.machine.device)
+
+    def retry(self, model: torch.nn.Module, attempt: Callable):
+        """The result of `attempt()`, made again with half the micro-batch while the device has no memory for it."""
+        while True:
+            try:
+                return attempt()
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+            size = self.at.micro_batch
+            half = next((n for n in range(size // 2, 0, -1) if size % n == 0), 0)
+            if not half:
+                raise UserError("out of memory with one sequence: use a smaller model or block_size")
+            if self.machine.processes > 1:
+                raise UserError(f"out of memory at micro_batch {size}: go on with {half} or less")
+            model.zero_grad(set_to_none=True)
+            self.machine.release_memory()
+            self.use_micro_batch(half)
+            print(f"\nout of memory; on with micro-batches of {half}")
+
+
+def _inputs_and_targets(rows: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Windows (B, T + 1) as tokens and targets (B, T) on the device, with the same strides wherever they are made."""
+    if device.type == "cuda":
+        rows = rows.pin_memory()
+    rows = rows.to(device, non_blocking=True)
+    return rows[:, :-1].clone(), rows[:, 1:].clone()
 
 
 # ------------------------------------------------------------------------------------------- tokenizers

@@ -1,16 +1,20 @@
-"""Around the model: counting parameters, FLOPs and memory, short attention on CPUs, and looking inside attention.
+"""Around the model: counting, memory, what a run will take, the fused loss, attention kernels, and looking inside.
 
 `config` is the notebook's Config, or any object with the same fields.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+
+from machinery.machine import Machine
 
 # -------------------------------------------------------------------------------------------- counting
 
@@ -49,14 +53,6 @@ def cache_bytes_per_token(config, bytes_per_value: int = 2) -> int:
     """Bytes that one token keeps in the key/value cache, over all layers (bfloat16 unless told)."""
     n_kv_head = config.n_head if config.attention == "mha" else config.n_kv_head
     return 2 * config.n_layer * n_kv_head * (config.n_embd // config.n_head) * bytes_per_value
-
-
-def loss_rows(rows: int) -> int:
-    """How many of so many rows of logits the loss makes at a time: a quarter, but no fewer than 512.
-
-    Fewer would take less memory, and the gradient of the head would be added up more often.
-    """
-    return max(512, math.ceil(rows / 4))
 
 
 # The Chinchilla law with the corrected fit of Besiroglu et al. 2024 (arXiv 2404.10102): made on web text with a
@@ -129,6 +125,102 @@ def choose_micro_batch(
     return 1
 
 
+def predict(
+    model: nn.Module,
+    optimizers: list,
+    config,
+    machine: Machine,
+    tokens_per_second: float,
+    in_use: int = 0,
+    free_memory: int = 0,
+    used: tuple[int, int, float] = (0, 0, 0.0),
+) -> dict[str, float]:
+    """What a run takes that trains at this rate, with `in_use` bytes of memory taken before it.
+
+    `model` and `optimizers` may be without memory ("meta"). `used` is what the run has spent: steps, tokens, seconds.
+    `free_memory` is that of another machine, in bytes.
+    """  # fmt: skip
+    parameters, flops = count_parameters(model)["total"], flops_per_token(model, config)
+    step, trained, seconds = used
+    limits = [
+        config.max_tokens and config.max_tokens - trained,
+        config.max_steps and (config.max_steps - step) * config.batch_tokens,
+        config.max_hours and tokens_per_second * (config.max_hours * 3600 - seconds),
+    ]
+    tokens = min(limit for limit in limits if limit)
+    best = compute_optimal(flops * (trained + tokens))[0]  # parameters, by a law that knows nothing of small models
+    shares = machine.processes if config.parallel == "fsdp" else 1
+    width, free_memory = machine.dtype.itemsize, free_memory or machine.free_memory()
+    micro_batch = choose_micro_batch(model, optimizers, config, width, free_memory, shares)
+    memory = training_memory(model, optimizers, config, micro_batch, width, shares)
+    return {
+        "parameters": parameters,
+        "FLOPs per token": flops,
+        "tokens per second": tokens_per_second,
+        "tokens": tokens,
+        "seconds": tokens / tokens_per_second,
+        "micro-batch": micro_batch,
+        "peak memory (GB)": (in_use + sum(memory.values())) / 1e9,
+        "checkpoint (GB)": (4 * parameters + shares * memory["optimizer"]) / 1e9,
+        "tokens per parameter": (trained + tokens) / parameters,  # about 20 is compute-optimal
+        "expected loss": expected_loss(parameters, trained + tokens) if parameters > 5e7 else math.nan,
+        "compute-optimal parameters": best if best > 5e7 else math.nan,
+    }
+
+
+# ------------------------------------------------------------------------------------------------ loss
+
+
+def loss_rows(rows: int) -> int:
+    """How many of so many rows of logits the loss makes at a time: a quarter, but no fewer than 512.
+
+    Fewer would take less memory, and the gradient of the head would be added up more often.
+    """
+    return max(512, math.ceil(rows / 4))
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """Mean loss in nats of the logits x @ table.T, `rows` at a time: x (B·T, C), table (V, C), targets (B·T,).
+
+    The gradient of a logit is p - [it is the target's], so it is made with the loss, and logits never exist as a
+    whole. In bfloat16 a probability above 0.998 is rounded to 1, and p - 1 to nothing; as expm1(ln p), made in
+    float32, it stays accurate.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, table: Tensor, targets: Tensor, rows: int) -> Tensor:
+        scored = targets != -100
+        total, x_grads, table_grad = 0.0, [], 0.0
+        for part, kept, target in zip(x.split(rows), scored.split(rows), targets.where(scored, 0).split(rows)):
+            logits = F.linear(part, table)  # (rows, V), in 16 bits where products are
+            log_p = F.log_softmax(logits, dim=-1, dtype=torch.float32)  # (rows, V)
+            at_target = torch.arange(len(part), device=x.device), target
+            log_p_target = log_p[at_target]  # (rows,)
+            total = total - (log_p_target * kept).sum()
+            if any(ctx.needs_input_grad):  # not in evaluation
+                logits_grad = log_p.exp_().to(logits.dtype)  # (rows, V): p
+                logits_grad[at_target] = log_p_target.expm1().to(logits.dtype)  # p - 1
+                part, kept = part.to(logits_grad.dtype), kept[:, None]
+                x_grads.append((logits_grad @ table.to(logits_grad.dtype)).type_as(x) * kept)  # (rows, C)
+                table_grad = table_grad + (logits_grad.mT @ (part * kept)).float()  # (V, C)
+        count = scored.sum().clamp(min=1)
+        if x_grads:
+            ctx.save_for_backward(torch.cat(x_grads), table_grad, count)
+        return total / count
+
+    @staticmethod
+    def backward(ctx, loss_grad: Tensor) -> tuple:
+        x_grad, table_grad, count = ctx.saved_tensors
+        return loss_grad / count * x_grad, loss_grad / count * table_grad, None, None
+
+
+def cross_entropy(x: Tensor, table: Tensor, targets: Tensor) -> Tensor:
+    """Mean loss in nats of the logits x @ table.T for targets (B·T,), of which -100 are left out: x (B·T, C), table
+    (V, C). What `F.cross_entropy(x @ table.T, targets)` is, with a part of the logits at a time.
+    """
+    return LinearCrossEntropy.apply(x, table, targets, loss_rows(len(x)))
+
+
 # ------------------------------------------------------------------------------------------- attention
 
 # Most tokens at which plain products beat PyTorch's attention kernel on a CPU
@@ -139,7 +231,7 @@ def short_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Causal attention in two plain products: q (B, H, T, D) and k, v (B, K, T, D) give (B, H, T, D).
 
     Query heads that share keys stand below one another as rows, so that no key is copied. Compiled for a CPU, it
-    takes a third of the kernel's time at T = 256 in bfloat16 (`python -m bench.bench --parts attention`). It
+    takes a third of the kernel's time at T = 256 in bfloat16 (`python -m tools.bench.bench --parts attention`). It
     keeps (T, T) weights for backward, so it is for short sequences. In bfloat16 the scores and the weights are
     rounded, which the kernel does not do; within the softmax, the compiler sums in float32.
     """
@@ -150,6 +242,17 @@ def short_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     scores = scores.view(B, K, H // K, T, T) * D**-0.5 + later
     weights = scores.softmax(dim=-1).view(B * K, H // K * T, T)
     return (weights @ v.reshape(B * K, T, D)).view(B, H, T, D)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    """`scaled_dot_product_attention` by the fastest way on this device: q (B, H, T, D), k and v (B, K, S, D), where
+    H / K query heads share each key/value head; returns (B, H, T, D).
+    """
+    if is_causal and torch.compiler.is_compiling() and q.device.type == "cpu" and q.size(2) <= SHORT:
+        return short_attention(q, k, v)
+    if k.size(1) < q.size(1) and not takes_groups(q):  # a kernel that wants a copy for each query head
+        k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))  # (B, H, S, D)
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, enable_gqa=k.size(1) < q.size(1))
 
 
 def takes_groups(q: Tensor) -> bool:
@@ -169,6 +272,17 @@ def _has_flash(index: int) -> bool:
 
 
 # ----------------------------------------------------------------------------------------- looking in
+
+
+@contextlib.contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Within it no layer drops values out; after it, the model trains on as before."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 class AttentionProbe(TorchFunctionMode):
@@ -212,6 +326,6 @@ def _attention_weights(
 @torch.no_grad()
 def attention_maps(model: nn.Module, tokens: Tensor) -> Tensor:
     """(n_layer, H, T, T): where every head of every layer looks, for one sequence of tokens (T,)."""
-    with AttentionProbe() as probe:
+    with evaluation_mode(model), AttentionProbe() as probe:
         model(tokens[None])
     return torch.cat(probe.maps)

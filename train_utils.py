@@ -1,32 +1,40 @@
-"""Around the training loop: schedules, budget, hardware, compilation, progress, and a safe stop.
+"""Around the training loop: schedules, the budget, and the run: its folder, log, W&B, preflight, resume, checkpoints.
 
-Everything here is plumbing that a run leans on and a reader may take on trust. The loop itself, and all
-that decides what is learned, stands in the notebook.
+The loop itself, and all that decides what is learned, stands in the notebook.
 """
 
 from __future__ import annotations
 
-import datetime
-import itertools
-import json
+import contextlib
+import copy
 import math
-import re
-import secrets
-import shutil
 import statistics
 import sys
-from collections import deque
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+import torch
 from tqdm import tqdm
 
-from machinery.errors import UserError
-from machinery.files import read_json, read_jsonl, write_atomic, write_json
-from machinery.machine import Machine
-from machinery.run_folder import portable
+from data_utils import Batches, TokenData
+from machinery.checkpoints import (
+    CheckpointError,
+    check_weights,
+    load_checkpoint,
+    newest_checkpoint,
+    save_checkpoint,
+)
+from machinery.files import read_jsonl
+from machinery.interrupts import StopRequest
+from machinery.loggers import Loggers
+from machinery.machine import Machine, compile_or_eager, measure_matmul_flops, time_per_call
+from machinery.processes import lost_process, shard_like
+from machinery.run_folder import RunFolder, describe_environment, duration
+from machinery.tokenizers import tokenizer_to_dict
+from machinery.watch import Watch, print_preflight, refuse_what_does_not_fit
+from model_utils import choose_micro_batch, count_parameters, flops_per_token, predict
 
 # ------------------------------------------------------------------------------------------- schedules
 # Each is a pure function of progress, the fraction of the budget used (0 to 1), and gives the factor on
@@ -75,307 +83,255 @@ class Budget:
     max_tokens: int = 0
     max_hours: float = 0.0
 
-    def progress(self, step: int, tokens: int, seconds: float) -> float:
+    def progress(self, step: float, tokens: float, seconds: float) -> float:
         """Fraction of the budget used, 0 to 1: the largest over its limits."""
-        used = [(step, self.max_steps), (tokens, self.max_tokens), (seconds, self.max_hours * 3600)]
-        return min(1.0, max(amount / limit for amount, limit in used if limit))
+        return min(1.0, max(spent / limit for spent, limit in zip((step, tokens, seconds), self._limits()) if limit))
 
-    def tokens_needed(self, batch_tokens: int) -> int | None:
-        """Upper bound on the tokens a run reads; None when only the clock limits it."""
-        limits = [self.max_steps * batch_tokens, self.max_tokens and self.max_tokens + batch_tokens]
-        return min((limit for limit in limits if limit), default=None)
+    def seconds_left(self, step: int, tokens: int, seconds: float, step_rate: float, token_rate: float) -> float:
+        """Until the first limit is reached, at so many steps and tokens a second."""
+        used = zip((step, tokens, seconds), self._limits(), (step_rate, token_rate, 1.0))
+        return max(0.0, min((limit - spent) / rate for spent, limit, rate in used if limit))
+
+    def _limits(self) -> tuple[float, float, float]:
+        return self.max_steps, self.max_tokens, self.max_hours * 3600
 
 
-# ------------------------------------------------------------------------------------------------- runs
+# ---------------------------------------------------------------------------------------------------- runs
 
 
-class RunLog:
-    """A run directory that this process, and no other, is writing. Mirrored to W&B where asked.
+class Run:
+    """runs/<run_name> while this process trains in it: what a run needs around its steps.
 
-    Opening locks it; the lock goes with the process, however that ends. The local files are the truth and
-    are complete after every line. Where several processes train together, one `writes`. Raises `UserError` for
-    a name that would lead elsewhere, and for a run that another process is training.
+    Within `with Run(config, machine) as run` its folder is locked. The local files are the truth; the loggers are told.
     """
 
-    def __init__(self, runs_dir: str | Path, run_name: str, start_over: bool = False, writes: bool = True) -> None:
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", run_name):
-            raise UserError(
-                f"run_name is {run_name!r}; use up to 100 letters, digits, '.', '_', '-', a letter or digit first"
-            )
-        self.folder = Path(runs_dir) / run_name
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = FileLock(self.folder / ".lock", timeout=0)
-        self._wandb = None
-        self._unwritten: list[tuple[str, str]] = []
-        self._losses: deque[float] = deque(maxlen=50)
-        self._rates: deque[float] = deque(maxlen=20)
-        self._expected_rate = 0.0
-        self._start_over, self.writes = start_over, writes
+    def __init__(self, config, machine: Machine) -> None:
+        self.config, self.machine = config, machine
+        self.budget = Budget(config.max_steps, config.max_tokens, config.max_hours)
+        self.folder = RunFolder(config.runs_dir, config.run_name, writes=machine.rank == 0)
+        self.loggers = Loggers()
+        self.checkpoint: Path | None = None
+        self._changed: set[str] = set()  # fields with another value than before
+        self._closing = contextlib.ExitStack()
+        self._watch = Watch()
+        self._line: dict[str, float | None] = {}  # of metrics.jsonl, for the present step
+        self.predicted: dict[str, float] = {}
 
-    def __enter__(self) -> RunLog:
-        if not self.writes:
-            return self
-        try:
-            self._lock.acquire()
-        except Timeout:
-            raise UserError(
-                f"another process is training in {self.folder}; wait for it, stop it, or use a new run_name"
-            ) from None
-        if self._start_over and (self.folder / "config.json").exists():
-            self._set_aside()
+    def __enter__(self) -> Run:
+        self.folder.lock()
+        self.machine.barrier()
         return self
 
-    def __exit__(self, *exception) -> None:
-        """End W&B where `finish` did not, and let the run go; files need no closing."""
-        self._mirror(lambda run: run.finish(exit_code=1))
-        self._wandb = None
-        self._lock.release()
-
-    def _set_aside(self) -> None:
-        """Move an earlier run of this name to `<run_name>.1`, `.2`, …: nothing is lost."""
-        name = self.folder.name
-        aside = next(p for n in itertools.count(1) if not (p := self.folder.with_name(f"{name}.{n}")).exists())
-        aside.mkdir()
-        for path in self.folder.iterdir():
-            if path.name != ".lock":
-                path.rename(aside / path.name)
-        print(f"starting over; the earlier run is now in {aside}")
-
-    def compare(self, config: dict, fixed: Iterable[str]) -> set[str]:
-        """Print how `config` differs from the one this run was begun with; returns the names that do.
-
-        Raises `UserError` when one of the `fixed` fields differs: what is on disk would not fit it.
-        """
-        saved = read_json(self.folder / "config.json")
-        now, changed = portable(config), set()
-        for name in now:
-            if name in saved and saved[name] != now[name] and name != "resume":
-                if name in fixed:
-                    raise UserError(
-                        f"{name} is {now[name]!r} but run {self.folder.name!r} was begun with {saved[name]!r};"
-                        " use a new run_name, or resume='never' to start over"
-                    )
-                print(f"  {name}: {saved[name]!r} before, {now[name]!r} from here on")
-                changed.add(name)
-        return changed
-
-    def begin(self, config: dict, tokenizer: dict, environment: dict, wandb: str = "off", at_step: int = 0) -> None:
-        """Write what the run is. Lines logged after `at_step`, by a run that was cut off later, are dropped.
-
-        Raises `UserError` when the run was begun with another tokenizer.
-        """
-        if at_step and read_json(self.folder / "tokenizer.json") != tokenizer:
-            raise UserError(
-                f"run {self.folder.name!r} was begun with another tokenizer: the text it was learned from has"
-                " changed; use a new run_name"
-            )
-        if not self.writes:
-            return
-        config = portable(config)
-        (self.folder / "summary.json").unlink(missing_ok=True)  # of an earlier part of this run
-        for name, value in [("config", config), ("tokenizer", tokenizer), ("environment", environment)]:
-            write_json(self.folder / f"{name}.json", value)
-        for name in ("metrics.jsonl", "samples.jsonl"):
-            kept = [line for line in read_jsonl(self.folder / name) if line["step"] <= at_step] if at_step else []
-            write_atomic(self.folder / name, "".join(json.dumps(line) + "\n" for line in kept))
-        if wandb != "off":
-            self._wandb = _start_wandb(self.folder, config, wandb)
-
-    def preflight(
-        self, prediction: dict, machine: Machine, note: str, matmul_flops: float, keep: int, processes: int = 1
-    ) -> None:
-        """Print what the run will take. Raises `UserError` when the device cannot hold one sequence, or the disk one
-        checkpoint.
-
-        `prediction` is the notebook's, with the measured rate of all processes; `note` says how the model runs. A
-        rate that falls under half of it later is reported.
-        """
-        p, free_disk = prediction, shutil.disk_usage(self.folder).free / 1e9
-        needed, memory, peak = p["checkpoint (GB)"] * (keep + 1), machine.memory / 1e9, p["peak memory (GB)"]
-        flops = p["tokens per second"] * p["FLOPs per token"] / processes
-        each = f"{processes} × " if processes > 1 else ""
-        mfu = f", MFU {flops / machine.peak_flops:.0%}" if machine.peak_flops else ""
-        length = datetime.timedelta(seconds=round(p["seconds"]))
-        end = datetime.datetime.now() + length
-        loss, best = p["expected loss"], p["compute-optimal parameters"]  # nan where the law knows nothing
-        rows = {
-            "device": f"{each}{machine.name}, {str(machine.dtype).removeprefix('torch.')}, {note}",
-            "memory": f"{peak:.2f} GB predicted at micro-batch {p['micro-batch']}, {memory:.1f} GB there",
-            "disk": f"{needed:.2f} GB for {keep} checkpoints and one being written, {free_disk:.1f} GB free",
-            "speed": f"{p['tokens per second']:,.0f} tokens/s, {flops / matmul_flops:.0%} of the matrix rate{mfu}",
-            "budget": f"{p['tokens']:,.0f} tokens in {length}, until {end:%Y-%m-%d %H:%M}",
-            "size": f"{p['parameters']:,} parameters, {p['tokens per parameter']:.2g} tokens for each"
-            + ("" if math.isnan(loss) else " (best: about 20)"),
-            "scaling law": ("loss n/a, too small" if math.isnan(loss) else f"loss {loss:.2f} on web text")
-            + ("" if math.isnan(best) else f"; best size for so much compute {best:,.0f}"),
-        }  # fmt: skip
-        print("\n".join(f"  {name:12s} {text}" for name, text in rows.items()))
-        if p["micro-batch"] == 1 and peak > memory:
-            raise UserError(
-                f"no go: one sequence at a time is predicted to take {peak:.1f} GB and the device has {memory:.1f} GB;"
-                " use a smaller n_layer, n_embd, vocab_size or block_size"
-            )
-        if p["checkpoint (GB)"] > free_disk:
-            raise UserError(
-                f"no go: a checkpoint takes {p['checkpoint (GB)']:.2f} GB and {free_disk:.2f} GB are free in"
-                f" {self.folder.parent}; make room or set runs_dir"
-            )
-        print("  go")
-        self._expected_rate = p["tokens per second"]
-
-    def metrics(self, step: int, **values: float | None) -> None:
-        """Append one line to metrics.jsonl. A loss far above the last fifty is marked, a slow machine told."""
-        loss = values.get("train_loss")
-        if loss is not None and math.isfinite(loss):
-            if len(self._losses) == self._losses.maxlen:
-                mean, spread = statistics.fmean(self._losses), statistics.stdev(self._losses)
-                if loss > mean + 6 * spread:
-                    values["spike"] = loss - mean
-                    tqdm.write(f"step {step:,}: loss {loss:.3f} after a mean of {mean:.3f}", file=sys.stdout)
-            self._losses.append(loss)
-            self._rates.append(values.get("tokens_per_second", math.inf))
-            if len(self._rates) == self._rates.maxlen and statistics.median(self._rates) < self._expected_rate / 2:
-                rate = statistics.median(self._rates)
-                text = f"{rate:,.0f} tokens/s, under half of the {self._expected_rate:,.0f} before"
-                tqdm.write(f"step {step:,}: {text}", file=sys.stdout)
-                self._expected_rate = rate  # said once, until it halves again
-        self._append("metrics.jsonl", {"step": step, **values})
-        self._mirror(lambda run: run.log(values, step=step))
-
-    def sample(self, step: int, prompt: str, text: str, **scores: float) -> None:
-        """Append one line to samples.jsonl, with the scores of what is written at this step."""
-        self._append("samples.jsonl", {"step": step, "prompt": prompt, "text": text, **scores})
-        self._mirror(lambda run: run.log({"sample": _wandb_html(prompt, text), **scores}, step=step))
-
-    def median_rate(self) -> float:
-        """Tokens per second of the median step; 0 before there is one."""
-        lines = read_jsonl(self.folder / "metrics.jsonl")
-        rates = [line["tokens_per_second"] for line in lines if line.get("tokens_per_second")]
-        return statistics.median(rates or [0.0])
-
-    def finish(self, summary: dict) -> None:
-        """Write summary.json and close W&B."""
-        if not self.writes:
-            return
+    def __exit__(self, kind, error, trace) -> None:
+        self._closing.close()
+        self.loggers.finish(None)
         try:
-            write_json(self.folder / "summary.json", summary)
-        except OSError as error:
-            print(f"summary.json was not written ({error.strerror}): {json.dumps(summary)}")
-        self._mirror(lambda run: (run.summary.update(summary), run.finish(exit_code=0)))
-        self._wandb = None
+            if error is None:
+                self.machine.barrier()  # process 0 has written everything
+        except RuntimeError as gone:
+            error = gone
+        self.folder.unlock()
+        if lost := lost_process(error):
+            raise lost from None
 
-    def _append(self, name: str, line: dict) -> None:
-        """Add a line to a file; on a full disk, keep it and try again with the next one."""
-        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
-        if self.writes:
-            self._unwritten.append((name, json.dumps(finite) + "\n"))  # JSON has no NaN
-        try:
-            while self._unwritten:
-                name, text = self._unwritten[0]
-                with (self.folder / name).open("a", encoding="utf-8") as file:
-                    file.write(text)
-                self._unwritten.pop(0)
-        except OSError as error:
-            if len(self._unwritten) == 1:
-                print(f"\n{name} cannot be written now ({error.strerror}); its lines are kept and written later")
-            name, text = self._unwritten[0]
-            self._unwritten[0] = name, "\n" + text.lstrip("\n")  # part of it may be on disk: begin a line of its own
+    def check(self, model: torch.nn.Module, optimizers: list) -> None:
+        """Raise `UserError` before anything is allocated or written, where the run cannot go on as configured.
 
-    def _mirror(self, action: Callable) -> None:
-        """Do something with the W&B run. Whatever goes wrong there is said once and never stops training."""
-        if self._wandb is None:
-            return
-        try:
-            action(self._wandb)
-        except Exception as error:
-            self._wandb = None
-            print(f"W&B stopped ({type(error).__name__}: {error}); the run goes on, its files are in {self.folder}")
+        `model` and `optimizers` are shapes without memory. The newest checkpoint has to be of this configuration, and
+        one sequence at a time has to fit the memory, a checkpoint the disk.
+        """
+        config = self.config
+        self.machine.forget_peak()
+        self._in_use, self._free = self.machine.used_memory(), self.machine.free_memory()
+        if config.resume != "never":
+            self.checkpoint = newest_checkpoint(self.folder.path)
+        if self.checkpoint:
+            self._changed = self.folder.compare(config.to_dict(), config.fixed)
+            check_weights(self.checkpoint, model)
+        p = predict(model, optimizers, config, self.machine, 1.0, self._in_use)
+        refuse_what_does_not_fit(p, self.machine, self.folder.path)
 
+    def resume(self, at, data: TokenData, model: torch.nn.Module, optimizers: list, scaler):
+        """Bring all to where the run of this name stopped; without a checkpoint, to its beginning. Returns `at`.
 
-def _start_wandb(folder: Path, config: dict, mode: str):
-    """A W&B run, or None with a line that says why. Never asks for a key: without one it logs offline."""
-    try:
-        import wandb
+        Raises `UserError` when the run was begun with another tokenizer or other text. What an earlier run without
+        a checkpoint left is set aside.
+        """
+        config, tokenizer = self.config, tokenizer_to_dict(data.encoding)
+        self.at, self.data, self.model, self.optimizers, self.scaler = at, data, model, optimizers, scaler
+        if self.checkpoint:
+            self.folder.same_text(tokenizer, data.key, str(self.machine.dtype)[6:])
+            saved = load_checkpoint(self.checkpoint, model, optimizers)
+            if saved["scaler"]:  # empty unless it was saved in float16
+                scaler.load_state_dict(saved["scaler"])
+            for name in vars(at).keys() & saved.keys() - self._changed:  # a micro_batch changed by hand counts
+                setattr(at, name, saved[name])
+        else:
+            if config.init_from:
+                from machinery.huggingface import check_tokenizer, import_hf
 
-        if mode == "online" and not wandb.login(prompt=False):
-            mode = "offline"
-            print("W&B: no API key here, logging offline (later: wandb login, then wandb sync)")
-        settings = wandb.Settings(console="off", silent=True, init_timeout=60, disable_git=True, disable_code=True)
-        id_file = folder / "wandb_id"
-        run_id = id_file.read_text() if id_file.exists() else secrets.token_hex(4)
-        id_file.write_text(run_id)
-        return wandb.init(
-            project="lmharness", name=folder.name, id=run_id, resume="allow",
-            dir=folder.parent, config=config, mode=mode, settings=settings,
+                check_tokenizer(config.init_from, data.encoding)
+                begin_with = import_hf(config.init_from, config.to_dict())[1]
+                with torch.no_grad():
+                    for name, tensor in model.state_dict().items():
+                        tensor.copy_(shard_like(begin_with[name], tensor))
+            self.folder.set_aside()
+        self._begun_at, at.micro_batch = at.step, at.micro_batch or self._fitting_micro_batch(config)
+        environment, source = describe_environment(self.machine), {"key": data.key}
+        self.folder.begin(config.to_dict(), at.step, tokenizer=tokenizer, environment=environment, data=source)
+        return at
+
+    def _fitting_micro_batch(self, config) -> int:
+        """As many sequences as fit the memory that was free."""
+        shares = self.machine.processes if config.parallel == "fsdp" else 1
+        return choose_micro_batch(self.model, self.optimizers, config, self.machine.dtype.itemsize, self._free, shares)
+
+    def compile(self, runner: torch.nn.Module, batches: Batches) -> Callable:
+        """`runner` compiled, or itself where that is not wanted or fails; an eager step takes more memory."""
+        self.note = "eager"
+        if self.config.compile and self.budget.progress(self.at.step, self.at.tokens, self.at.seconds) < 1:
+            print("compiling the model: a minute, more on a busy machine")
+            runner, self.note = compile_or_eager(runner, *batches.next(), self.machine)
+            if self.machine.maximum(self.note.startswith("eager"))[0]:
+                eager = replace(self.config, compile=False)
+                batches.use_micro_batch(min(self.at.micro_batch, self._fitting_micro_batch(eager)))
+            batches.seek()
+        return runner
+
+    def preflight(self, batches: Batches, gradient, update, evaluation, sample) -> None:
+        """Say what the rest of the run takes, by calls that are timed, and start its clock.
+
+        `gradient` makes that of one micro-batch, `update` moves the weights by nothing, `evaluation` and `sample` are
+        those of the run. All is left as it was.
+        """
+        config, machine, at = self.config, self.machine, self.at
+        spent = at.step, at.tokens, at.seconds
+        if self.budget.progress(*spent) < 1:
+            states = copy.deepcopy([part.state_dict() for part in (*self.optimizers, self.scaler)])
+            step = time_per_call(lambda: batches.retry(self.model, gradient), machine, 3) * batches.micro_steps
+            step += time_per_call(lambda: (gradient(), update()), machine, 3) - step / batches.micro_steps
+            for part, state in zip((*self.optimizers, self.scaler), states):
+                part.load_state_dict(state)
+            between = time_per_call(lambda: batches.retry(self.model, evaluation), machine, 1) / config.eval_every
+            between += time_per_call(sample, machine, 1) / config.sample_every
+            self.model.zero_grad(set_to_none=True)
+            batches.seek()
+            measured = replace(config, micro_batch=at.micro_batch)
+            rate = config.batch_tokens / (step + between)
+            p = predict(self.model, self.optimizers, measured, machine, rate, self._in_use, used=spent)
+            p["tokens per second"] = self._watch.expected_rate = config.batch_tokens / step
+            print_preflight(p, config, machine, self.note, self.folder.path)
+            whole = {"tokens": at.tokens + p["tokens"], "seconds": at.seconds + p["seconds"]}
+            self.predicted = {name: value for name, value in (p | whole).items() if math.isfinite(value)}
+        else:
+            print("its budget is used: a larger one goes on, another run_name or resume='never' begins anew")
+        print(f"{config.run_name} from step {at.step:,}")
+        self._start()
+
+    def _start(self) -> None:
+        """Start the clock, the loggers, the line of progress, and the wait for a request to stop."""
+        if self.folder.writes:
+            self.loggers.start(self.folder.path, self.config.to_dict())
+        self._stop = self._closing.enter_context(StopRequest())
+        self._bar = self._closing.enter_context(
+            tqdm(
+                total=1.0, initial=self.budget.progress(self.at.step, self.at.tokens, self.at.seconds), file=sys.stdout,
+                mininterval=max(0.5, self.config.max_hours * 1.8),  # at most 2,000 updates: a saved page stays small
+                bar_format="{percentage:5.1f}% |{bar:20}| {desc}",
+            )
         )  # fmt: skip
-    except Exception as error:
-        print(f"W&B is off ({type(error).__name__}: {error}); the run's files are in {folder}")
-        return None
+        self._started = time.perf_counter() - self.at.seconds
 
+    def seconds(self) -> float:
+        """Training time so far, over all parts of the run."""
+        return time.perf_counter() - self._started
 
-def _wandb_html(prompt: str, text: str):
-    import html
+    def stop_requested(self) -> bool:
+        """Whether Ctrl-C, the stop button or SIGTERM asked for the end."""
+        return self._stop.requested
 
-    import wandb
+    def has_news(self) -> bool:
+        """Whether this step's reports are not on disk yet; a resumed run begins with those of its first step there."""
+        return self.at.step > self._begun_at or self.at.step == 0
 
-    return wandb.Html(f"<pre><b>{html.escape(prompt)}</b>{html.escape(text)}</pre>", inject=False)
+    def stepped(self, loss: float, grad_norm: float, lr: float, since: float) -> None:
+        """Note what a step gave, `since` the clock stood there; a loss far above the last fifty is marked."""
+        rate = self.config.batch_tokens / (time.perf_counter() - since)
+        peak, at = self.machine.peak_flops, self.at
+        mfu = flops_per_token(self.model, self.config) * rate / self.machine.processes / peak if peak else None
+        self._line = {"train_loss": loss, "lr": lr, "grad_norm": grad_norm, "tokens_per_second": rate, "mfu": mfu}
+        if at.bad_steps:
+            self._line["skipped_window"] = (at.tokens - self.config.batch_tokens) // self.config.block_size
+            return
+        self._line |= self._watch.note(loss, rate)
+        for remark in self._watch.remarks:
+            self._say(f"step {at.step:,}: {remark}")
 
+    def evaluated(self, scores: dict[str, float]) -> None:
+        """Note what an evaluation found, and whether it is the best so far."""
+        at, before = self.at, self.at.scores.get("best_val_bpb", math.inf)
+        at.scores = scores | {"best_val_bpb": min(before, scores["val_bpb"])}
+        at.best_step = at.step if scores["val_bpb"] < before else at.best_step
+        self._line |= at.scores
+        numbers = f"step {at.step:7,} {at.tokens:15,} tokens {at.seconds:8,.0f} s"
+        self._say(f"{numbers}   {scores['val_bpb']:.4f} bits per byte held out")
 
-def run_state(folder: str | Path) -> dict:
-    """Where a run stands, from its files alone: for another notebook, kernel or terminal, while it trains or after.
+    def log(self, progress: float) -> None:
+        """Write the line of this step, tell the loggers, and move the line of progress."""
+        at, rate = self.at, self._watch.rate()
+        left = self.budget.seconds_left(at.step, at.tokens, at.seconds, rate / self.config.batch_tokens, rate)
+        values = {"tokens": at.tokens, "seconds": at.seconds, "progress": progress, "seconds_left": left, **self._line}
+        self.folder.append("metrics.jsonl", {"step": at.step, **values})
+        self.loggers.tell(lambda logger: logger.metrics(at.step, values))
+        if "train_loss" in values:
+            mfu = f"  MFU {values['mfu']:.0%}" if values["mfu"] else ""
+            text = (
+                f"step {at.step:,}  loss {values['train_loss']:.3f}  {values['tokens_per_second']:,.0f} tokens/s{mfu}"
+            )
+            self._bar.set_description_str(f"{duration(left)} left  {text}", refresh=False)
+        self._bar.update(progress - self._bar.n)
 
-    "status" is "running", "finished", "interrupted" or "diverged", or "stopped" when its process is gone without
-    a word; "progress" (0 to 1) and "seconds_left" come from the budget; "metrics" and "samples" are its lines.
-    """
-    folder = Path(folder)
-    config, metrics = read_json(folder / "config.json"), read_jsonl(folder / "metrics.jsonl")
-    last = {name: value for line in metrics for name, value in line.items()}  # the latest of each
-    try:
-        budget = Budget(config["max_steps"], config["max_tokens"], config["max_hours"])
-        seconds = float(last.get("seconds", 0.0))
-        progress = budget.progress(last.get("step", 0), last.get("tokens", 0), seconds)
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{folder}: its config or metrics do not say how far it is ({error!r})") from None
-    summary = folder / "summary.json"
-    status = read_json(summary).get("status", "stopped") if summary.exists() else "stopped"
-    lock = FileLock(folder / ".lock", timeout=0)
-    try:
-        lock.acquire()
-        lock.release()
-    except Timeout:
-        status = "running"
-    return {
-        "status": status,
-        "progress": progress,
-        "seconds_left": seconds / progress * (1 - progress) if progress else math.inf,
-        "last": last,
-        "metrics": metrics,
-        "samples": read_jsonl(folder / "samples.jsonl"),
-    }
+    def sample(self, prompt: str, text: str) -> None:
+        """Keep what the model wrote."""
+        at = self.at
+        self.folder.append("samples.jsonl", {"step": at.step, "prompt": prompt, "text": text})
+        self.loggers.tell(lambda logger: logger.sample(at.step, prompt, text))
 
+    def save(self) -> None:
+        """Write a checkpoint; the best one stays beside the newest. A full disk is told, and the run goes on."""
+        at, config = self.at, self.config
+        state = vars(at) | {"scaler": self.scaler.state_dict()}
+        try:
+            save_checkpoint(
+                self.folder.path, self.model, self.optimizers, state, config.keep_checkpoints, self.folder.writes
+            )
+        except CheckpointError as error:
+            self._say(str(error))
 
-def show_run(folder: str | Path) -> None:
-    """Print where a run stands and its latest sample, and draw its curves."""
-    import matplotlib.pyplot as plt
+    def finish(self, progress: float, diverged: bool) -> dict:
+        """Write and return the summary; end a tokenization that still goes on."""
+        at, machine = self.at, self.machine
+        lines = read_jsonl(self.folder.path / "metrics.jsonl")
+        rate = statistics.median(
+            [line["tokens_per_second"] for line in lines if line.get("tokens_per_second")] or [0.0]
+        )
+        flops = flops_per_token(self.model, self.config) * rate / machine.processes
+        summary = {
+            "status": "finished" if progress >= 1 else "diverged" if diverged else "interrupted",
+            "parameters": count_parameters(self.model)["total"], "steps": at.step, "tokens": at.tokens,
+            "train_seconds": at.seconds, **at.scores, "tokens_per_second": rate,
+            "mfu": flops / machine.peak_flops if machine.peak_flops else None,
+            "matmul_fraction": flops / measure_matmul_flops(machine), "peak_memory_bytes": machine.peak_memory(),
+            "predicted": self.predicted,
+        }  # fmt: skip
+        self._bar.close()
+        self.folder.finish(summary)
+        self.loggers.finish(summary)
+        self.data.stop()
+        if diverged:
+            print("diverged: go on from the last checkpoint with a lower lr, a longer warmup or qk_norm")
+        return summary
 
-    state = run_state(folder)
-    last, left = state["last"], state["seconds_left"]
-    print(f"{Path(folder).name}: {state['status']}, {state['progress']:.1%} of the budget", end="")
-    print(f", {left / 3600:.1f} hours left" if state["status"] == "running" and math.isfinite(left) else "")
-    numbers = [
-        ("step", ",d"),
-        ("tokens", ",d"),
-        ("train_loss", ".3f"),
-        ("val_bpb", ".4f"),
-        ("tokens_per_second", ",.0f"),
-    ]
-    print(", ".join(f"{name} {last[name]:{form}}" for name, form in numbers if last.get(name) is not None))
-    for sample in state["samples"][-1:]:
-        print(f"──── sample of step {sample['step']:,}\n{sample['prompt']}{sample['text']}")
-    plt.figure(figsize=(7, 3))
-    for name, style in [("train_loss", "-"), ("val_loss", "o-")]:
-        points = [(line["tokens"] / 1e6, line[name]) for line in state["metrics"] if line.get(name) is not None]
-        plt.plot(*zip(*points), style, label=name) if points else None
-    plt.gca().set(xlabel="tokens (millions)", ylabel="nats per token", title=Path(folder).name)
-    plt.legend()
-    plt.show()
+    def _say(self, text: str) -> None:
+        """A line above the line of progress, that stays."""
+        self._bar.write(text, file=sys.stdout)

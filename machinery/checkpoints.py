@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from machinery.errors import UserError
-from machinery.processes import shared_like, whole
+from machinery.processes import gather, shard_like
 
 FILES = ("model.safetensors", "training.pt")
 
@@ -43,8 +43,8 @@ def save_checkpoint(
     folder = run / "checkpoints"
     target = folder / f"step_{state['step']:08d}"
     beside = folder / f".{target.name}.part"
-    weights = whole(_without_ties(model), keep=writes)
-    states = whole([optimizer.state_dict() for optimizer in optimizers], keep=writes)
+    weights = gather(_without_ties(model), keep=writes)
+    states = gather([optimizer.state_dict() for optimizer in optimizers], keep=writes)
     training = {"optimizers": states}
     if not writes:
         return target
@@ -129,7 +129,7 @@ def load_checkpoint(path: Path, model: torch.nn.Module, optimizers: list = ()) -
                 for index, values in saved["state"].items():
                     like = parameters[index]
                     saved["state"][index] = {
-                        name: shared_like(value, like) if value.shape == like.shape else value
+                        name: shard_like(value, like) if value.shape == like.shape else value
                         for name, value in values.items()
                     }
                 optimizer.load_state_dict(saved)
@@ -148,7 +148,7 @@ def load_weights(path: Path, model: torch.nn.Module) -> None:
     weights = load_file(path / "model.safetensors")
     with torch.no_grad():
         for name, tensor in _without_ties(model).items():
-            tensor.copy_(shared_like(weights[name], tensor))
+            tensor.copy_(shard_like(weights[name], tensor))
 
 
 def check_weights(path: Path, model: torch.nn.Module) -> None:

@@ -14,8 +14,6 @@ from IPython.display import HTML, Markdown, display
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-plt.style.use("petroff10")  # colours that stay apart for every kind of colour vision (Petroff 2021, arXiv 2107.02270)
-
 
 def show(*pictures) -> None:
     """Display figures, with a text that tells their contents, Markdown, or what displays itself; the current figure if

@@ -18,28 +18,79 @@ from pathlib import Path
 
 import psutil
 import torch
+from torch.distributed import ReduceOp
 
+from machinery import processes
 from machinery.errors import UserError, first_line
 
 # Dense 16-bit matrix rate with 32-bit accumulation, in TFLOP/s, from the vendors' data sheets (without
 # sparsity). The first that stands as words in the device's name counts, so longer names come first.
 DATASHEET_TFLOPS = {
-    "B200": 2250, "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "A100": 312,
-    "L40S": 362, "L40": 181, "L4": 121, "A40": 149.7, "A10": 125, "RTX A6000": 154.8,
-    "RTX 6000 Ada": 364, "RTX 5090": 209.5, "RTX 4090": 165.2, "RTX 4080": 97.5, "RTX 3090": 71.2,
-    "V100": 125, "T4": 65,
+    "B300": 2250, "B200": 2250, "GH200": 989, "H200 NVL": 835, "H200": 989, "H100 PCIe": 756, "H100 NVL": 835,
+    "H100": 989, "A100": 312, "L40S": 362, "L40": 181, "L4": 121, "A40": 149.7, "A10": 125, "RTX A6000": 154.8,
+    "RTX PRO 6000": 503.8, "RTX 6000 Ada": 364, "RTX 5090": 209.5, "RTX 5080": 112.6, "RTX 5070 Ti": 87.9,
+    "RTX 5070": 61.7, "RTX 5060 Ti": 47.4, "RTX 5060": 38.4, "RTX 4090": 165.2, "RTX 4080 SUPER": 104.4,
+    "RTX 4080": 97.5, "RTX 4070 Ti SUPER": 88.2, "RTX 4070 Ti": 80.2, "RTX 4070 SUPER": 71, "RTX 4070": 58.3,
+    "RTX 4060 Ti": 44.1, "RTX 4060": 30.2, "RTX 3090": 71.2, "V100": 125, "T4": 65,
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Where a run computes and in which precision."""
+    """Where a run computes and in which precision, and this process among those that train it together."""
 
     device: torch.device
     dtype: torch.dtype  # of matrix products; weights and optimizer state stay in float32
     name: str
     memory: int  # bytes
     peak_flops: float | None  # datasheet, dense, in this dtype; None where it is not known
+    rank: int = 0  # of this process; process 0 speaks and writes
+    processes: int = 1  # that train together; torchrun starts them, one for each GPU
+
+    @classmethod
+    def find(cls, device: str = "auto", dtype: str = "auto") -> Machine:
+        """Choose by capability: CUDA before CPU; bfloat16 where the device multiplies it, float16 on older GPUs.
+
+        GPUs multiply bfloat16 from compute capability 8.0, CPUs with the instructions AVX512-BF16; others get
+        float32. A process that torchrun started takes the CUDA device of its own number and joins the others.
+        Raises `UserError` for a device or precision that is not there.
+        """
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            if device == "cpu":
+                _say_unused_gpu()
+        kind = device.split(":")[0]
+        counts = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
+        named = re.fullmatch(r"\w+:(\d+)", device)
+        count = counts.get(kind, 0) if named or ":" not in device else 0
+        index = int(named[1]) if named else int(os.environ.get("LOCAL_RANK", 0)) if kind == "cuda" else 0
+        if index >= count:
+            there = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+            if count and not named:
+                raise UserError(
+                    f"process {index} has no GPU to itself: there are {count}; use --nproc-per-node={count}"
+                )
+            raise UserError(f"device is {device!r} but this machine has {', '.join(there)}; use device='auto'")
+        place = torch.device(kind, index) if kind == "cuda" else torch.device(kind)
+        if kind == "cuda":
+            has_bf16 = torch.cuda.get_device_capability(place) >= (8, 0)
+        else:  # older versions of PyTorch do not tell
+            has_bf16 = kind == "cpu" and getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
+        if dtype == "auto":
+            dtype = "bfloat16" if has_bf16 else "float16" if kind == "cuda" else "float32"
+        if kind == "cuda" and dtype == "bfloat16" and not has_bf16:
+            raise UserError(
+                f"dtype is 'bfloat16' but {torch.cuda.get_device_name(place)} has none (capability under 8.0)"
+            )
+        if kind == "cuda":
+            properties = torch.cuda.get_device_properties(place)
+            name, memory = properties.name, properties.total_memory
+            torch.set_float32_matmul_precision("high")  # TF32: 8 times the float32 rate, 10 bits of mantissa
+        else:
+            name, memory = cpu_name(), psutil.virtual_memory().total
+            _keep_freed_memory()
+        peak = datasheet_flops(name) if kind == "cuda" and dtype != "float32" else None
+        return cls(place, getattr(torch, dtype), name, memory, peak, *processes.join(place))
 
     def autocast(self, decoding: bool = False) -> torch.autocast:
         """Matrix products in `dtype`, sums and norms in float32.
@@ -98,45 +149,27 @@ class Machine:
 
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
 
+    # Over all processes of a run; alone, each does nothing.
 
-def find_machine(device: str = "auto", dtype: str = "auto") -> Machine:
-    """Choose by capability: CUDA before CPU; bfloat16 where the device multiplies it, float16 on older GPUs.
+    def parallelize(self, model: torch.nn.Module, parallel: str) -> torch.nn.Module:
+        """The model on this device; with several processes, as DDP or FSDP2 has them train it ("ddp", "fsdp")."""
+        return processes.parallelize(model, self.device, self.dtype, self.processes, parallel)
 
-    GPUs multiply bfloat16 from compute capability 8.0, CPUs with the instructions AVX512-BF16; others get float32.
-    A process that torchrun started takes the CUDA device of its own number. Raises `UserError` for a device or
-    precision that is not there.
-    """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        if device == "cpu":
-            _say_unused_gpu()
-    kind = device.split(":")[0]
-    count = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}.get(kind, 0)
-    named = re.fullmatch(r"\w+:(\d+)", device)
-    index = int(named[1]) if named else int(os.environ.get("LOCAL_RANK", 0)) if kind == "cuda" else 0
-    if index >= count:
-        there = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-        if count and not named:
-            raise UserError(f"process {index} has no GPU to itself: there are {count}; use --nproc-per-node={count}")
-        raise UserError(f"device is {device!r} but this machine has {', '.join(there)}; use device='auto'")
-    place = torch.device(kind, index) if kind == "cuda" else torch.device(kind)
-    if kind == "cuda":
-        has_bf16 = torch.cuda.get_device_capability(place) >= (8, 0)
-    else:  # older versions of PyTorch do not tell
-        has_bf16 = kind == "cpu" and getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
-    if dtype == "auto":
-        dtype = "bfloat16" if has_bf16 else "float16" if kind == "cuda" else "float32"
-    if kind == "cuda" and dtype == "bfloat16" and not has_bf16:
-        raise UserError(f"dtype is 'bfloat16' but {torch.cuda.get_device_name(place)} has none (capability under 8.0)")
-    if kind == "cuda":
-        properties = torch.cuda.get_device_properties(place)
-        name, memory = properties.name, properties.total_memory
-        torch.set_float32_matmul_precision("high")  # TF32: 8 times the float32 rate, 10 bits of mantissa
-    else:
-        name, memory = cpu_name(), psutil.virtual_memory().total
-        _keep_freed_memory()
-    peak = datasheet_flops(name) if kind == "cuda" and dtype != "float32" else None
-    return Machine(place, getattr(torch, dtype), name, memory, peak)
+    def maximum(self, *values: float) -> list[float]:
+        """The largest of each value."""
+        return list(values) if self.processes == 1 else processes.reduce(values, ReduceOp.MAX)
+
+    def total(self, *values: float) -> list[float]:
+        """The sum of each value, in float64."""
+        return list(values) if self.processes == 1 else processes.reduce(values, ReduceOp.SUM)
+
+    def mean(self, value: float) -> float:
+        """The mean of a value."""
+        return self.total(value / self.processes)[0]
+
+    def barrier(self) -> None:
+        """Wait until every process is here."""
+        self.total(0)
 
 
 def datasheet_flops(name: str) -> float | None:
@@ -171,11 +204,20 @@ def _keep_freed_memory() -> None:
         mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
 
 
+@cache
 def measure_matmul_flops(machine: Machine) -> float:
-    """FLOP/s of a large square matrix product in the run's precision: the rate to hold a training step against."""
-    size, calls = (8192, 10) if machine.device.type == "cuda" else (1024, 10)
-    a, b = torch.randn(2, size, size, device=machine.device, dtype=machine.dtype)
-    return 2 * size**3 / time_per_call(lambda: a @ b, machine, calls)
+    """FLOP/s of a large square matrix product in the run's precision: the rate to hold a training step against.
+
+    Larger and larger products, until one takes some time: a GPU's clocks have risen by then, and a processor
+    without 16-bit products, which takes a second for a small one, is not kept waiting by a large one.
+    """
+    largest, enough = (8192, 0.0) if machine.device.type == "cuda" else (1024, 0.05)
+    for size in (256, 512, 1024, 2048, 4096, 8192):
+        a, b = torch.randn(2, size, size, device=machine.device, dtype=machine.dtype)
+        seconds = time_per_call(lambda a=a, b=b: a @ b, machine, 1)
+        if size == largest or seconds > enough > 0:
+            break
+    return 2 * size**3 / time_per_call(lambda: a @ b, machine, 30 if largest == 8192 else 10)
 
 
 def time_per_call(call: Callable, machine: Machine, calls: int = 5) -> float:
@@ -203,13 +245,13 @@ def compile_or_eager(
     try:
         compiled = torch.compile(model, dynamic=False)
         with machine.autocast():
-            compiled(tokens, targets).backward()
-            with torch.no_grad():
-                compiled(tokens, targets)
+            with torch.no_grad():  # first: after it, FSDP has parameters gathered, whose gradients are others
+                compiled.eval()(tokens, targets)
+            compiled.train()(tokens, targets).backward()
         model.zero_grad(set_to_none=True)
         return compiled, f"compiled in {time.perf_counter() - start:.0f} s"
     except Exception as error:
-        model.zero_grad(set_to_none=True)
+        model.train().zero_grad(set_to_none=True)
         if is_out_of_memory(error):  # the loop will try again with a smaller micro-batch
             return compiled, "compiled at the first step"
         torch.compiler.reset()

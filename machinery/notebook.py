@@ -12,6 +12,8 @@ from __future__ import annotations
 import hashlib
 import json
 import linecache
+import os
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -43,6 +45,18 @@ def load_definitions(notebook: str | Path = NOTEBOOK) -> types.ModuleType:
         linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)
         exec(compile(source, name, "exec", dont_inherit=True), module.__dict__)
     return module
+
+
+TRAIN = "import json, sys; from machinery.notebook import load_definitions as load; lm = load()"
+TRAIN += "; lm.train(lm.Config.from_dict(json.loads(sys.argv[1])))"
+
+
+def train_elsewhere(config, **options) -> subprocess.Popen:
+    """A process that trains `config` by the definitions of the saved notebook; `options` are those of Popen."""
+    path = os.pathsep.join([str(NOTEBOOK.parent), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": path} | options.pop("env", {})
+    command = [sys.executable, "-c", TRAIN, json.dumps(config.to_dict())]
+    return subprocess.Popen(command, env=environment, **({"stdout": subprocess.DEVNULL} | options))
 
 
 def source_digest(notebook: str | Path = NOTEBOOK) -> str:

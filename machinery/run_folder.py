@@ -1,10 +1,10 @@
-"""The run directory: its lock, its log, its mirror in W&B, and a view of it from anywhere.
+"""The folder of a run: its lock, its lines, what produced it, and a view of it from anywhere.
 
 runs/<run_name>/
     config.json  environment.json  tokenizer.json     what the run is, and what produced it
     metrics.jsonl  samples.jsonl                      a line a step, complete at every moment
     summary.json                                      how it ended
-    checkpoints/                                      checkpoint_utils
+    checkpoints/                                      machinery/checkpoints.py
 """
 
 from __future__ import annotations
@@ -13,18 +13,155 @@ import contextlib
 import datetime
 import hashlib
 import importlib.metadata
+import itertools
+import json
+import math
 import os
 import platform
+import re
 import subprocess
+import unicodedata
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 
+from machinery.errors import UserError
+from machinery.files import read_json, read_jsonl, write_atomic, write_json
 from machinery.machine import Machine, cpu_name
 from machinery.notebook import NOTEBOOK
 
+WINDOWS_DEVICES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
 
-def portable(config: dict) -> dict:
+
+class RunFolder:
+    """runs/<run_name>, which this process, and no other, writes. Where several train together, one `writes`.
+
+    The lock goes with the process, however that ends. Raises `UserError` for a name that would lead elsewhere or that
+    no other system can hold, and for a run that another process is training.
+    """
+
+    def __init__(self, runs_dir: str | Path, run_name: str, writes: bool = True) -> None:
+        if not re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,98}[A-Za-z0-9_-])?", run_name):
+            raise UserError(
+                f"run_name is {run_name!r}; use up to 100 letters, digits, '.', '_', '-', a letter or digit first,"
+                " no '.' at the end"
+            )
+        if WINDOWS_DEVICES.fullmatch(run_name):
+            raise UserError(f"run_name is {run_name!r}, which Windows keeps for a device; use another one")
+        self.path = Path(runs_dir).expanduser() / run_name
+        self.writes = writes
+        self._unwritten: list[tuple[str, str]] = []
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"{self.path}: cannot be made ({error.strerror}); set runs_dir to a folder of yours"
+            ) from None
+        self._lock = FileLock(self.path / ".lock", timeout=0)
+
+    def lock(self) -> None:
+        """Keep other trainers out until `unlock`, or until this process ends."""
+        if not self.writes:
+            return
+        try:
+            self._lock.acquire()
+        except Timeout:
+            raise UserError(
+                f"another process is training in {self.path}; wait for it, stop it, or use a new run_name"
+            ) from None
+        except OSError as error:
+            raise UserError(f"{self.path}: not to be written ({error.strerror}); set runs_dir elsewhere") from None
+
+    def unlock(self) -> None:
+        """Let the folder go."""
+        self._lock.release()
+
+    def set_aside(self) -> None:
+        """Move what an earlier run left here to `<run_name>.1`, `.2`, …: nothing is lost."""
+        found = [path for path in self.path.iterdir() if path.name != ".lock"]
+        if not found or not self.writes:
+            return
+        names = (self.path.with_name(f"{self.path.name}.{n}") for n in itertools.count(1))
+        aside = next(path for path in names if not path.exists())
+        aside.mkdir()
+        for path in found:
+            path.rename(aside / path.name)
+        print(f"starting over; the earlier run is now in {aside}")
+
+    def compare(self, config: dict, fixed: Iterable[str]) -> set[str]:
+        """Print how `config` differs from the one this run was begun with; returns the names that do.
+
+        Raises `UserError` when one of the `fixed` fields differs: what is on disk would not fit it.
+        """
+        saved = read_json(self.path / "config.json")
+        now, changed = _portable(config), set()
+        for name in now:
+            if name in saved and saved[name] != now[name] and name != "resume":
+                if name in fixed:
+                    raise UserError(
+                        f"{name} is {now[name]!r} but run {self.path.name!r} was begun with {saved[name]!r};"
+                        " use a new run_name, or resume='never' to start over"
+                    )
+                print(f"  {name}: {saved[name]!r} before, {now[name]!r} from here on")
+                changed.add(name)
+        return changed
+
+    def same_text(self, tokenizer: dict, key: str, dtype: str) -> None:
+        """Raise `UserError` where a run would go on with another tokenizer or text; say where its precision changes."""
+        name, advice = self.path.name, "use a new run_name, or resume='never' to start over"
+        if read_json(self.path / "tokenizer.json") != tokenizer:
+            raise UserError(f"run {name!r} was begun with another tokenizer, learned from other text; {advice}")
+        if (self.path / "data.json").exists() and read_json(self.path / "data.json").get("key") != key:
+            raise UserError(f"run {name!r} was begun with other text: what its source holds has changed; {advice}")
+        if (self.path / "environment.json").exists():  # a mere note
+            before = read_json(self.path / "environment.json").get("dtype")
+            if before != dtype:
+                print(f"matrix products were in {before} until here, and go on in {dtype}")
+
+    def begin(self, config: dict, at_step: int = 0, **files: dict) -> None:
+        """Write config.json and the other `files`. Lines after `at_step`, of a run cut off later, are dropped."""
+        if not self.writes:
+            return
+        (self.path / "summary.json").unlink(missing_ok=True)  # of an earlier part of this run
+        for name, value in {"config": _portable(config), **files}.items():
+            write_json(self.path / f"{name}.json", value)
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            kept = [line for line in read_jsonl(self.path / name) if line["step"] <= at_step] if at_step else []
+            write_atomic(self.path / name, "".join(json.dumps(line) + "\n" for line in kept))
+
+    def append(self, name: str, line: dict) -> None:
+        """Add a line to a file; on a full disk, keep it and try again with the next one."""
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
+        if self.writes:
+            self._unwritten.append((name, json.dumps(finite) + "\n"))  # JSON has no NaN
+        try:
+            while self._unwritten:
+                name, text = self._unwritten[0]
+                descriptor = os.open(self.path / name, os.O_WRONLY | os.O_APPEND | os.O_CREAT | NO_LINK, 0o666)
+                with open(descriptor, "a", encoding="utf-8") as file:
+                    file.write(text)
+                self._unwritten.pop(0)
+        except OSError as error:
+            if len(self._unwritten) == 1:
+                print(f"\n{name} cannot be written now ({error.strerror}); its lines are kept and written later")
+            name, text = self._unwritten[0]
+            self._unwritten[0] = name, "\n" + text.lstrip("\n")  # part of it may be on disk: begin a line of its own
+
+    def finish(self, summary: dict) -> None:
+        """Write summary.json; where that cannot be, print it."""
+        if self.writes:
+            try:
+                write_json(self.path / "summary.json", summary)
+            except OSError as error:
+                print(f"summary.json was not written ({error.strerror}): {json.dumps(summary)}")
+
+
+NO_LINK = getattr(os, "O_NOFOLLOW", 0)  # Windows has none
+
+
+def _portable(config: dict) -> dict:
     """The config without the folders of one machine: of an absolute path, the last part."""
     return {
         name: f"…/{Path(value).name}" if isinstance(value, str) and Path(value).expanduser().is_absolute() else value
@@ -58,9 +195,98 @@ def describe_environment(machine: Machine) -> dict:
 def _commit() -> str | None:
     """The checked-out commit, with "+" after it when files differ from it."""
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        here = Path(__file__).parents[1]
-        git = ["git", "-C", str(here)]
+        git = ["git", "-C", str(NOTEBOOK.parent)]
         commit = subprocess.check_output([*git, "rev-parse", "HEAD"], text=True, stderr=subprocess.DEVNULL).strip()
         changed = subprocess.check_output([*git, "status", "--porcelain"], text=True, stderr=subprocess.DEVNULL)
         return commit + ("+" if changed.strip() else "")
     return None
+
+
+# ------------------------------------------------------------------------------------ from anywhere else
+
+
+def run_state(folder: str | Path) -> dict:
+    """Where a run stands, from its files alone: for another notebook, kernel or terminal, while it trains or after.
+
+    "status" is "running", "finished", "interrupted" or "diverged", or "stopped" when its process is gone without
+    a word; "progress" (0 to 1) and "seconds_left" are those of the last step; "metrics" and "samples" are its lines.
+    """
+    folder = Path(folder).expanduser()
+    config, metrics = read_json(folder / "config.json"), read_jsonl(folder / "metrics.jsonl")
+    last = {name: value for line in metrics for name, value in line.items()}  # the latest of each
+    summary = folder / "summary.json"
+    status = read_json(summary).get("status", "stopped") if summary.exists() else "stopped"
+    return {
+        "status": "running" if _is_locked(folder / ".lock") else status,
+        "progress": last.get("progress") or 0.0,
+        "seconds_left": last.get("seconds_left"),
+        "last": last,
+        "config": config,
+        "metrics": metrics,
+        "samples": read_jsonl(folder / "samples.jsonl"),
+    }
+
+
+def _is_locked(path: Path) -> bool:
+    """Whether another process holds the lock; needs no right to write where the system has `flock`."""
+    try:
+        import fcntl
+
+        with path.open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except ImportError:  # Windows
+        try:
+            with FileLock(path, timeout=0):
+                return False
+        except (Timeout, OSError):
+            return True
+    except BlockingIOError:
+        return True
+    except OSError:  # there is none
+        return False
+    return False
+
+
+def show_run(folder: str | Path) -> None:
+    """Print where a run stands and its latest sample, and draw its curves."""
+    import matplotlib.pyplot as plt
+
+    state = run_state(folder)
+    last, left = state["last"], state["seconds_left"]
+    print(f"{Path(folder).name}: {state['status']}, {state['progress']:.1%} of the budget", end="")
+    print(f", {duration(left)} left" if state["status"] == "running" and left is not None else "")
+    numbers = [
+        ("step", ",d"),
+        ("tokens", ",d"),
+        ("train_loss", ".3f"),
+        ("val_bpb", ".4f"),
+        ("tokens_per_second", ",.0f"),
+    ]
+    print(", ".join(f"{name} {last[name]:{form}}" for name, form in numbers if last.get(name) is not None))
+    for sample in state["samples"][-1:]:
+        print(f"──── sample of step {sample['step']:,}\n{printable(sample['prompt'] + sample['text'])}")
+    plt.figure(figsize=(7, 3))
+    for name, style in [("train_loss", "-"), ("val_loss", "o-")]:
+        points = [(line["tokens"] / 1e6, line[name]) for line in state["metrics"] if line.get(name) is not None]
+        plt.plot(*zip(*points), style, label=name) if points else None
+    plt.gca().set(xlabel="tokens (millions)", ylabel="nats per token", title=Path(folder).name)
+    if last:
+        plt.legend()
+    plt.show()
+
+
+def duration(seconds: float) -> str:
+    """A time to read: "1 h 05 min", "12 min", "40 s"."""
+    minutes = round(seconds / 60)
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 90
+        else f"{minutes} min"
+        if minutes < 60
+        else f"{minutes // 60} h {minutes % 60:02} min"
+    )
+
+
+def printable(text: str) -> str:
+    """Text without what a terminal would obey: control characters, but for line breaks and tabs, as their escapes."""
+    return "".join(repr(c)[1:-1] if unicodedata.category(c) == "Cc" and c not in "\n\t" else c for c in text)

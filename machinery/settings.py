@@ -1,41 +1,32 @@
-"""The rules a configuration has to keep. Each message has the numbers in the way and a way out."""
+"""Settings: a frozen dataclass whose fields carry their rules. Each message shows the values in the way and a fix."""
 
 from __future__ import annotations
 
 import difflib
-from dataclasses import fields
-from typing import get_args
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, get_args
 
-from machinery.errors import UserError
-from train_utils import SCHEDULES
+from machinery.errors import UserError, first_line
 
 TOKENIZER_SIZES = {"bytes": 257, "gpt2": 50257, "r50k_base": 50257, "cl100k_base": 100277, "o200k_base": 200019}
-POSITIVE = [
-    "n_layer", "n_embd", "n_head", "n_kv_head", "n_ffn", "block_size", "vocab_size", "rope_base", "lr", "embedding_lr",
-    "grad_clip", "batch_tokens", "eval_every", "eval_tokens", "sample_every", "sample_tokens", "checkpoint_every",
-    "keep_checkpoints",
-]  # fmt: skip
-NOT_NEGATIVE = ["n_position", "weight_decay", "warmup", "decay", "max_steps", "max_tokens", "max_hours", "seed"]
+# The most that a size may be: nothing that is read from a file makes more memory than this be asked for
 LIMITS = {
-    "n_layer": 4096,
-    "n_embd": 1 << 20,
-    "n_head": 1 << 16,
-    "n_ffn": 1 << 22,
-    "vocab_size": 1 << 24,
-    "block_size": 1 << 24,
-}
-CHOICES = {
-    "optimizer": ["muon", "adamw"],
-    "schedule": list(SCHEDULES),
-    "dtype": ["auto", "bfloat16", "float16", "float32"],
-    "wandb": ["off", "online", "offline"],
-    "resume": ["auto", "never"],
-    "parallel": ["ddp", "fsdp"],
-}
+    "n_layer": 4096, "n_embd": 1 << 20, "n_head": 1 << 16, "n_kv_head": 1 << 16, "n_ffn": 1 << 22,
+    "vocab_size": 1 << 24, "block_size": 1 << 20, "n_position": 1 << 20, "sample_tokens": 1 << 24,
+}  # fmt: skip
+ABOVE_ZERO = {int: 1, float: 1e-30}  # the least of a number whose field does not say
 
 
 class ConfigError(UserError):
     """A configuration that cannot work."""
+
+
+def setting(
+    default, least: float | None = None, most: float | None = None, choices: Iterable[str] | None = None
+) -> Any:
+    """A field with its rule: a number from `least` to `most`, or one of `choices`. Other numbers have to be above 0."""
+    return field(default=default, metadata={"least": least, "most": most, "choices": choices})
 
 
 def require(condition: object, message: str) -> None:
@@ -44,29 +35,95 @@ def require(condition: object, message: str) -> None:
         raise ConfigError(message)
 
 
-def one_of(name: str, value: str, known: list[str]) -> None:
+def one_of(name: str, value: str, known: Iterable[str]) -> None:
     """Raise `ConfigError`, naming the nearest, unless `value` is among `known`."""
+    known = list(known)
     near = difflib.get_close_matches(str(value), known, n=1, cutoff=0.0)[0]
     listed = f" There are: {', '.join(known)}." if len(known) < 12 else ""
     require(value in known, f"{name} {value!r} is not known; did you mean {near!r}?{listed}")
 
 
-def check(config) -> None:
-    """Raise `ConfigError` unless the fields of the notebook's Config have the right types and fit together."""
-    for field in fields(config):
-        value, kinds = getattr(config, field.name), get_args(field.type) or (field.type,)
-        fits = type(value) in kinds or (kinds == (float,) and type(value) is int)
-        takes = f"it takes {' or '.join(kind.__name__ for kind in kinds)}, like {field.default!r}"
-        require(fits, f"{field.name} is {value!r} ({type(value).__name__}); {takes}")
-    for name in POSITIVE + NOT_NEGATIVE:
-        value, most = getattr(config, name), LIMITS.get(name, 1 << 40)
-        require(value > 0 or name in NOT_NEGATIVE, f"{name} is {value}; it must be above 0")
-        require(0 <= value <= most, f"{name} is {value}; it must lie between 0 and {most:,}")
-    for name, known in CHOICES.items():
-        one_of(name, getattr(config, name), known)
-    _check_shapes(config)
-    _check_batch(config)
-    _check_text_and_budget(config)
+@dataclass(frozen=True)
+class Settings:
+    """Base of the notebook's Config: checked when it is made, whole in JSON."""
+
+    one_of = staticmethod(one_of)
+
+    def __post_init__(self) -> None:
+        for rule in fields(self):
+            object.__setattr__(self, rule.name, _as_meant(getattr(self, rule.name), rule))
+            _check(rule.name, getattr(self, rule.name), rule)
+        _check_shapes(self)
+        _check_batch(self)
+        _check_text_and_budget(self)
+
+    @classmethod
+    def from_dict(cls, values: dict):
+        """The settings with these values, such as `to_dict` gives; the rest are defaults. Raises `ConfigError`."""
+        for name in values:
+            one_of("config field", name, [known.name for known in fields(cls)])
+        return cls(**values)
+
+    def to_dict(self) -> dict:
+        """All fields as JSON values."""
+        return asdict(self)
+
+
+def parse_overrides(overrides) -> dict:
+    """The two forms of the notebook's `overrides` as one: a dictionary, or text such as "{n_layer: 2, wandb: off}".
+
+    Values in text stay text: the type of their field says what they mean. Raises `ConfigError` for anything else.
+    """
+    if isinstance(overrides, str):
+        import yaml
+
+        try:
+            overrides = yaml.load(overrides, yaml.BaseLoader) or {}
+        except yaml.YAMLError as error:
+            problem = getattr(error, "problem", None) or first_line(error)
+            raise ConfigError(f"overrides {overrides!r} cannot be read ({problem}); write {{n_layer: 2}}") from None
+    require(
+        isinstance(overrides, dict | None),
+        f"overrides are {overrides!r}; write names with values, such as {{n_layer: 2}}",
+    )
+    return overrides or {}
+
+
+WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+
+
+def _as_meant(value, rule):
+    """`value` in the type of its field, where it is plain what was meant: 1e-3 or "1e-3", 4.0 for 4, off for "off"."""
+    kinds = get_args(rule.type) or (rule.type,)
+    if value is False and "off" in (rule.metadata.get("choices") or ()):
+        return "off"
+    if isinstance(value, str) and kinds != (str,):
+        if bool in kinds:
+            return WORDS.get(value.strip().lower(), value)
+        try:
+            value = float(value)
+        except ValueError:
+            return value
+    if int in kinds and type(value) is float and value.is_integer():
+        return int(value)
+    return float(value) if kinds == (float,) and type(value) is int else value
+
+
+def _check(name: str, value, rule) -> None:
+    """Raise `ConfigError` unless a value has the type of its field and keeps its rule."""
+    kinds = get_args(rule.type) or (rule.type,)
+    least, most, choices = (rule.metadata.get(part) for part in ("least", "most", "choices"))
+    takes = f"it takes {' or '.join(kind.__name__ for kind in kinds)}, like {rule.default!r}"
+    require(type(value) in kinds, f"{name} is {value!r} ({type(value).__name__}); {takes}")
+    if choices is not None:
+        one_of(name, value, choices)
+    if type(value) in (int, float):
+        most = LIMITS.get(name, 1 << 40) if most is None else most
+        within = f"lie between {least or 0:,} and {most:,}" if least is not None or value > 0 else "be above 0"
+        least = ABOVE_ZERO[type(value)] if least is None else least
+        require(least <= value <= most, f"{name} is {value}; it must {within}")
+    if isinstance(value, str):
+        require("\0" not in value, f"{name} is {value!r}; it holds a character of code 0")
 
 
 def _check_shapes(c) -> None:
@@ -109,7 +166,6 @@ def _check_text_and_budget(c) -> None:
         f"vocab_size {c.vocab_size} is smaller than the {fewest} tokens of tokenizer {c.tokenizer!r};"
         f" set it to {-(-fewest // 64) * 64}, a multiple of 64",
     )
-    require(0 < c.val_fraction < 1, f"val_fraction is {c.val_fraction}; it must lie between 0 and 1")
     require(c.warmup + c.decay <= 1, f"warmup {c.warmup} and decay {c.decay} make more than the whole budget, 1")
     require(
         c.max_steps or c.max_tokens or c.max_hours, "no budget: set max_steps, max_tokens or max_hours to more than 0"

@@ -6,6 +6,9 @@ import pytest
 import torch
 
 from machinery.errors import UserError
+from machinery.machine import Machine
+from machinery.settings import ConfigError, parse_overrides
+from model_utils import count_parameters
 
 WRONG = [
     ({"n_layr": 3}, ["n_layr", "n_layer"]),
@@ -20,7 +23,7 @@ WRONG = [
     ({"n_ffn": -8}, ["n_ffn is -8"]),
     ({"lr": float("nan")}, ["lr is nan"]),
     ({"max_steps": 0}, ["no budget", "max_steps"]),
-    ({"n_layer": "8"}, ["'8'", "int"]),
+    ({"n_layer": "eight"}, ["'eight'", "int"]),
     ({"compile": 1}, ["compile is 1", "bool"]),
     ({"schedule": "cosin"}, ["cosin", "cosine"]),
     ({"warmup": 0.7, "decay": 0.7}, ["0.7", "whole budget"]),
@@ -30,7 +33,7 @@ WRONG = [
 
 @pytest.mark.parametrize(("overrides", "named"), WRONG)
 def test_wrong_input_is_one_line_with_the_numbers(lm, overrides, named):
-    with pytest.raises(lm.ConfigError) as caught:
+    with pytest.raises(ConfigError) as caught:
         lm.Config.from_preset("smoke", **overrides)
     message = str(caught.value)
     assert "\n" not in message
@@ -38,20 +41,20 @@ def test_wrong_input_is_one_line_with_the_numbers(lm, overrides, named):
 
 
 def test_unknown_preset_and_variant_name_the_nearest(lm):
-    with pytest.raises(lm.ConfigError, match="'demos' is not known; did you mean 'demo'"):
+    with pytest.raises(ConfigError, match="'demos' is not known; did you mean 'demo'"):
         lm.Config.from_preset("demos")
-    with pytest.raises(lm.ConfigError, match="position 'ropes' is not known; did you mean 'rope'"):
+    with pytest.raises(ConfigError, match="position 'ropes' is not known; did you mean 'rope'"):
         lm.build_model(lm.Config.from_preset("smoke", position="ropes"))
 
 
 def test_missing_device_is_named(lm):
     missing = f"cuda:{torch.cuda.device_count()}"
     with pytest.raises(UserError, match=f"{missing}.*this machine has.*cpu"):
-        lm.find_machine(missing)
+        Machine.find(missing)
 
 
 def test_gqa_with_too_many_kv_heads_and_mha_ignores_them(lm):
-    with pytest.raises(lm.ConfigError, match="n_kv_head 8"):
+    with pytest.raises(ConfigError, match="n_kv_head 8"):
         lm.Config.from_preset("smoke", n_kv_head=8)
     lm.Config.from_preset("smoke", attention="mha", n_kv_head=8)
 
@@ -87,8 +90,43 @@ def test_every_field_is_commented():
 def test_day_has_about_220_million_parameters(lm):
     with torch.device("meta"):
         model = lm.build_model(lm.Config.from_preset("day"))
-    assert 215e6 <= lm.count_parameters(model)["total"] <= 225e6
+    assert 215e6 <= count_parameters(model)["total"] <= 225e6
 
 
 def test_errors_are_one_line_in_ipython(lm):
-    assert lm.ConfigError("so it is")._render_traceback_() == ["ConfigError: so it is"]
+    assert ConfigError("so it is")._render_traceback_() == ["ConfigError: so it is"]
+
+
+def test_what_is_meant_is_taken_and_the_rest_is_one_line(lm):
+    """YAML, and people, write numbers in more ways than Python."""
+    text = "{lr: 1e-3, wandb: off, n_layer: 3.0, seed: 010, compile: no, run_name: 010, micro_batch: 4}"
+    for overrides in (
+        parse_overrides(text),
+        {"lr": "1e-3", "wandb": False, "n_layer": 3.0, "seed": 10, "compile": "no"},
+    ):
+        config = lm.Config.from_preset("smoke", **overrides)
+        assert (config.lr, config.wandb, config.n_layer, config.seed, config.compile) == (1e-3, "off", 3, 10, False)
+        assert type(config.n_layer) is int
+    assert parse_overrides("") == parse_overrides(None) == parse_overrides("{}") == {}
+    for wrong in ("[a, b]", "{n_layer: 2", "n_layer", ["a"], 3):
+        with pytest.raises(ConfigError, match="overrides.* write"):
+            parse_overrides(wrong)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"norm_eps": float("nan")}, {"norm_eps": -1.0}, {"norm_eps": float("inf")}, {"rope_base": 1e-320},
+        {"max_hours": 1e300}, {"max_hours": float("inf")}, {"block_size": 1 << 25, "batch_tokens": 1 << 25},
+        {"n_position": 33_000_000}, {"source": "a\0b"}, {"n_layer": True}, {"lr": "fast"}, {"n_layer": 2.5},
+    ],
+)  # fmt: skip
+def test_values_that_cannot_work_are_refused(lm, overrides):
+    with pytest.raises(ConfigError) as caught:
+        lm.Config.from_preset("smoke", **overrides)
+    assert next(iter(overrides)) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_device_that_is_none_is_named():
+    with pytest.raises(UserError, match="device is 'cpu:abc'"):
+        Machine.find("cpu:abc")

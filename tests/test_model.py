@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import nbformat
 import pytest
@@ -10,6 +11,7 @@ import transformers
 from conftest import LM
 
 from machinery.notebook import NOTEBOOK, load_definitions
+from model_utils import attention_maps, count_parameters, flops_per_token, short_attention
 
 TABLES = {"attention": LM.ATTENTIONS, "position": LM.POSITIONS, "ffn": LM.FFNS, "norm": LM.NORMS}
 VARIANTS = [dict(zip(TABLES, names)) for names in itertools.product(*TABLES.values())]
@@ -92,7 +94,7 @@ def one_batch_is_overfitted(lm, config):
 
 
 def state_round_trips(lm, config):
-    first, second = lm.build_model(config), lm.build_model(lm.replace(config, seed=7))
+    first, second = lm.build_model(config), lm.build_model(replace(config, seed=7))
     tokens, _ = random_batch(config)
     assert not torch.equal(first(tokens), second(tokens))
     second.load_state_dict(first.state_dict())
@@ -271,7 +273,7 @@ def test_attention_by_hand_equals_the_kernel_and_the_probe(lm, tiny):
     config = tiny(attention="mha", position="none", qk_norm=False)
     model = lm.build_model(config)
     tokens, _ = random_batch(config, batch=1)
-    maps = lm.attention_maps(model, tokens[0])
+    maps = attention_maps(model, tokens[0])
     assert maps.shape == (config.n_layer, config.n_head, 16, 16)
     x = model.blocks[0].attention_norm(model.embedding(tokens))
     q, k, v = (
@@ -288,7 +290,7 @@ def test_attention_by_hand_equals_the_kernel_and_the_probe(lm, tiny):
 def test_short_attention_equals_the_kernel(lm, n_kv_head, dtype, tolerance):
     outputs, gradients = [], []
     for attention, precision in (
-        (lm.short_attention, dtype),
+        (short_attention, dtype),
         (lambda q, k, v: lm.F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True), torch.float32),
     ):
         torch.manual_seed(0)
@@ -305,7 +307,7 @@ def test_copied_keys_give_the_same_as_shared_ones(lm, tiny, monkeypatch):
     config = tiny(attention="gqa", n_head=4, n_kv_head=2)
     model, tokens = lm.build_model(config), torch.randint(config.vocab_size, (2, 16))
     expected = model(tokens)
-    monkeypatch.setattr(lm, "takes_groups", lambda q: False)
+    monkeypatch.setattr("model_utils.takes_groups", lambda q: False)
     with torch.no_grad():
         cache = lm.Cache(16)
         cached = torch.cat([model(token, cache=cache) for token in tokens.split(1, dim=1)], dim=1)
@@ -314,7 +316,7 @@ def test_copied_keys_give_the_same_as_shared_ones(lm, tiny, monkeypatch):
 
 def test_grouped_attention_maps_have_every_query_head(lm, tiny):
     config = tiny(n_kv_head=2)
-    maps = lm.attention_maps(lm.build_model(config), random_batch(config)[0][0])
+    maps = attention_maps(lm.build_model(config), random_batch(config)[0][0])
     assert maps.shape == (2, 4, 16, 16)
     assert torch.allclose(maps.sum(-1), torch.ones(2, 4, 16), atol=1e-5)
 
@@ -326,12 +328,12 @@ def test_counting_matches_the_parameters(lm, tiny):
     for combination in COMBINATIONS:
         config = tiny(**combination)
         model = lm.build_model(config)
-        counts = lm.count_parameters(model)
+        counts = count_parameters(model)
         assert counts["total"] == sum(p.numel() for p in model.parameters())
         assert counts.get("other", 0) == 0
         body = sum(p.numel() for p in model.blocks.parameters() if p.ndim == 2)
         flops = 6 * (body + config.vocab_size * config.n_embd) + 12 * config.n_layer * config.n_embd * config.block_size
-        assert lm.flops_per_token(model, config) == flops
+        assert flops_per_token(model, config) == flops
 
 
 def test_sampling_honours_temperature_top_k_and_top_p(lm):

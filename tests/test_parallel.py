@@ -16,8 +16,8 @@ from data_utils import Batches
 from machinery.checkpoints import newest_checkpoint, read_state
 from machinery.errors import UserError
 from machinery.files import read_json, read_jsonl
+from machinery.machine import Machine
 from machinery.notebook import NOTEBOOK
-from machinery.processes import ALONE, Group, micro_batch_of, spread
 
 PROGRAM = """
 import json, sys
@@ -157,13 +157,12 @@ def test_ddp_exchanges_gradients_once_a_step_and_fsdp_in_each_micro_batch(lm, se
         torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     else:
         torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
-    config, machine = settings(), lm.find_machine("cpu")
-    runner = spread(lm.build_model(config), machine, Group(0, 2), parallel)
-    windows = lm.load_data(config).windows("train", config.block_size, 0)
-    counted = []
+    config, machine = settings(), Machine.find("cpu")
+    runner = replace(machine, processes=2).parallelize(lm.build_model(config), parallel)
+    batches, counted = Batches(lm.prepare_data(config), config, machine, lm.Progress(micro_batch=1)), []
     for steps in (1, 1, 4):
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-            lm.accumulate(runner, Batches(windows, 1, machine.device), steps, machine, machine.scaler())
+            lm.gradient(runner, batches, steps, machine, machine.scaler())
         exchanges = ("c10d::allreduce_", "c10d::_reduce_scatter_base_")
         counted.append(sum(event.count for event in profile.key_averages() if event.key in exchanges))
     torch.distributed.destroy_process_group()
@@ -171,16 +170,28 @@ def test_ddp_exchanges_gradients_once_a_step_and_fsdp_in_each_micro_batch(lm, se
 
 
 def test_shares_of_a_batch(lm, settings):
-    data = lm.load_data(settings())
-    windows = data.windows("train", 16, 0)
-    alone = Batches(windows, 2, torch.device("cpu"), position=4)
-    expected = torch.cat([alone.next()[0] for _ in range(6)])
-    shares = [Batches(windows, 2, torch.device("cpu"), 4, rank, 3) for rank in range(3)]
+    config, machine = settings(), Machine.find("cpu")  # 8 sequences
+    data = lm.prepare_data(config)
+
+    def batches(micro_batch, rank=0, processes=1, **values):
+        """Of one of several processes; what they agree on is made believe."""
+
+        class One(Machine):
+            def maximum(self, *values):
+                return list(values)
+
+        part = One(machine.device, machine.dtype, "", 0, None, rank, processes)
+        at = lm.Progress(tokens=4 * config.block_size, micro_batch=micro_batch)
+        return Batches(data, replace(config, **values), part, at)
+
+    alone = batches(2)
+    expected = torch.cat([alone.next()[0] for _ in range(4)])
+    shares = [batches(2, rank, 2) for rank in range(2)]
     together = torch.cat([share.next()[0] for _ in range(2) for share in shares])
     assert torch.equal(together, expected)
-    assert micro_batch_of(ALONE, 6, 12) == 6 and micro_batch_of(ALONE, 5, 12) == 1
+    assert [batches(size).at.micro_batch for size in (8, 6, 5)] == [8, 2, 1]
     with pytest.raises(UserError, match="a batch of 8 sequences cannot be shared by 3 processes"):
-        micro_batch_of(Group(0, 3), 1, 8)
+        batches(1, 0, 3)
 
 
 def test_the_notebook_becomes_a_program_that_torchrun_starts(tmp_path):

@@ -1,0 +1,84 @@
+"""What is worth a remark while a run goes on: a loss that jumps, a machine that slows down; and the table before it."""
+
+from __future__ import annotations
+
+import datetime
+import math
+import shutil
+import statistics
+from collections import deque
+from pathlib import Path
+
+from machinery.errors import UserError
+from machinery.machine import Machine, measure_matmul_flops
+
+
+class Watch:
+    """The latest losses and speeds of a run."""
+
+    def __init__(self) -> None:
+        self.losses: deque[float] = deque(maxlen=50)
+        self.rates: deque[float] = deque(maxlen=20)
+        self.expected_rate = 0.0  # tokens per second; half of it is told once, until it halves again
+        self.remarks: list[str] = []
+
+    def rate(self) -> float:
+        """Tokens per second of late; before the first step, as expected."""
+        return statistics.median(self.rates or [self.expected_rate or math.nan])
+
+    def note(self, loss: float, tokens_per_second: float) -> dict[str, float]:
+        """Take a step in, and put what there is to say in `remarks`; {"spike": …} for a loss far above the last."""
+        self.remarks, spike = [], {}
+        if len(self.losses) == self.losses.maxlen:
+            mean, spread = statistics.fmean(self.losses), statistics.stdev(self.losses)
+            if loss > mean + 6 * spread:
+                spike = {"spike": loss - mean}
+                self.remarks.append(f"loss {loss:.3f} after a mean of {mean:.3f}")
+        self.losses.append(loss)
+        self.rates.append(tokens_per_second)
+        rate = self.rate()
+        if len(self.rates) == self.rates.maxlen and rate < self.expected_rate / 2:
+            self.remarks.append(f"{rate:,.0f} tokens/s, under half of the {self.expected_rate:,.0f} before")
+            self.expected_rate = rate
+        return spike
+
+
+def refuse_what_does_not_fit(prediction: dict, machine: Machine, folder: Path) -> None:
+    """Raise `UserError` where the device cannot hold one sequence at a time, or the disk one checkpoint."""
+    p, free, memory = prediction, shutil.disk_usage(folder).free / 1e9, machine.memory / 1e9
+    if p["micro-batch"] == 1 and p["peak memory (GB)"] > memory:
+        raise UserError(
+            f"no go: one sequence at a time is predicted to take {p['peak memory (GB)']:.1f} GB and the device has"
+            f" {memory:.1f} GB; use a smaller n_layer, n_embd, vocab_size or block_size"
+        )
+    if p["checkpoint (GB)"] > free:
+        raise UserError(
+            f"no go: a checkpoint takes {p['checkpoint (GB)']:.2f} GB and {free:.2f} GB are free in {folder.parent};"
+            " make room or set runs_dir"
+        )
+
+
+def print_preflight(prediction: dict, config, machine: Machine, note: str, folder: Path) -> None:
+    """A table of what the rest of a run takes; `note` says how the model runs."""
+    p, keep, matmul_flops = prediction, config.keep_checkpoints, measure_matmul_flops(machine)
+    flops = p["tokens per second"] * p["FLOPs per token"] / machine.processes
+    each = f"{machine.processes} × " if machine.processes > 1 else ""
+    mfu = f", MFU {flops / machine.peak_flops:.0%}" if machine.peak_flops else ""
+    length = datetime.timedelta(seconds=min(round(p["seconds"]), 10**9))
+    end = datetime.datetime.now() + length
+    loss, best = p["expected loss"], p["compute-optimal parameters"]  # nan where the law knows nothing
+    rows = {
+        "device": f"{each}{machine.name}, {str(machine.dtype).removeprefix('torch.')}, {note}",
+        "memory": f"{p['peak memory (GB)']:.2f} GB predicted at micro-batch {p['micro-batch']},"
+        f" {machine.memory / 1e9:.1f} GB there",
+        "disk": f"{p['checkpoint (GB)'] * (keep + 2):.2f} GB for {keep} checkpoints, the best and one being written,"
+        f" {shutil.disk_usage(folder).free / 1e9:.1f} GB free",
+        "speed": f"{p['tokens per second']:,.0f} tokens/s, {flops / matmul_flops:.0%} of the matrix rate{mfu}",
+        "budget": f"{p['tokens']:,.0f} tokens in {length} with evaluations and samples, until {end:%Y-%m-%d %H:%M}",
+        "size": f"{p['parameters']:,} parameters, {p['tokens per parameter']:.2g} tokens for each"
+        + ("" if math.isnan(loss) else " (best: about 20)"),
+        "scaling law": ("loss n/a, too small" if math.isnan(loss) else f"loss {loss:.2f} on web text")
+        + ("" if math.isnan(best) else f"; best size for so much compute {best:,.0f}"),
+    }  # fmt: skip
+    print("\n".join(f"  {name:12s} {text}" for name, text in rows.items()))
+    print("  go")
