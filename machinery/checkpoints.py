@@ -10,14 +10,12 @@ Only whole ones count, and only whole ones are ever removed. One that is damaged
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import math
 import os
 import re
 import shutil
-import time
 from pathlib import Path
 
 import torch
@@ -26,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from machinery.errors import UserError, first_line, told
-from machinery.files import flush, free_name, publish, read_json, regular_file, remove
+from machinery.files import flush, publish, read_json, regular_file, remove, sha256
 from machinery.processes import shared_like, whole
 
 FILES = ("model.safetensors", "training.pt")
@@ -84,11 +82,8 @@ def _write(target: Path, weights: dict[str, Tensor], training: dict, state: dict
     try:
         save_file({name: tensor.contiguous() for name, tensor in weights.items()}, beside / "model.safetensors")
         torch.save(training, beside / "training.pt")
-        state = state | {"files": {name: _sha256(beside / name) for name in FILES}}
+        state = state | {"files": {name: sha256(beside / name) for name in FILES}}
         (beside / "state.json").write_text(json.dumps(state | {"sha256": _digest(state)}, indent=1), encoding="utf-8")
-        if os.path.lexists(target):
-            target.rename(free_name(target))
-            flush(folder)
         publish(beside, target)
     finally:
         remove(beside)
@@ -139,13 +134,13 @@ def read_state(path: Path) -> dict:
     """The contents of state.json. Raises `CheckpointError` unless all three files match their checksums."""
     for part in (path, *(path / name for name in (*FILES, "state.json"))):
         _refuse_link(part)
-    with told(f"{path}: not a whole checkpoint", CheckpointError):
+    with told(path, CheckpointError, "not a whole checkpoint"):
         state = read_json(path / "state.json")
         expected, files = state.pop("sha256"), state["files"]
         if expected != _digest(state) or set(files) != set(FILES):
             raise CheckpointError(f"{path / 'state.json'}: content does not match its checksum")
         for name in FILES:
-            if _sha256(path / name) != files[name]:
+            if sha256(path / name) != files[name]:
                 raise CheckpointError(f"{path / name}: content does not match its checksum")
         numbers = [state.get("step"), state.get("tokens", 0), state.get("micro_batch") or 0]
         if not all(type(number) is int and number >= 0 for number in numbers):
@@ -171,7 +166,7 @@ def load_checkpoint(path: Path, model: torch.nn.Module, optimizers: list = ()) -
     state = read_state(path)
     load_weights(path, model)
     if optimizers:
-        with told(f"{path / 'training.pt'}: refused", CheckpointError, "use a new run_name"):
+        with told(path / "training.pt", CheckpointError, "refused", "use a new run_name"):
             training = torch.load(path / "training.pt", map_location="cpu", weights_only=True)
             for optimizer, saved in zip(optimizers, training["optimizers"], strict=True):
                 _restore(optimizer, saved)
@@ -208,7 +203,7 @@ def load_weights(path: Path, model: torch.nn.Module) -> None:
 def check_weights(path: Path, model: torch.nn.Module) -> None:
     """Raise `CheckpointError` unless names and shapes are those of `model`, which may be without memory ("meta")."""
     with (
-        told(f"{path / 'model.safetensors'}: not readable", CheckpointError),
+        told(path / "model.safetensors", CheckpointError, "not readable"),
         safe_open(regular_file(path / "model.safetensors"), framework="pt") as file,
     ):
         found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
@@ -240,18 +235,3 @@ def _refuse_link(path: Path) -> None:
 
 def _digest(state: dict) -> str:
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    """A file's checksum; of one that this process has read and that has rested since, from memory."""
-    found = regular_file(path).stat()
-    changed = max(found.st_mtime_ns, found.st_ctime_ns)
-    rests = time.time_ns() - changed > 2 * 10**9  # times are coarse: a file may change twice within one tick
-    read = _read_sha256 if rests else _read_sha256.__wrapped__
-    return read(path, found.st_ino, found.st_size, changed)
-
-
-@functools.lru_cache(maxsize=256)
-def _read_sha256(path: Path, inode: int, size: int, changed: int) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

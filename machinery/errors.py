@@ -39,34 +39,37 @@ class FileError(UserError, OSError):
 
 
 def first_line(error: BaseException, length: int = 160) -> str:
-    """The first line of an error's message; its type where that says nothing or is a mere key."""
+    """What an error's message begins with; its type where that says nothing or is a mere key."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror  # without the number, and without the path that stands beside it
-    text = str(error).strip()
+    lines = [line.strip() for line in str(error).strip().splitlines()] or [""]
+    text = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
     name = type(error).__name__
-    return (name if not text else f"{name}: {text}" if isinstance(error, KeyError) else text).splitlines()[0][:length]
+    return (name if not text else f"{name}: {text}" if isinstance(error, KeyError) else text)[:length]
 
 
 @contextlib.contextmanager
-def told(what: object, kind: type[UserError] = UserError, advice: str = "") -> Iterator[None]:
-    """Have whatever goes wrong with `what`, which may come from anyone, end as a `kind` of one line.
+def told(where: object, kind: type[UserError] = UserError, problem: str = "", advice: str = "") -> Iterator[None]:
+    """Have whatever goes wrong with `where`, which may come from anyone, end as a `kind` of one line.
 
     For the places where content that nobody checked is taken apart: any type of value may be anywhere in it. Errors
-    of the operating system become a `FileError` where no other kind is asked for, and what is one line already keeps
-    its words. The cause stays attached.
+    of the operating system become a `FileError` where no other kind is asked for. A message that is one line already
+    keeps its words. The cause stays attached.
     """
     try:
         yield
     except (KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     except UserError as error:
-        if isinstance(error, kind):
+        named = str(where) in str(error)
+        if named and isinstance(error, kind):
             raise
-        raise kind(error) from error
+        raise kind(error if named else f"{where}: {error}") from error
     except BaseException as error:  # a panic of the libraries written in Rust is no Exception
         if kind is UserError and isinstance(error, OSError):
             kind = FileError
-        raise kind(f"{what}: {first_line(error)}" + (f"; {advice}" if advice else "")) from error
+        line = f"{problem} ({first_line(error)})" if problem else first_line(error)
+        raise kind(f"{where}: {line}" + (f"; {advice}" if advice else "")) from error
 
 
 def _print_error(kind: type[BaseException], error: BaseException, trace: types.TracebackType | None) -> None:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
+import hashlib
 import json
 import os
 import shutil
 import stat
+import time
 from pathlib import Path
 
 from machinery.errors import UserError, told
@@ -32,7 +35,7 @@ def read_json(path: Path, missing: dict | None = None) -> dict:
         return missing
     with told(path, advice="is it a run directory?"):
         content = regular_file(path).read_bytes()
-    with told(f"{path}: not readable as JSON"):
+    with told(path, problem="not readable as JSON"):
         value = json.loads(content)
     if not isinstance(value, dict):
         raise UserError(f"{path}: holds {type(value).__name__}, not an object")
@@ -69,7 +72,7 @@ def write_atomic(path: Path, content: str | bytes) -> None:
     Raises `FileError` with what the system says; what was there before stays.
     """
     beside = path.with_name(path.name + ".part")
-    with told(f"{path} was not written"):
+    with told(path, problem="not written"):
         beside.unlink(missing_ok=True)  # of an interrupted write, or a link that somebody put there
         try:
             with open(beside, "xb", opener=no_links) as file:
@@ -84,18 +87,24 @@ def write_atomic(path: Path, content: str | bytes) -> None:
         flush(path.parent)
 
 
-def publish(beside: Path, target: Path) -> None:
-    """Give a finished folder of files its name, once the disk holds it. `target` must not exist.
+def publish(beside: Path, target: Path) -> Path | None:
+    """Give a finished folder of files its name, once the disk holds it.
 
-    Its files become readable for all who may read the folder: some libraries keep them to their owner.
+    What has the name already is moved out of the way, to the path that is returned. The files become readable for all
+    who may read the folder: some libraries keep them to their owner.
     """
     for path in beside.iterdir():
         with contextlib.suppress(OSError):  # of file systems without permissions
             path.chmod(beside.stat().st_mode & 0o666)
         flush(path)
     flush(beside)
+    earlier = None
+    if os.path.lexists(target):
+        earlier = target.rename(_free_name(target))
+        flush(target.parent)
     beside.rename(target)
     flush(target.parent)
+    return earlier
 
 
 def flush(path: Path) -> None:
@@ -112,8 +121,8 @@ def flush(path: Path) -> None:
             raise
 
 
-def free_name(path: Path) -> Path:
-    """The first of `path`.1, `path`.2, … that does not exist: where something is moved to that is in the way."""
+def _free_name(path: Path) -> Path:
+    """The first of `path`.1, `path`.2, … that does not exist."""
     number = 1
     while os.path.lexists(name := path.with_name(f"{path.name}.{number}")):
         number += 1
@@ -127,3 +136,18 @@ def remove(path: Path) -> None:
     else:
         with contextlib.suppress(OSError):
             path.unlink()
+
+
+def sha256(path: Path) -> str:
+    """A file's checksum; of one that this process has read and that has rested since, from memory."""
+    found = regular_file(path).stat()
+    changed = max(found.st_mtime_ns, found.st_ctime_ns)
+    rests = time.time_ns() - changed > 2 * 10**9  # times are coarse: a file may change twice within one tick
+    read = _read_sha256 if rests else _read_sha256.__wrapped__
+    return read(path, found.st_ino, found.st_size, changed)
+
+
+@functools.lru_cache(maxsize=256)
+def _read_sha256(path: Path, inode: int, size: int, changed: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -40,7 +40,7 @@ def tokenizer_to_dict(encoding: tiktoken.Encoding) -> dict:
 
 def tokenizer_from_dict(fields: dict) -> tiktoken.Encoding:
     """The encoding that `tokenizer_to_dict` described. Raises `DataError` for what cannot encode every text."""
-    with told("tokenizer.json is not usable", DataError, "remove its folder"):
+    with told("tokenizer.json", DataError, "not usable", "remove its folder"):
         ranks = {base64.b64decode(token, validate=True): rank for rank, token in enumerate(fields["tokens"])}
         special = fields["special_tokens"]
         if len(ranks) != len(fields["tokens"]) or not all(bytes([byte]) in ranks for byte in range(256)):

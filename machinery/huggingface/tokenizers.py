@@ -155,7 +155,7 @@ def read_tokenizer(folder: str | Path) -> tiktoken.Encoding:
     import tokenizers
 
     folder, path = Path(folder), Path(folder) / "tokenizer.json"
-    with told(f"{path}: not a byte-level BPE", DataError):
+    with told(path, DataError, "not a byte-level BPE"):
         raw = _byte_level_bpe(read_json(path), path)
         encoding = tokenizer_from_dict(tokenizer_to_dict(raw))
         loaded = tokenizers.Tokenizer.from_file(str(path))
