@@ -5,14 +5,20 @@ from __future__ import annotations
 import contextlib
 import sys
 import types
+import unicodedata
 from collections.abc import Iterator
 
 LONGEST = 600  # characters of a message
 
 
-def printable(text: str) -> str:
-    """`text` on one line, with what would move a terminal's cursor written as an escape."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+def printable(text: str, keep: str = "") -> str:
+    """`text` with what a terminal would obey written as an escape: control characters, line breaks, directions of
+    writing, but for those in `keep`.
+    """
+    escaped = ("Cc", "Cf", "Cs", "Zl", "Zp")
+    return "".join(
+        c.encode("unicode_escape").decode() if unicodedata.category(c) in escaped and c not in keep else c for c in text
+    )
 
 
 class UserError(ValueError):

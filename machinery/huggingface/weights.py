@@ -32,6 +32,7 @@ from machinery.huggingface.families import (
     to_hf_config,
 )
 from machinery.huggingface.tokenizers import read_tokenizer, save_tokenizer
+from machinery.processes import shard_like
 from machinery.tokenizers import END_OF_TEXT, tokenizer_from_dict
 
 __all__ = ["ExportError", "check_tokenizer", "config_from_hf", "export_hf", "import_hf"]
@@ -341,3 +342,12 @@ def _tensor_files(folder: Path) -> tuple[dict[str, Path], dict[str, tuple]]:
             for tensor in file.keys():  # noqa: SIM118
                 files[tensor], shapes[tensor] = path, tuple(file.get_slice(tensor).get_shape())
     return files, shapes
+
+
+def begin_with(checkpoint: str | Path, model: torch.nn.Module, config: dict, encoding: tiktoken.Encoding) -> None:
+    """Copy the weights of a Hugging Face checkpoint into `model`. Raises `ExportError` where anything does not fit."""
+    check_tokenizer(checkpoint, encoding)
+    weights = import_hf(checkpoint, config)[1]
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            tensor.copy_(shard_like(weights[name], tensor))
