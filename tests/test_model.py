@@ -10,6 +10,7 @@ import torch
 import transformers
 from conftest import LM
 
+from machinery.errors import UserError
 from machinery.notebook import NOTEBOOK, load_definitions
 from model_utils import attention_maps, count_parameters, flops_per_token, short_attention
 
@@ -389,3 +390,27 @@ def test_cuda_equals_cpu(lm, tiny, combination):
         compiled = torch.compile(model)(tokens.cuda(), targets.cuda())
     compiled.backward()
     assert abs(compiled.item() - expected) < 0.02
+
+
+def test_tokens_that_no_text_has_are_not_drawn(lm, tiny):
+    config = tiny(vocab_size=600)  # of which bytes and end-of-text are 257
+    model, start = lm.build_model(config), torch.zeros(4, 4, dtype=torch.long)
+    drawn = lm.generate(model, start, 12, temperature=2.0, top_p=1.0, n_vocab=257)[:, 4:]
+    assert drawn.max() < 257 <= lm.generate(model, start, 12, temperature=2.0, top_p=1.0)[:, 4:].max()
+
+
+@pytest.mark.parametrize("options", [{"top_p": 0}, {"top_p": 1.5}, {"top_k": -1}, {"temperature": -0.1}])
+def test_ways_to_draw_that_cannot_work_are_one_line(lm, tiny, options):
+    with pytest.raises(UserError, match=f"{next(iter(options))} {next(iter(options.values()))}"):
+        lm.generate(lm.build_model(tiny()), torch.zeros(1, 4, dtype=torch.long), 2, **options)
+
+
+def test_loss_with_only_the_head_to_train(lm, tiny):
+    model, tokens = lm.build_model(tiny(tie_embeddings=False)), torch.arange(16)[None]
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith("head"))
+    model(tokens, tokens).backward()
+    ours = model.head.weight.grad.clone()
+    model.head.weight.grad = None
+    torch.nn.functional.cross_entropy(model(tokens).flatten(0, 1), tokens.flatten()).backward()
+    assert torch.allclose(ours, model.head.weight.grad, atol=1e-6)
