@@ -1,4 +1,4 @@
-# ruff: noqa: B023, C416, E501, F821
+# ruff: noqa: B023, C416, E501
 """Call 1: is what the project does on CUDA right? A line in $OUT/check.md for every question, as it is answered."""
 
 from __future__ import annotations
@@ -203,20 +203,21 @@ def resume(dtype: str, compiled: bool) -> None:
         return [line["train_loss"] for line in quiet_train(tiny(name, dtype=dtype, compile=compiled, max_steps=40))[1]]
 
     once, again = losses(f"once-{dtype}-{compiled}"), losses(f"again-{dtype}-{compiled}")
-    real, steps = lm.step_weights, iter(range(20))
+    real = lm.Run
 
-    def until(*arguments):
-        if next(steps, None) is None:
-            raise CutOff
-        return real(*arguments)
+    class CutRun(real):
+        def stepped(self, *arguments, **options) -> None:
+            super().stepped(*arguments, **options)
+            if self.at.step == 21:  # the last checkpoint is of step 20
+                raise CutOff
 
-    lm.step_weights = until
+    lm.Run = CutRun
     try:
         losses(f"cut-{dtype}-{compiled}")
     except CutOff:
         pass
     finally:
-        lm.step_weights = real
+        lm.Run = real
     torch.manual_seed(99)  # a resumed run may not lean on what is in memory
     after = losses(f"cut-{dtype}-{compiled}")
     noise = max(abs(a - b) for a, b in zip(once, again))
@@ -344,8 +345,10 @@ def generation() -> None:
 
 def parallel(kind: str) -> None:
     """DDP, and FSDP2 with Muon, each compiled, in a group of this one process: gradients of an accumulation, a step."""
-    import parallel_utils
     import torch.distributed as dist
+
+    from machinery import processes
+    from machinery.machine import compile_or_eager
 
     small = {} if DRY else {"n_layer": 2}
     config, card, model = day_model(**small)
@@ -377,14 +380,14 @@ def parallel(kind: str) -> None:
         if not spread_out:
             runner = model.to(DEVICE)
         elif kind == "ddp":
-            runner = lm.spread(model, machine, lm.Group(0, 2), "ddp")
+            runner = processes.parallelize(model, machine.device, machine.dtype, 2, "ddp")
         else:
-            real = parallel_utils.init_device_mesh
-            parallel_utils.init_device_mesh = lambda device, shape: real(device, (1,))
+            real = processes.init_device_mesh
+            processes.init_device_mesh = lambda device, shape: real(device, (1,))
             try:
-                runner = lm.spread(model, machine, lm.Group(0, 2), "fsdp")
+                runner = processes.parallelize(model, machine.device, machine.dtype, 2, "fsdp")
             finally:
-                parallel_utils.init_device_mesh = real
+                processes.init_device_mesh = real
         optimizers, scaler = lm.build_optimizers(model, config, card), card.scaler()
         runner, note = compile_or_eager(runner, *Rows().next(), card)
         if any(p.grad is not None for o in optimizers for g in o.param_groups for p in g["params"]):
@@ -394,7 +397,8 @@ def parallel(kind: str) -> None:
         loss = lm.gradient(runner, Rows(), 2, card, scaler).item()
         norm = lm.step_weights(model, optimizers, scaler, 1.0, config.grad_clip)
         weights = {
-            n: lm.whole(p.detach()).double().cpu() - state[n].double().cpu() for n, p in model.named_parameters()
+            n: processes.gather(p.detach()).double().cpu() - state[n].double().cpu()
+            for n, p in model.named_parameters()
         }
         found.append((loss, norm, weights, note))
         runner = model = optimizers = None
