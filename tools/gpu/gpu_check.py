@@ -161,9 +161,9 @@ def tests_end(running: subprocess.Popen) -> None:
 
 def tiny(name: str, **values):
     base = {"device": DEVICE, "runs_dir": str(WORK / "runs"), "data_dir": str(WORK / "data"), "run_name": name,
-            "max_steps": 60, "eval_every": 30, "sample_every": 60, "checkpoint_every": 20, "resume": "auto",
+            "max_steps": STEPS, "eval_every": STEPS, "sample_every": STEPS, "checkpoint_every": STEPS // 2, "resume": "auto",
             "lr": 0.01, "tokenizer": "bytes", "n_embd": 128, "n_head": 2, "n_kv_head": 1, "n_ffn": 256,
-            "keep_checkpoints": 9, "batch_tokens": 2048, "micro_batch": 8}  # fmt: skip
+            "keep_checkpoints": 9, "batch_tokens": 512 if DRY else 2048, "micro_batch": 8}  # fmt: skip
     return lm.Config.from_preset("smoke", **(base | values))
 
 
@@ -200,7 +200,7 @@ def resume(dtype: str, compiled: bool) -> None:
         pass
 
     def losses(name: str) -> list[float]:
-        return [line["train_loss"] for line in quiet_train(tiny(name, dtype=dtype, compile=compiled, max_steps=40))[1]]
+        return [line["train_loss"] for line in quiet_train(tiny(name, dtype=dtype, compile=compiled))[1]]
 
     once, again = losses(f"once-{dtype}-{compiled}"), losses(f"again-{dtype}-{compiled}")
     real = lm.Run
@@ -208,7 +208,7 @@ def resume(dtype: str, compiled: bool) -> None:
     class CutRun(real):
         def stepped(self, *arguments, **options) -> None:
             super().stepped(*arguments, **options)
-            if self.at.step == 21:  # the last checkpoint is of step 20
+            if self.at.step == STEPS // 2 + 1:  # a checkpoint is there already
                 raise CutOff
 
     lm.Run = CutRun
@@ -430,10 +430,11 @@ def begin_data() -> None:
 
 
 def main() -> None:
-    global report, DRY, DEVICE, WORK, WIDE
+    global report, DRY, DEVICE, WORK, WIDE, STEPS
     chosen = options(__doc__, 460)
     report = Report("check", chosen.seconds, chosen.only)
     DRY, DEVICE = chosen.dry, chosen.device
+    STEPS = 16 if DRY else 60
     WORK = Path(tempfile.mkdtemp(prefix="lmh-check-"))
     WIDE = {"n_layer": 2, "n_embd": 64, "n_head": 4, "n_kv_head": 2, "n_ffn": 128, "block_size": 64, "vocab_size": 512,
             "batch_tokens": 512} if DRY else {"n_layer": 4}  # fmt: skip
