@@ -16,7 +16,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from data_utils import Batches, TokenData
 from machinery.checkpoints import (
@@ -30,10 +29,11 @@ from machinery.files import read_jsonl
 from machinery.interrupts import StopRequest
 from machinery.loggers import Loggers
 from machinery.machine import Machine, compile_or_eager, measure_matmul_flops, time_per_call
-from machinery.processes import lost_process, shard_like
-from machinery.run_folder import RunFolder, describe_environment, duration
+from machinery.processes import lost_process
+from machinery.run_folder import RunFolder, describe_environment
+from machinery.screen import Screen
 from machinery.tokenizers import tokenizer_to_dict
-from machinery.watch import Watch, print_preflight, refuse_what_does_not_fit
+from machinery.watch import Watch, print_ending, print_preflight, refuse_what_does_not_fit
 from model_utils import choose_micro_batch, count_parameters, flops_per_token, predict
 
 # ------------------------------------------------------------------------------------------- schedules
@@ -67,12 +67,7 @@ def _warm(progress: float, warmup: float) -> float:
     return min(1.0, progress / warmup) if warmup else 1.0
 
 
-SCHEDULES: dict[str, Callable[[float, float, float], float]] = {
-    "wsd": wsd,
-    "cosine": cosine,
-    "linear": linear,
-    "constant": constant,
-}
+SCHEDULES = {"wsd": wsd, "cosine": cosine, "linear": linear, "constant": constant}
 
 
 @dataclass(frozen=True)
@@ -116,8 +111,11 @@ class Run:
         self._watch = Watch()
         self._line: dict[str, float | None] = {}  # of metrics.jsonl, for the present step
         self.predicted: dict[str, float] = {}
+        self._repeats, self._rise = False, 0.0  # whether text is read again; held-out loss over the best, at last
 
     def __enter__(self) -> Run:
+        if hasattr(sys.stdout, "reconfigure"):
+            sys.stdout.reconfigure(errors="replace")  # a terminal without a character of ours does not end a run
         self.folder.lock()
         self.machine.barrier()
         return self
@@ -148,8 +146,8 @@ class Run:
         if self.checkpoint:
             self._changed = self.folder.compare(config.to_dict(), config.fixed)
             check_weights(self.checkpoint, model)
-        p = predict(model, optimizers, config, self.machine, 1.0, self._in_use)
-        refuse_what_does_not_fit(p, self.machine, self.folder.path)
+        prediction = predict(model, optimizers, config, self.machine, 1.0, self._in_use)
+        refuse_what_does_not_fit(prediction, self.machine, self.folder.path)
 
     def resume(self, at, data: TokenData, model: torch.nn.Module, optimizers: list, scaler):
         """Bring all to where the run of this name stopped; without a checkpoint, to its beginning. Returns `at`.
@@ -168,13 +166,9 @@ class Run:
                 setattr(at, name, saved[name])
         else:
             if config.init_from:
-                from machinery.huggingface import check_tokenizer, import_hf
+                from machinery.huggingface import begin_with
 
-                check_tokenizer(config.init_from, data.encoding)
-                begin_with = import_hf(config.init_from, config.to_dict())[1]
-                with torch.no_grad():
-                    for name, tensor in model.state_dict().items():
-                        tensor.copy_(shard_like(begin_with[name], tensor))
+                begin_with(config.init_from, model, config.to_dict(), data.encoding)
             self.folder.set_aside()
         self._begun_at, at.micro_batch = at.step, at.micro_batch or self._fitting_micro_batch(config)
         environment, source = describe_environment(self.machine), {"key": data.key}
@@ -189,7 +183,7 @@ class Run:
     def compile(self, runner: torch.nn.Module, batches: Batches) -> Callable:
         """`runner` compiled, or itself where that is not wanted or fails; an eager step takes more memory."""
         self.note = "eager"
-        if self.config.compile and self.budget.progress(self.at.step, self.at.tokens, self.at.seconds) < 1:
+        if self.config.compile and self.progress() < 1:
             print("compiling the model: a minute, more on a busy machine")
             runner, self.note = compile_or_eager(runner, *batches.next(), self.machine)
             if self.machine.maximum(self.note.startswith("eager"))[0]:
@@ -206,7 +200,7 @@ class Run:
         """
         config, machine, at = self.config, self.machine, self.at
         spent = at.step, at.tokens, at.seconds
-        if self.budget.progress(*spent) < 1:
+        if self.progress() < 1:
             states = copy.deepcopy([part.state_dict() for part in (*self.optimizers, self.scaler)])
             step = time_per_call(lambda: batches.retry(self.model, gradient), machine, 3) * batches.micro_steps
             step += time_per_call(lambda: (gradient(), update()), machine, 3) - step / batches.micro_steps
@@ -220,35 +214,22 @@ class Run:
             rate = config.batch_tokens / (step + between)
             p = predict(self.model, self.optimizers, measured, machine, rate, self._in_use, used=spent)
             p["tokens per second"] = self._watch.expected_rate = config.batch_tokens / step
-            print_preflight(p, config, machine, self.note, self.folder.path)
+            print_preflight(p, config, machine, self.note, self.folder.path, self._epochs(at.tokens + p["tokens"]))
+            self._repeats = self._epochs(at.tokens) >= 1
             whole = {"tokens": at.tokens + p["tokens"], "seconds": at.seconds + p["seconds"]}
             self.predicted = {name: value for name, value in (p | whole).items() if math.isfinite(value)}
         else:
             print("its budget is used: a larger one goes on, another run_name or resume='never' begins anew")
         print(f"{config.run_name} from step {at.step:,}")
-        self._start()
-
-    def _start(self) -> None:
-        """Start the clock, the loggers, the line of progress, and the wait for a request to stop."""
         if self.folder.writes:
-            self.loggers.start(self.folder.path, self.config.to_dict())
+            self.loggers.start(self.folder.path, config.to_dict())
         self._stop = self._closing.enter_context(StopRequest())
-        self._bar = self._closing.enter_context(
-            tqdm(
-                total=1.0, initial=self.budget.progress(self.at.step, self.at.tokens, self.at.seconds), file=sys.stdout,
-                mininterval=max(0.5, self.config.max_hours * 1.8),  # at most 2,000 updates: a saved page stays small
-                bar_format="{percentage:5.1f}% |{bar:20}| {desc}",
-            )
-        )  # fmt: skip
-        self._started = time.perf_counter() - self.at.seconds
+        self.screen = self._closing.enter_context(Screen(self.progress(), config.max_hours))
+        self._started = time.perf_counter() - at.seconds
 
-    def seconds(self) -> float:
-        """Training time so far, over all parts of the run."""
-        return time.perf_counter() - self._started
-
-    def stop_requested(self) -> bool:
-        """Whether Ctrl-C, the stop button or SIGTERM asked for the end."""
-        return self._stop.requested
+    def clock(self) -> tuple[float, bool]:
+        """Training time in seconds, over all parts of the run, and whether Ctrl-C or SIGTERM asked for the end."""
+        return time.perf_counter() - self._started, self._stop.requested
 
     def has_news(self) -> bool:
         """Whether this step's reports are not on disk yet; a resumed run begins with those of its first step there."""
@@ -265,16 +246,32 @@ class Run:
             return
         self._line |= self._watch.note(loss, rate)
         for remark in self._watch.remarks:
-            self._say(f"step {at.step:,}: {remark}")
+            self.screen.say(f"step {at.step:,}: {remark}")
 
     def evaluated(self, scores: dict[str, float]) -> None:
-        """Note what an evaluation found, and whether it is the best so far."""
-        at, before = self.at, self.at.scores.get("best_val_bpb", math.inf)
-        at.scores = scores | {"best_val_bpb": min(before, scores["val_bpb"])}
-        at.best_step = at.step if scores["val_bpb"] < before else at.best_step
+        """Note what an evaluation found, whether it is the best so far, and when the whole text was read."""
+        at, best = self.at, self.at.scores.get("best_val_bpb", math.inf)
+        if self.progress() < 1:  # the last one is of other text: all of it
+            self._rise = scores["val_bpb"] - best
+        step = at.step if scores["val_bpb"] < best else at.scores["best_step"]
+        at.scores = scores | {"best_val_bpb": min(best, scores["val_bpb"]), "best_step": step}
         self._line |= at.scores
+        if not self._repeats and (epochs := self._epochs(at.tokens)) >= 1:
+            self._repeats = True
+            self.screen.say(f"step {at.step:,}: the whole text was read {epochs:.1f} times; from here on it repeats")
         numbers = f"step {at.step:7,} {at.tokens:15,} tokens {at.seconds:8,.0f} s"
-        self._say(f"{numbers}   {scores['val_bpb']:.4f} bits per byte held out")
+        self.screen.say(f"{numbers}   {scores['val_bpb']:.4f} bits per byte held out")
+
+    def _epochs(self, tokens: int) -> float:
+        """How often so many tokens are the whole text; 0 while that is not known."""
+        manifest = self.data.manifest
+        return tokens / manifest["tokens"]["train"] if manifest["complete"] else 0.0
+
+    def progress(self, more_steps: float = 0.0) -> float:
+        """The used share of the budget, 0 to 1; with `more_steps`, after so many more."""
+        at, tokens = self.at, more_steps * self.config.batch_tokens
+        seconds = at.seconds + (tokens / self._watch.rate() if tokens else 0.0)
+        return self.budget.progress(at.step + more_steps, at.tokens + tokens, seconds)
 
     def log(self, progress: float) -> None:
         """Write the line of this step, tell the loggers, and move the line of progress."""
@@ -283,13 +280,7 @@ class Run:
         values = {"tokens": at.tokens, "seconds": at.seconds, "progress": progress, "seconds_left": left, **self._line}
         self.folder.append("metrics.jsonl", {"step": at.step, **values})
         self.loggers.tell(lambda logger: logger.metrics(at.step, values))
-        if "train_loss" in values:
-            mfu = f"  MFU {values['mfu']:.0%}" if values["mfu"] else ""
-            text = (
-                f"step {at.step:,}  loss {values['train_loss']:.3f}  {values['tokens_per_second']:,.0f} tokens/s{mfu}"
-            )
-            self._bar.set_description_str(f"{duration(left)} left  {text}", refresh=False)
-        self._bar.update(progress - self._bar.n)
+        self.screen.show(at.step, values)
 
     def sample(self, prompt: str, text: str) -> None:
         """Keep what the model wrote."""
@@ -303,18 +294,17 @@ class Run:
         state = vars(at) | {"scaler": self.scaler.state_dict()}
         try:
             save_checkpoint(
-                self.folder.path, self.model, self.optimizers, state, config.keep_checkpoints, self.folder.writes
-            )
+                self.folder.path, self.model, self.optimizers, state, config.keep_checkpoints, self.folder.writes,
+                keep_step=at.scores.get("best_step"),
+            )  # fmt: skip
         except CheckpointError as error:
-            self._say(str(error))
+            self.screen.say(str(error))
 
     def finish(self, progress: float, diverged: bool) -> dict:
         """Write and return the summary; end a tokenization that still goes on."""
         at, machine = self.at, self.machine
         lines = read_jsonl(self.folder.path / "metrics.jsonl")
-        rate = statistics.median(
-            [line["tokens_per_second"] for line in lines if line.get("tokens_per_second")] or [0.0]
-        )
+        rate = statistics.median([x["tokens_per_second"] for x in lines if x.get("tokens_per_second")] or [0.0])
         flops = flops_per_token(self.model, self.config) * rate / machine.processes
         summary = {
             "status": "finished" if progress >= 1 else "diverged" if diverged else "interrupted",
@@ -324,14 +314,9 @@ class Run:
             "matmul_fraction": flops / measure_matmul_flops(machine), "peak_memory_bytes": machine.peak_memory(),
             "predicted": self.predicted,
         }  # fmt: skip
-        self._bar.close()
+        self._closing.close()
         self.folder.finish(summary)
         self.loggers.finish(summary)
         self.data.stop()
-        if diverged:
-            print("diverged: go on from the last checkpoint with a lower lr, a longer warmup or qk_norm")
+        print_ending(at.scores, self._rise, diverged)
         return summary
-
-    def _say(self, text: str) -> None:
-        """A line above the line of progress, that stays."""
-        self._bar.write(text, file=sys.stdout)

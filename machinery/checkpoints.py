@@ -4,6 +4,8 @@ runs/<name>/checkpoints/step_00000100/
     model.safetensors    the weights by their role names; a tied head is stored once
     training.pt          optimizer states: tensors and plain values only
     state.json           step, tokens, seconds, …, the checksums of the two files beside it and its own
+
+Only whole ones count, and only whole ones are ever removed. One that is damaged stays for its owner to look at.
 """
 
 from __future__ import annotations
@@ -12,7 +14,6 @@ import hashlib
 import json
 import math
 import os
-import pickle
 import re
 import shutil
 from pathlib import Path
@@ -20,11 +21,14 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
-from machinery.errors import UserError
+from machinery.errors import UserError, first_line, told
+from machinery.files import flush, publish, read_json, regular_file, remove, sha256
 from machinery.processes import gather, shard_like
 
 FILES = ("model.safetensors", "training.pt")
+NAME = re.compile(r"step_(\d{8,})(?:\.(\d+))?")  # .1, .2, …: moved out of the way of a newer one of the same step
 
 
 class CheckpointError(UserError):
@@ -32,84 +36,125 @@ class CheckpointError(UserError):
 
 
 def save_checkpoint(
-    run: Path, model: torch.nn.Module, optimizers: list, state: dict, keep: int, writes: bool = True
+    run: Path,
+    model: torch.nn.Module,
+    optimizers: list,
+    state: dict,
+    keep: int,
+    writes: bool = True,
+    keep_step: int | None = None,
 ) -> Path:
-    """Write `checkpoints/step_…` of a run beside, flush, rename, read back; only then remove all but the `keep` newest.
+    """Write `checkpoints/step_…` of a run: beside, flushed, renamed, read back. Then older ones are removed.
 
-    `state` holds "step" and whatever else continues the run, as JSON values. Raises `CheckpointError` when the
-    disk is too full; what was there before is untouched. Where several processes train, all call it, since weights
-    may be shared out among them, and one `writes`: the files are the same.
+    Of the whole ones stay the `keep` newest, this one among them, and the one of `keep_step`. `state` holds "step" and
+    whatever else continues the run, as JSON values. Raises `CheckpointError` when it cannot be written; what was there
+    before is untouched. Where several processes train, all call it, since weights may be shared out among them, and
+    one `writes`: the files are the same.
     """
-    folder = run / "checkpoints"
-    target = folder / f"step_{state['step']:08d}"
-    beside = folder / f".{target.name}.part"
+    target = run / "checkpoints" / f"step_{state['step']:08d}"
     weights = gather(_without_ties(model), keep=writes)
-    states = gather([optimizer.state_dict() for optimizer in optimizers], keep=writes)
-    training = {"optimizers": states}
+    training = {"optimizers": gather([optimizer.state_dict() for optimizer in optimizers], keep=writes)}
     if not writes:
         return target
     try:
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
-        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, beside / "model.safetensors")
-        torch.save(training, beside / "training.pt")
-        state = state | {"files": {name: _sha256(beside / name) for name in FILES}}
-        (beside / "state.json").write_text(json.dumps(state | {"sha256": _digest(state)}, indent=1), encoding="utf-8")
-        for path in [*beside.iterdir(), beside]:
-            _flush(path)
-        shutil.rmtree(target, ignore_errors=True)
-        beside.rename(target)
-        _flush(folder)
+        _write(target, weights, training, state)
     except (OSError, RuntimeError, SafetensorError) as error:  # each library reports a full disk in its own way
-        shutil.rmtree(beside, ignore_errors=True)
-        needed, free = _bytes_needed(model, optimizers), shutil.disk_usage(run).free
+        place = next(path for path in (run, *run.absolute().parents) if path.exists())
+        needed, free = _bytes_needed(weights, optimizers), shutil.disk_usage(place).free
         raise CheckpointError(
-            f"checkpoint {target.name} was not written ({first_line(error)}): it takes {needed / 1e9:.2f} GB and"
+            f"{target} was not written ({first_line(error)}): it takes {needed / 1e9:.2f} GB and"
             f" {free / 1e9:.2f} GB are free there; earlier checkpoints are kept"
         ) from None
     read_state(target)
-    for old in checkpoint_folders(run)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
+    _remove_older(target, keep, keep_step)
     return target
 
 
+def _write(target: Path, weights: dict[str, Tensor], training: dict, state: dict) -> None:
+    """Write the three files beside and have them take the name `target`. What has the name already is moved away."""
+    folder, beside = target.parent, target.with_name(f".{target.name}.part")
+    _refuse_link(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    flush(folder.parent)
+    for left in folder.glob(".step_*.part"):  # by a process that was cut off
+        remove(left)
+    beside.mkdir()
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, beside / "model.safetensors")
+        torch.save(training, beside / "training.pt")
+        state = state | {"files": {name: sha256(beside / name) for name in FILES}}
+        (beside / "state.json").write_text(json.dumps(state | {"sha256": _digest(state)}, indent=1), encoding="utf-8")
+        publish(beside, target)
+    finally:
+        remove(beside)
+
+
+def _remove_older(newest: Path, keep: int, keep_step: int | None) -> None:
+    """Remove the whole checkpoints beside `newest` but the `keep` - 1 last ones and the one of `keep_step`."""
+    stay = {newest.name} if keep_step is None else {newest.name, f"step_{keep_step:08d}"}
+    older = [path for path in checkpoint_folders(newest.parents[1]) if path.name not in stay and _is_whole(path)]
+    for path in older[: max(0, len(older) - keep + 1)]:
+        leaving = path.with_name(f".{path.name}.part")  # in one moment: cut off here, no half of it seems to be one
+        path.rename(leaving)
+        remove(leaving)
+
+
 def checkpoint_folders(run: Path) -> list[Path]:
-    """The checkpoints of a run, oldest first."""
-    folders = (run / "checkpoints").glob("step_*")
-    return sorted(path for path in folders if path.is_dir() and re.fullmatch(r"step_\d{8,}", path.name))
+    """The checkpoints of a run, whole or not, oldest first. Raises `CheckpointError` for a linked folder of them."""
+    folder = run / "checkpoints"
+    _refuse_link(folder)
+    named = [(NAME.fullmatch(path.name), path) for path in folder.glob("step_*") if path.is_symlink() or path.is_dir()]
+    ages = {path: (int(match[1]), int(match[2] or 1 << 62)) for match, path in named if match}
+    return sorted(ages, key=ages.get)
 
 
 def newest_checkpoint(run: Path) -> Path | None:
-    """The newest checkpoint of a run that is whole; one that is not is named and passed over."""
-    for path in reversed(checkpoint_folders(run)):
+    """The newest checkpoint of a run that is whole, None where there are none; what is not whole is told.
+
+    Raises `CheckpointError` where there are some and none of them is whole.
+    """
+    folders = checkpoint_folders(run)
+    for path in reversed(folders):
         try:
             read_state(path)
             return path
         except CheckpointError as error:
+            if not os.path.lexists(path):  # its run goes on and has removed it, for a newer one
+                return newest_checkpoint(run)
             print(f"{error}; trying the one before it")
+    if folders:
+        raise CheckpointError(
+            f"{run}: none of its {len(folders)} checkpoints can be read; bring one back from a copy, or begin anew with"
+            " another run_name or resume='never'"
+        )
     return None
 
 
 def read_state(path: Path) -> dict:
     """The contents of state.json. Raises `CheckpointError` unless all three files match their checksums."""
-    try:
-        state = json.loads((path / "state.json").read_text("utf-8"))
+    for part in (path, *(path / name for name in (*FILES, "state.json"))):
+        _refuse_link(part)
+    with told(path, CheckpointError, "not a whole checkpoint"):
+        state = read_json(path / "state.json")
         expected, files = state.pop("sha256"), state["files"]
         if expected != _digest(state) or set(files) != set(FILES):
             raise CheckpointError(f"{path / 'state.json'}: content does not match its checksum")
         for name in FILES:
-            if _sha256(path / name) != files[name]:
+            if sha256(path / name) != files[name]:
                 raise CheckpointError(f"{path / name}: content does not match its checksum")
         numbers = [state.get("step"), state.get("tokens", 0), state.get("micro_batch") or 0]
         if not all(type(number) is int and number >= 0 for number in numbers):
             raise CheckpointError(f"{path / 'state.json'}: step, tokens and micro_batch are {numbers}, not counts")
         if not (0 <= state.get("seconds", 0) < math.inf and isinstance(state.get("scores", {}), dict)):
             raise CheckpointError(f"{path / 'state.json'}: seconds or scores are not what they should be")
-    except CheckpointError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not a whole checkpoint ({first_line(error)})") from None
     return state
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        return bool(read_state(path))
+    except UserError:
+        return False
 
 
 def load_checkpoint(path: Path, model: torch.nn.Module, optimizers: list = ()) -> dict:
@@ -121,25 +166,29 @@ def load_checkpoint(path: Path, model: torch.nn.Module, optimizers: list = ()) -
     state = read_state(path)
     load_weights(path, model)
     if optimizers:
-        try:
+        with told(path / "training.pt", CheckpointError, "refused", "use a new run_name"):
             training = torch.load(path / "training.pt", map_location="cpu", weights_only=True)
             for optimizer, saved in zip(optimizers, training["optimizers"], strict=True):
-                groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-                parameters = [p for group in optimizer.param_groups for p in group["params"]]
-                for index, values in saved["state"].items():
-                    like = parameters[index]
-                    saved["state"][index] = {
-                        name: shard_like(value, like) if value.shape == like.shape else value
-                        for name, value in values.items()
-                    }
-                optimizer.load_state_dict(saved)
-                for group, kept in zip(optimizer.param_groups, groups):
-                    group.update(kept)
-        except (pickle.UnpicklingError, LookupError, ValueError, TypeError, AttributeError, RuntimeError) as error:
-            raise CheckpointError(
-                f"{path / 'training.pt'}: refused ({first_line(error)}); use a new run_name"
-            ) from None
+                _restore(optimizer, saved)
     return state
+
+
+def _restore(optimizer: torch.optim.Optimizer, saved: dict) -> None:
+    """Give an optimizer its saved state. Raises `ValueError` for tensors that are not shaped for its parameters."""
+    hyperparameters = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    parameters = dict(enumerate(p for group in optimizer.param_groups for p in group["params"]))
+    for number, values in saved["state"].items():
+        like = parameters[number]
+        for name, value in values.items():
+            if not torch.is_tensor(value):
+                continue
+            if len(value.shape) > like.dim() or torch.broadcast_shapes(value.shape, like.shape) != like.shape:
+                raise ValueError(f"{name} of parameter {number} is {tuple(value.shape)}, it is {tuple(like.shape)}")
+            if value.shape == like.shape:
+                values[name] = shard_like(value, like)
+    optimizer.load_state_dict(saved)
+    for group, kept in zip(optimizer.param_groups, hyperparameters):
+        group.update(kept)
 
 
 def load_weights(path: Path, model: torch.nn.Module) -> None:
@@ -153,11 +202,11 @@ def load_weights(path: Path, model: torch.nn.Module) -> None:
 
 def check_weights(path: Path, model: torch.nn.Module) -> None:
     """Raise `CheckpointError` unless names and shapes are those of `model`, which may be without memory ("meta")."""
-    try:
-        with safe_open(path / "model.safetensors", framework="pt") as file:
-            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path / 'model.safetensors'}: not readable ({first_line(error)})") from None
+    with (
+        told(path / "model.safetensors", CheckpointError, "not readable"),
+        safe_open(regular_file(path / "model.safetensors"), framework="pt") as file,
+    ):
+        found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     expected = {name: tuple(tensor.shape) for name, tensor in _without_ties(model).items()}
     if expected != found:
         name = next(n for n in sorted(expected | found) if expected.get(n) != found.get(n))
@@ -167,38 +216,22 @@ def check_weights(path: Path, model: torch.nn.Module) -> None:
         )
 
 
-def _without_ties(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+def _without_ties(model: torch.nn.Module) -> dict[str, Tensor]:
     """The model's state with each parameter once, under its first name."""
     again = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     again -= {name for name, _ in model.named_parameters()}
     return {name: tensor for name, tensor in model.state_dict().items() if name not in again}
 
 
-def _bytes_needed(model: torch.nn.Module, optimizers: list) -> int:
-    tensors = list(_without_ties(model).values())
+def _bytes_needed(weights: dict[str, Tensor], optimizers: list) -> int:
     states = (value for optimizer in optimizers for state in optimizer.state.values() for value in state.values())
-    return sum(t.numel() * t.element_size() for t in [*tensors, *states] if torch.is_tensor(t))
+    return sum(t.numel() * t.element_size() for t in [*weights.values(), *states] if torch.is_tensor(t))
+
+
+def _refuse_link(path: Path) -> None:
+    if path.is_symlink():
+        raise CheckpointError(f"{path} is a link, which could lead anywhere; put the folder or file itself there")
 
 
 def _digest(state: dict) -> str:
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {str(error).strip() or 'no message'}".splitlines()[0][:160]
-
-
-def _flush(path: Path) -> None:
-    """Have the disk hold what was written to a file or folder (folders cannot be flushed on Windows)."""
-    if os.name == "nt" and path.is_dir():
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,21 +1,42 @@
-"""Small files, read with care and written whole."""
+"""Files read with care and written whole: what exists is complete, on the disk, and where its name says it is."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import functools
+import hashlib
 import json
 import os
+import shutil
+import stat
+import time
 from pathlib import Path
 
-from machinery.errors import UserError
+from machinery.errors import UserError, told
+
+# What systems answer that cannot flush a folder: network and virtual file systems, read-only ones, Windows.
+CANNOT_FLUSH = {
+    errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOTTY, errno.EBADF, errno.EISDIR,
+    errno.EROFS, errno.EACCES, errno.EPERM,
+}  # fmt: skip
 
 
-def read_json(path: Path) -> dict:
-    """The object in a JSON file. Raises `UserError` for anything else."""
-    try:
-        value = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not readable as JSON ({type(error).__name__}); is it a run directory?") from None
+def regular_file(path: Path) -> Path:
+    """`path`, where that is a file with an end. Raises `UserError` for a pipe, a device or a folder, else `OSError`."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise UserError(f"{path}: not a regular file; remove it")
+    return path
+
+
+def read_json(path: Path, missing: dict | None = None) -> dict:
+    """The object in a JSON file; `missing`, if given, where there is none. Raises `UserError` for anything else."""
+    if missing is not None and not os.path.lexists(path):
+        return missing
+    with told(path, advice="is it a run directory?"):
+        content = regular_file(path).read_bytes()
+    with told(path, problem="not readable as JSON"):
+        value = json.loads(content)
     if not isinstance(value, dict):
         raise UserError(f"{path}: holds {type(value).__name__}, not an object")
     return value
@@ -25,8 +46,10 @@ def read_jsonl(path: str | Path) -> list[dict]:
     """The lines of a JSON-lines file; a last line that a crash cut short is left out."""
     lines = []
     if Path(path).exists():
-        for text in Path(path).read_text("utf-8", errors="replace").splitlines():
-            with contextlib.suppress(json.JSONDecodeError):
+        with told(path):
+            content = regular_file(Path(path)).read_text("utf-8", errors="replace")
+        for text in content.splitlines():
+            with contextlib.suppress(ValueError, RecursionError):
                 line = json.loads(text)
                 if isinstance(line, dict) and isinstance(line.get("step"), int):
                     lines.append(line)
@@ -38,11 +61,93 @@ def write_json(path: Path, value: dict) -> None:
     write_atomic(path, json.dumps(value, indent=1) + "\n")
 
 
+def no_links(path: str, flags: int) -> int:
+    """An `opener` for `open` that does not write through a link (where the system can tell)."""
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
+
+
 def write_atomic(path: Path, content: str | bytes) -> None:
-    """Write beside, flush to disk, rename: the file is complete or absent."""
+    """Write beside, flush to disk, rename: the file is complete or absent. No link is followed.
+
+    Raises `FileError` with what the system says; what was there before stays.
+    """
     beside = path.with_name(path.name + ".part")
-    with beside.open("wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
+    with told(path, problem="not written"):
+        beside.unlink(missing_ok=True)  # of an interrupted write, or a link that somebody put there
+        try:
+            with open(beside, "xb", opener=no_links) as file:
+                file.write(content.encode() if isinstance(content, str) else content)
+                file.flush()
+                os.fsync(file.fileno())
+            beside.replace(path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                beside.unlink()
+            raise
+        flush(path.parent)
+
+
+def publish(beside: Path, target: Path) -> Path | None:
+    """Give a finished folder of files its name, once the disk holds it.
+
+    What has the name already is moved out of the way, to the path that is returned. The files become readable for all
+    who may read the folder: some libraries keep them to their owner.
+    """
+    for path in beside.iterdir():
+        with contextlib.suppress(OSError):  # of file systems without permissions
+            path.chmod(beside.stat().st_mode & 0o666)
+        flush(path)
+    flush(beside)
+    earlier = None
+    if os.path.lexists(target):
+        earlier = target.rename(_free_name(target))
+        flush(target.parent)
+    beside.rename(target)
+    flush(target.parent)
+    return earlier
+
+
+def flush(path: Path) -> None:
+    """Have the disk hold what was written to a file or folder; of folders, where the system can do that."""
+    is_folder = path.is_dir()
+    try:
+        descriptor = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)  # Windows flushes no file opened to read
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if not (is_folder and error.errno in CANNOT_FLUSH):
+            raise
+
+
+def _free_name(path: Path) -> Path:
+    """The first of `path`.1, `path`.2, … that does not exist."""
+    number = 1
+    while os.path.lexists(name := path.with_name(f"{path.name}.{number}")):
+        number += 1
+    return name
+
+
+def remove(path: Path) -> None:
+    """Remove a file, or a folder with all that is in it, as far as that can be; of a link, the link."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
+def sha256(path: Path) -> str:
+    """A file's checksum; of one that this process has read and that has rested since, from memory."""
+    found = regular_file(path).stat()
+    changed = max(found.st_mtime_ns, found.st_ctime_ns)
+    rests = time.time_ns() - changed > 2 * 10**9  # times are coarse: a file may change twice within one tick
+    read = _read_sha256 if rests else _read_sha256.__wrapped__
+    return read(path, found.st_ino, found.st_size, changed)
+
+
+@functools.lru_cache(maxsize=256)
+def _read_sha256(path: Path, inode: int, size: int, changed: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -20,15 +20,14 @@ import os
 import platform
 import re
 import subprocess
-import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from filelock import FileLock, Timeout
 
-from machinery.errors import UserError
-from machinery.files import read_json, read_jsonl, write_atomic, write_json
+from machinery.errors import UserError, printable, told
+from machinery.files import no_links, read_json, read_jsonl, write_atomic, write_json
 from machinery.machine import Machine, cpu_name
 from machinery.notebook import NOTEBOOK
 
@@ -53,12 +52,8 @@ class RunFolder:
         self.path = Path(runs_dir).expanduser() / run_name
         self.writes = writes
         self._unwritten: list[tuple[str, str]] = []
-        try:
+        with told(self.path, problem="cannot be made", advice="set runs_dir to a folder of yours"):
             self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(
-                f"{self.path}: cannot be made ({error.strerror}); set runs_dir to a folder of yours"
-            ) from None
         self._lock = FileLock(self.path / ".lock", timeout=0)
 
     def lock(self) -> None:
@@ -85,9 +80,10 @@ class RunFolder:
             return
         names = (self.path.with_name(f"{self.path.name}.{n}") for n in itertools.count(1))
         aside = next(path for path in names if not path.exists())
-        aside.mkdir()
-        for path in found:
-            path.rename(aside / path.name)
+        with told(aside, problem="the earlier run cannot be moved there"):
+            aside.mkdir()
+            for path in found:
+                path.rename(aside / path.name)
         print(f"starting over; the earlier run is now in {aside}")
 
     def compare(self, config: dict, fixed: Iterable[str]) -> set[str]:
@@ -139,8 +135,7 @@ class RunFolder:
         try:
             while self._unwritten:
                 name, text = self._unwritten[0]
-                descriptor = os.open(self.path / name, os.O_WRONLY | os.O_APPEND | os.O_CREAT | NO_LINK, 0o666)
-                with open(descriptor, "a", encoding="utf-8") as file:
+                with open(self.path / name, "a", encoding="utf-8", opener=no_links) as file:
                     file.write(text)
                 self._unwritten.pop(0)
         except OSError as error:
@@ -156,9 +151,6 @@ class RunFolder:
                 write_json(self.path / "summary.json", summary)
             except OSError as error:
                 print(f"summary.json was not written ({error.strerror}): {json.dumps(summary)}")
-
-
-NO_LINK = getattr(os, "O_NOFOLLOW", 0)  # Windows has none
 
 
 def _portable(config: dict) -> dict:
@@ -264,7 +256,7 @@ def show_run(folder: str | Path) -> None:
     ]
     print(", ".join(f"{name} {last[name]:{form}}" for name, form in numbers if last.get(name) is not None))
     for sample in state["samples"][-1:]:
-        print(f"──── sample of step {sample['step']:,}\n{printable(sample['prompt'] + sample['text'])}")
+        print(f"──── sample of step {sample['step']:,}\n{as_sample(sample)}")
     plt.figure(figsize=(7, 3))
     for name, style in [("train_loss", "-"), ("val_loss", "o-")]:
         points = [(line["tokens"] / 1e6, line[name]) for line in state["metrics"] if line.get(name) is not None]
@@ -273,6 +265,11 @@ def show_run(folder: str | Path) -> None:
     if last:
         plt.legend()
     plt.show()
+
+
+def as_sample(sample: dict) -> str:
+    """A line of samples.jsonl as text for a screen: prompt and continuation."""
+    return printable(f"{sample['prompt']}{sample['text']}", keep="\n\t\u200d")
 
 
 def duration(seconds: float) -> str:
@@ -285,8 +282,3 @@ def duration(seconds: float) -> str:
         if minutes < 60
         else f"{minutes // 60} h {minutes % 60:02} min"
     )
-
-
-def printable(text: str) -> str:
-    """Text without what a terminal would obey: control characters, but for line breaks and tabs, as their escapes."""
-    return "".join(repr(c)[1:-1] if unicodedata.category(c) == "Cc" and c not in "\n\t" else c for c in text)

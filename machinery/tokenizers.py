@@ -15,7 +15,7 @@ import regex
 import tiktoken
 import torch
 
-from machinery.errors import DataError, first_line
+from machinery.errors import DataError, told
 
 END_OF_TEXT = "<|endoftext|>"
 # How text is cut into pieces before byte pairs merge: the pattern of GPT-4 and Llama 3, which keeps
@@ -40,7 +40,7 @@ def tokenizer_to_dict(encoding: tiktoken.Encoding) -> dict:
 
 def tokenizer_from_dict(fields: dict) -> tiktoken.Encoding:
     """The encoding that `tokenizer_to_dict` described. Raises `DataError` for what cannot encode every text."""
-    try:
+    with told("tokenizer.json", DataError, "not usable", "remove its folder"):
         ranks = {base64.b64decode(token, validate=True): rank for rank, token in enumerate(fields["tokens"])}
         special = fields["special_tokens"]
         if len(ranks) != len(fields["tokens"]) or not all(bytes([byte]) in ranks for byte in range(256)):
@@ -54,8 +54,6 @@ def tokenizer_from_dict(fields: dict) -> tiktoken.Encoding:
         )
         if encoding.decode_bytes(encoding.encode_ordinary(PROBE)) != PROBE.encode():
             raise ValueError("its pattern leaves text out")
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, regex.error) as error:
-        raise DataError(f"tokenizer.json is not usable ({first_line(error)}); remove its folder") from None
     return encoding
 
 

@@ -58,8 +58,8 @@ def refuse_what_does_not_fit(prediction: dict, machine: Machine, folder: Path) -
         )
 
 
-def print_preflight(prediction: dict, config, machine: Machine, note: str, folder: Path) -> None:
-    """A table of what the rest of a run takes; `note` says how the model runs."""
+def print_preflight(prediction: dict, config, machine: Machine, note: str, folder: Path, epochs: float = 0.0) -> None:
+    """A table of what the rest of a run takes; `note` says how the model runs, `epochs` how often the text is read."""
     p, keep, matmul_flops = prediction, config.keep_checkpoints, measure_matmul_flops(machine)
     flops = p["tokens per second"] * p["FLOPs per token"] / machine.processes
     each = f"{machine.processes} × " if machine.processes > 1 else ""
@@ -75,6 +75,9 @@ def print_preflight(prediction: dict, config, machine: Machine, note: str, folde
         f" {shutil.disk_usage(folder).free / 1e9:.1f} GB free",
         "speed": f"{p['tokens per second']:,.0f} tokens/s, {flops / matmul_flops:.0%} of the matrix rate{mfu}",
         "budget": f"{p['tokens']:,.0f} tokens in {length} with evaluations and samples, until {end:%Y-%m-%d %H:%M}",
+        "text": "read once or less, or not known yet"
+        if epochs <= 1
+        else f"read {epochs:.1f} times" + (" (what repeats adds less from about 4 on)" if epochs > 4 else ""),
         "size": f"{p['parameters']:,} parameters, {p['tokens per parameter']:.2g} tokens for each"
         + ("" if math.isnan(loss) else " (best: about 20)"),
         "scaling law": ("loss n/a, too small" if math.isnan(loss) else f"loss {loss:.2f} on web text")
@@ -82,3 +85,11 @@ def print_preflight(prediction: dict, config, machine: Machine, note: str, folde
     }  # fmt: skip
     print("\n".join(f"  {name:12s} {text}" for name, text in rows.items()))
     print("  go")
+
+
+def print_ending(scores: dict[str, float], rise: float, diverged: bool) -> None:
+    """What is worth a remark at the end of a run; `rise` is the held-out loss over the best one, in bits per byte."""
+    if rise > 0.005:
+        print(f"held-out loss was best at step {scores['best_step']:,}, {rise:.4f} bits per byte lower than of late")
+    if diverged:
+        print("diverged: go on from the last checkpoint with a lower lr, a longer warmup or qk_norm")

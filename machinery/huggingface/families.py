@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from machinery.errors import UserError
+from machinery.errors import UserError, told
 from machinery.files import read_json
 from machinery.settings import LIMITS
 
@@ -83,6 +84,7 @@ FAMILIES = [
     ),
 ]  # fmt: skip
 PARTS = ("position", "ffn", "norm", "qk_norm")
+SIZES = ("n_layer", "n_embd", "n_head", "n_kv_head", "n_ffn", "vocab_size", "block_size")
 SAME = {"gelu_new": "gelu_pytorch_tanh"}  # two names of one function
 # What a config says about training, output or bookkeeping. Everything else changes what a model computes.
 HARMLESS = {
@@ -104,27 +106,37 @@ def families_table() -> str:
 
 
 def family_of(config: dict) -> Family:
-    """The row of `FAMILIES` that is `config`. Raises `ExportError` naming the part for which there is none."""
-    heads, kv_heads = config["n_head"], kv_heads_of(config)
-    fits = {"any": True, "mha": kv_heads == heads, "mqa": kv_heads == 1}
-    rest = list(FAMILIES)
-    for part in PARTS:
-        fitting = [family for family in rest if getattr(family, part) == config[part]]
-        if not fitting:
-            chosen = ", ".join(f"{p} {config[p]!r}" for p in PARTS[: PARTS.index(part)])
-            known = ", ".join(sorted({repr(getattr(family, part)) for family in rest}))
-            raise ExportError(f"{part} {config[part]!r} has no equivalent in transformers with {chosen}; {known} has")
-        rest = fitting
-    if config["attention"] not in ("mha", "gqa"):
-        raise ExportError(f"attention {config['attention']!r} has no equivalent in transformers; 'gqa' and 'mha' have")
-    fitting = [family for family in rest if fits[family.attention]]
-    if not fitting:
-        known = " or ".join({"mha": str(heads), "mqa": "1"}[family.attention] for family in rest)
-        raise ExportError(
-            f"attention {config['attention']!r} with {kv_heads} key/value heads has no equivalent in transformers with"
-            f" position {config['position']!r}; {known} for {heads} query heads has"
-        )
-    return fitting[0]
+    """The row of `FAMILIES` that is `config`.
+
+    Raises `ExportError` naming a choice that no row has, or what the nearest rows have instead.
+    """
+    kv_heads = kv_heads_of(config)
+    choices = {part: list(dict.fromkeys(getattr(family, part) for family in FAMILIES)) for part in PARTS}
+    for part, known in (choices | {"attention": ["mha", "gqa"]}).items():
+        if config[part] not in known:
+            raise ExportError(
+                f"{part} {config[part]!r} has no equivalent in transformers; {' or '.join(map(repr, known))} has"
+            )
+    counts = {"any": kv_heads, "mha": config["n_head"], "mqa": 1}  # of key/value heads
+    changes = []  # for each row, what it has instead
+    for family in FAMILIES:
+        instead = {part: repr(getattr(family, part)) for part in PARTS if getattr(family, part) != config[part]}
+        if kv_heads != counts[family.attention]:
+            instead["attention"] = f"of {counts[family.attention]} key/value heads"
+        changes.append(instead)
+    fewest = min(map(len, changes))
+    if fewest == 0:
+        return FAMILIES[changes.index({})]
+    nearest = [instead for instead in changes if len(instead) == fewest]
+    parts = [part for instead in nearest for part in instead]
+    named = max([*PARTS, "attention"], key=lambda part: (parts.count(part), part in nearest[-1]))
+    heads = f" with {kv_heads} key/value heads for {config['n_head']} query heads" if named == "attention" else ""
+    others = ", ".join(f"{part} {config[part]!r}" for part in PARTS if part != named)
+    ways = dict.fromkeys(" and ".join(f"{part} {value}" for part, value in way.items()) for way in nearest)
+    raise ExportError(
+        f"{named} {config[named]!r}{heads} has no equivalent in transformers with {others};"
+        f" there is one with {', or with '.join(ways)}"
+    )
 
 
 def positions_of(config: dict) -> int:
@@ -137,15 +149,29 @@ def kv_heads_of(config: dict) -> int:
     return config["n_head"] if config["attention"] == "mha" else config["n_kv_head"]
 
 
+def _check_size(ours: str, value: object, name: str) -> None:
+    most = LIMITS["n_head" if ours == "n_kv_head" else ours]
+    if type(value) is not int or not 0 < value <= most:
+        raise ExportError(f"{name} is {value!r}; it must be a whole number from 1 to {most:,}")
+
+
 def to_hf_config(config: dict):
     """The `transformers` config of a Config's fields. Raises `ExportError` where there is none."""
     import transformers
 
-    family = family_of(config)
     values = config | {"block_size": positions_of(config), "n_kv_head": kv_heads_of(config)}
-    for ours in ("n_layer", "n_embd", "n_head", "n_ffn", "vocab_size", "block_size"):
-        if type(values[ours]) is not int or not 0 < values[ours] <= LIMITS[ours]:
-            raise ExportError(f"{ours} is {values[ours]!r}; it must be a number from 1 to {LIMITS[ours]:,}")
+    for ours in SIZES:
+        _check_size(ours, values[ours], ours)
+    heads, kv_heads = values["n_head"], values["n_kv_head"]
+    if values["n_embd"] % heads or heads % kv_heads:
+        raise ExportError(
+            f"n_embd {values['n_embd']}, n_head {heads} and n_kv_head {kv_heads} do not divide each other"
+        )
+    for ours in ("rope_base", "norm_eps"):
+        value = values.get(ours, 1e-5)
+        if type(value) not in (int, float) or not 0 < value < math.inf:
+            raise ExportError(f"{ours} is {value!r}; it must be a number above 0")
+    family = family_of(config)
     settings = {theirs: values.get(ours, 1e-5) for ours, theirs in family.fields.items()} | family.settings
     if family.position == "rope":
         settings["rope_parameters"] = {"rope_type": "default", "rope_theta": float(config["rope_base"])}
@@ -165,25 +191,27 @@ def to_hf_config(config: dict):
 
 def model_fields(folder: Path) -> dict:
     """The model fields of a Config that a checkpoint's config.json amounts to; see `config_from_hf`."""
-    import transformers
-
     path = folder / "config.json"
     raw = read_json(path)
+    with told(path, ExportError):
+        return _model_fields(folder, raw)
+
+
+def _model_fields(folder: Path, raw: dict) -> dict:
+    import transformers
+
     types = [family.model_type for family in FAMILIES]
     family = next((family for family in FAMILIES if family.model_type == raw.get("model_type")), None)
     if family is None:
-        raise ExportError(f"{path}: model_type {raw.get('model_type')!r} is not one of {', '.join(types)}")
+        raise ExportError(f"model_type {raw.get('model_type')!r} is not one of {', '.join(types)}")
     for ours, theirs in family.fields.items():  # before anything is made that is as large as they say
-        value = raw.get(theirs)
-        if ours in LIMITS and value is not None and not (type(value) is int and 0 < value <= LIMITS[ours]):
-            raise ExportError(f"{path}: {theirs} is {value!r}; it must be from 1 to {LIMITS[ours]:,}")
+        if ours in SIZES and raw.get(theirs) is not None:
+            _check_size(ours, raw[theirs], theirs)
     for part in ("auto_map", "quantization_config"):
         if raw.get(part):
-            raise ExportError(f"{path}: {part} {json.dumps(raw[part])[:60]} is not supported; plain weights come in")
-    try:
+            raise ExportError(f"{part} {json.dumps(raw[part])[:60]} is not supported; plain weights come in")
+    with told(folder / "config.json", ExportError, "refused by transformers"):
         theirs = transformers.AutoConfig.from_pretrained(folder).to_dict()
-    except Exception as error:  # whatever the validation of the library raises
-        raise ExportError(f"{path}: refused by transformers ({str(error).splitlines()[0][:160]})") from None
     values = {ours: theirs.get(name) for ours, name in family.fields.items()}
     values |= {part: getattr(family, part) for part in PARTS}
     if "n_kv_head" not in values:
@@ -191,7 +219,7 @@ def model_fields(folder: Path) -> dict:
     values["n_ffn"] = values["n_ffn"] or 4 * values["n_embd"]
     values["attention"] = "mha" if values["n_kv_head"] == values["n_head"] else "gqa"
     rope = theirs.get("rope_parameters") or {}
-    values["rope_base"] = float(rope.get("rope_theta", 10000.0)) if family.position == "rope" else 10000.0
+    values["rope_base"] = rope.get("rope_theta", 10000.0) if family.position == "rope" else 10000.0
     same = to_hf_config(values).to_dict()
     for name in sorted((set(same) - set(transformers.PreTrainedConfig().to_dict()) - HARMLESS) | {"head_dim"}):
         there, here = theirs.get(name), same.get(name)
@@ -205,6 +233,6 @@ def model_fields(folder: Path) -> dict:
             continue  # biases are looked at themselves
         if SAME.get(str(there), there) != SAME.get(str(here), here):
             raise ExportError(
-                f"{path}: {name} is {str(there)[:120]}, which this stack does not have (it has {str(here)[:120]})"
+                f"{name} is {str(there)[:120]}, which this stack does not have (it has {str(here)[:120]})"
             )
     return values

@@ -1,17 +1,20 @@
 """Tokenizers leave and enter as Hugging Face `tokenizers` files: the same ids, in the format other programs read.
 
 tiktoken merges, among neighbouring pieces, the two whose union has the lowest id. A `tokenizers` file lists the merges
-instead, each as a pair of pieces, so the pair that makes each token has to be recovered, and the other way round.
+instead, each as a pair of pieces. Going out, all pairs are listed, as in the file of Llama 3. Coming in, the pair that
+makes each token has to be among those listed.
 """
 
 from __future__ import annotations
 
+import bisect
+import heapq
 import json
 from pathlib import Path
 
 import tiktoken
 
-from machinery.errors import DataError
+from machinery.errors import DataError, told
 from machinery.files import read_json
 from machinery.tokenizers import END_OF_TEXT, PROBE, SPLIT_PATTERN, tokenizer_from_dict, tokenizer_to_dict
 
@@ -31,16 +34,41 @@ def byte_letters() -> list[str]:
 
 
 def recover_merge(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
-    """The pieces that byte pairs reach before `token` itself is made: two, unless only a whole piece can be it."""
-    parts, rank = [bytes([byte]) for byte in token], ranks[token]
-    while len(parts) > 2:
-        ids = [ranks.get(left + right, rank) for left, right in zip(parts, parts[1:])]
-        lowest = min(ids)
-        if lowest >= rank:
-            break
-        i = ids.index(lowest)
-        parts[i : i + 2] = [parts[i] + parts[i + 1]]
-    return parts
+    """The pieces that byte pairs reach before `token` itself is made: two, unless only a whole piece can be it.
+
+    A heap of pairs keeps the time near linear in the token's length, for files with tokens of any length.
+    """
+    pairs: list[tuple[int, int, int]] = []  # (id, beginning, end) of neighbours that may merge
+    ends, before = [*range(1, len(token) + 1)], [*range(-1, len(token))]  # of the piece that begins at each byte
+
+    def offer(start: int) -> None:
+        if start >= 0 and ends[start] < len(token):
+            end = ends[ends[start]]
+            if (number := ranks.get(token[start:end], ranks[token])) < ranks[token]:
+                heapq.heappush(pairs, (number, start, end))
+
+    for start in range(len(token)):
+        offer(start)
+    left = len(token)
+    while pairs and left > 2:
+        _, start, end = heapq.heappop(pairs)
+        middle = ends[start]
+        if 0 < middle < len(token) and ends[middle] == end:  # both are still there
+            ends[start], ends[middle], before[end], left = end, 0, start, left - 1
+            offer(before[start])
+            offer(start)
+    return [token[start:end] for start, end in enumerate(ends) if end]
+
+
+def merges_of(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
+    """Every pair of tokens whose union is a token, by the id of the union: the order in which tiktoken merges."""
+    lengths = sorted({len(token) for token in ranks})
+    pairs = []
+    for token in sorted(ranks, key=ranks.get):
+        for length in lengths[: bisect.bisect_left(lengths, len(token))]:
+            if (left := token[:length]) in ranks and (right := token[length:]) in ranks:
+                pairs.append((left, right))
+    return pairs
 
 
 def to_tokenizers(encoding: tiktoken.Encoding):
@@ -55,15 +83,14 @@ def to_tokenizers(encoding: tiktoken.Encoding):
     ranks = encoding._mergeable_ranks
     name = {token: "".join(letters[byte] for byte in token) for token in ranks}
     special = dict(sorted(encoding._special_tokens.items(), key=lambda item: item[1]))
-    pairs = [recover_merge(token, ranks) for token in sorted(ranks, key=ranks.get) if len(token) > 1]
     vocabulary = {name[token]: rank for token, rank in ranks.items()}
     if list(special.values()) != list(range(len(ranks), len(ranks) + len(special))):
         vocabulary |= special  # ids with gaps between them: the file has to name each
     tokenizer = Tokenizer(
         models.BPE(
             vocab=vocabulary,
-            merges=[(name[pair[0]], name[pair[1]]) for pair in pairs if len(pair) == 2],
-            ignore_merges=any(len(pair) > 2 for pair in pairs),  # look pieces up whole first, as tiktoken does
+            merges=[(name[left], name[right]) for left, right in merges_of(ranks)],
+            ignore_merges=True,  # look pieces up whole first, as tiktoken does
         )
     )
     # Oniguruma reads {1,3}+ as a repetition of {1,3}, and $ as the end of a line; tiktoken means neither.
@@ -107,6 +134,8 @@ def save_tokenizer(encoding: tiktoken.Encoding, folder: Path, max_length: int) -
         tokenizer_object=to_tokenizers(encoding),
         bos_token=END_OF_TEXT,
         eos_token=END_OF_TEXT,
+        pad_token=END_OF_TEXT,
+        padding_side="left",  # what is generated follows the prompt, not the padding
         model_max_length=max_length,
         clean_up_tokenization_spaces=False,
         split_special_tokens=True,
@@ -125,43 +154,43 @@ def read_tokenizer(folder: str | Path) -> tiktoken.Encoding:
     """
     import tokenizers
 
-    path = Path(folder) / "tokenizer.json"
-    spec = read_json(path)
-    try:
-        model, added = spec["model"], spec["added_tokens"]
-        pattern = _pattern(spec, path)
-        letters = byte_letters()
-        byte_of = {letter: byte for byte, letter in enumerate(letters)}
-        special = {token["content"]: token["id"] for token in added}
-        ranks = {
-            bytes(byte_of[letter] for letter in text): number
-            for text, number in model["vocab"].items()
-            if special.get(text) != number
-        }
-        order = sorted(ranks, key=ranks.get)
-        _refuse(path, "ids", [ranks[token] for token in order] != list(range(len(order))), "have gaps")
-        merges = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in model["merges"]]
-        made = [ranks[bytes(byte_of[letter] for letter in left + right)] for left, right in merges]
-        _refuse(path, "merges", made != sorted(made), "are not in the order of the ids they make")
-        if END_OF_TEXT not in special:
-            special[END_OF_TEXT] = special.pop(_end_of_text(Path(folder)))
-        names = {token: "".join(letters[byte] for byte in token) for token in order}
-        listed = set(merges)
-        for token in order:
-            pair = recover_merge(token, ranks)
-            if len(token) > 1 and len(pair) == 2:
-                missing = (names[pair[0]], names[pair[1]]) not in listed
-                _refuse(path, "merges", missing, f"do not make {names[token]!r} of {names[pair[0]]!r} and the rest")
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError(f"{path}: not a byte-level BPE ({type(error).__name__}: {error})") from None
-    raw = tiktoken.Encoding(Path(folder).name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
-    encoding = tokenizer_from_dict(tokenizer_to_dict(raw))
-    loaded = tokenizers.Tokenizer.from_file(str(path))
-    loaded.post_processor = tokenizers.processors.Sequence([])  # what it puts around a text is not the text's ids
-    same_ids(encoding, loaded)
+    folder, path = Path(folder), Path(folder) / "tokenizer.json"
+    with told(path, DataError, "not a byte-level BPE"):
+        raw = _byte_level_bpe(read_json(path), path)
+        encoding = tokenizer_from_dict(tokenizer_to_dict(raw))
+        loaded = tokenizers.Tokenizer.from_file(str(path))
+        loaded.post_processor = tokenizers.processors.Sequence([])  # what it puts around a text is not the text's ids
+        same_ids(encoding, loaded)
     return encoding
+
+
+def _byte_level_bpe(spec: dict, path: Path) -> tiktoken.Encoding:
+    """What a tokenizer.json says, as an encoding, if tiktoken's order of merges gives the merges that it lists."""
+    model, added = spec["model"], spec["added_tokens"]
+    pattern = _pattern(spec, path)
+    letters = byte_letters()
+    byte_of = {letter: byte for byte, letter in enumerate(letters)}
+    special = {token["content"]: token["id"] for token in added}
+    ranks = {
+        bytes(byte_of[letter] for letter in text): number
+        for text, number in model["vocab"].items()
+        if special.get(text) != number
+    }
+    order = sorted(ranks, key=ranks.get)
+    _refuse(path, "ids", [ranks[token] for token in order] != list(range(len(order))), "have gaps")
+    merges = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in model["merges"]]
+    made = [ranks[bytes(byte_of[letter] for letter in left + right)] for left, right in merges]
+    _refuse(path, "merges", made != sorted(made), "are not in the order of the ids they make")
+    if END_OF_TEXT not in special:
+        special[END_OF_TEXT] = special.pop(_end_of_text(path.parent))
+    names = {token: "".join(letters[byte] for byte in token) for token in order}
+    listed = set(merges)
+    for token in order:
+        pair = recover_merge(token, ranks)
+        if len(token) > 1 and len(pair) == 2:
+            missing = (names[pair[0]], names[pair[1]]) not in listed
+            _refuse(path, "merges", missing, f"do not make {names[token]!r} of {names[pair[0]]!r} and the rest")
+    return tiktoken.Encoding(path.parent.name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
 
 
 def _pattern(spec: dict, path: Path) -> str:

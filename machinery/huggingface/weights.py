@@ -6,19 +6,21 @@ tensor: that is a matter of its files, the numbers keep their order.
 
 from __future__ import annotations
 
+import contextlib
 import re
-import shutil
+import secrets
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import tiktoken
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 from machinery.checkpoints import newest_checkpoint, read_state
-from machinery.files import read_json
+from machinery.errors import UserError, told
+from machinery.files import publish, read_json, remove, sha256, write_json
 from machinery.huggingface.families import (
     PARTS,
     ExportError,
@@ -30,6 +32,7 @@ from machinery.huggingface.families import (
     to_hf_config,
 )
 from machinery.huggingface.tokenizers import read_tokenizer, save_tokenizer
+from machinery.processes import shard_like
 from machinery.tokenizers import END_OF_TEXT, tokenizer_from_dict
 
 __all__ = ["ExportError", "check_tokenizer", "config_from_hf", "export_hf", "import_hf"]
@@ -97,43 +100,76 @@ def export_hf(run_dir: str | Path, out_dir: str | Path) -> Path:
     """Write a run's newest checkpoint to `out_dir` as a Hugging Face checkpoint: float32, with tokenizer and card.
 
     An earlier export there is replaced when the new one is complete. Raises `ExportError` for a configuration without
-    an equivalent and for a folder that holds anything else.
+    an equivalent, and for a folder that holds anything that this function did not write.
     """
-    run, out = Path(run_dir), Path(out_dir)
-    config = read_json(run / "config.json")
-    family = family_of(config)
+    run = Path(run_dir)
+    config = _Fields(read_json(run / "config.json"))
     encoding = tokenizer_from_dict(read_json(run / "tokenizer.json"))
+    with told(run / "config.json", ExportError):
+        family_of(config)
     checkpoint = newest_checkpoint(run)
     if checkpoint is None:
         raise ExportError(f"{run} has no checkpoint yet")
-    if out.exists() and not (out.is_dir() and _is_export(out)):
-        raise ExportError(f"{out} holds other things than an export; choose another folder")
-    beside = out.with_name(f".{out.name}.part")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    try:
+    with told(out_dir, ExportError, "not usable"):
+        out = Path(out_dir).expanduser().resolve()  # through a link: its user means the folder there
+        _check_target(out)
+    with told(run / "config.json", ExportError):
         model = _to_hf_model(config, load_file(checkpoint / "model.safetensors"))
-        end = encoding.eot_token
-        model.config.bos_token_id = model.config.eos_token_id = end
-        generation = model.generation_config
-        generation.bos_token_id = generation.eos_token_id = generation.pad_token_id = end
-        generation.update(do_sample=True, temperature=0.8, top_p=0.95, max_new_tokens=config["sample_tokens"])
-        model.save_pretrained(beside)
-        save_tokenizer(encoding, beside, positions_of(config))
-        card = _model_card(run, config, family, read_state(checkpoint))
-        (beside / "README.md").write_text(card, encoding="utf-8")
-        shutil.rmtree(out, ignore_errors=True)
-        beside.rename(out)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-    return out
+        _set_generation(model, encoding.eot_token, config["sample_tokens"])
+        card = _model_card(run, config, read_state(checkpoint))
+    beside = out.with_name(f".{out.name}.{secrets.token_hex(4)}.part")
+    with told(out_dir, ExportError, "not written"):
+        beside.mkdir(parents=True)
+        try:
+            model.save_pretrained(beside)
+            save_tokenizer(encoding, beside, positions_of(config))
+            (beside / "README.md").write_text(card, encoding="utf-8")
+            write_json(beside / MARK, {"files": _checksums(beside)})
+            if earlier := publish(beside, out):
+                remove(earlier)
+        finally:
+            remove(beside)
+    return Path(out_dir)
 
 
-def _is_export(folder: Path) -> bool:
-    known = (
-        r"(config|generation_config|tokenizer|tokenizer_config)\.json|README\.md|model.*\.safetensors(\.index\.json)?"
-    )
-    return all(path.is_file() and re.fullmatch(known, path.name) for path in folder.iterdir())
+def _set_generation(model, end_of_text: int, max_new_tokens: int) -> None:
+    model.config.bos_token_id = model.config.eos_token_id = end_of_text
+    generation = model.generation_config
+    generation.bos_token_id = generation.eos_token_id = generation.pad_token_id = end_of_text
+    generation.update(do_sample=True, temperature=0.8, top_p=0.95, max_new_tokens=max_new_tokens)
+    generation.validate()
+
+
+MARK = "lmharness.json"  # in each export: its files and their checksums
+
+
+def _checksums(folder: Path) -> dict[str, str]:
+    return {path.name: sha256(path) for path in sorted(folder.iterdir()) if path.name != MARK}
+
+
+def _check_target(out: Path) -> None:
+    """Raise `ExportError` unless `out` is absent, empty, or an export with nothing added or changed."""
+    if Path.cwd().is_relative_to(out):
+        raise ExportError(f"{out} is the folder you are in, or around it; name another, such as export")
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise ExportError(f"{out} is a file; name a folder")
+    with told(out, ExportError, "not readable"):
+        if not any(out.iterdir()):
+            return
+        written = read_json(out / MARK, missing={}).get("files", {})
+        others = sorted(name for name, found in _checksums(out).items() if written.get(name) != found)
+    if others or not written:
+        what = f"{', '.join(others[:3])} differs" if written else f"there is no {MARK}"
+        raise ExportError(f"{out} holds other things than an export as it was written ({what}); choose another folder")
+
+
+class _Fields(dict):
+    """The fields of a run's config.json. One that is missing is named."""
+
+    def __missing__(self, name: str) -> object:
+        raise ExportError(f"{name} is missing")
 
 
 CARD = """---
@@ -154,10 +190,11 @@ In training every document began after `{end}`: put its id before a prompt. Writ
 """
 
 
-def _model_card(run: Path, config: dict, family: Family, state: dict) -> str:
+def _model_card(run: Path, config: dict, state: dict) -> str:
     """README.md: data, recipe, tokens, losses, and what produced it, all from the run's files."""
-    environment = read_json(run / "environment.json")
-    summary = read_json(run / "summary.json") if (run / "summary.json").exists() else {}
+    family = family_of(config)
+    environment, summary = _note(run / "environment.json"), _note(run / "summary.json")
+    versions = environment.get("versions")
 
     def listed(*names: str) -> str:
         return ", ".join(f"{name} {config[name]}" for name in names)
@@ -177,11 +214,19 @@ def _model_card(run: Path, config: dict, family: Family, state: dict) -> str:
         "status": summary.get("status", "had not ended when this was written"),
         "GGUF": f"does llama.cpp compute the same? {family.gguf}",
         "device": f"{environment.get('device')}, {environment.get('dtype')}",
-        "versions": ", ".join(f"{name} {version}" for name, version in environment.get("versions", {}).items()),
+        "versions": ", ".join(f"{name} {version}" for name, version in versions.items())
+        if isinstance(versions, dict) else "unknown",
         "LMHarness": f"commit {environment.get('commit') or 'unknown'}",
     }  # fmt: skip
     table = "\n".join("| {} | {} |".format(name, str(text).replace("|", "\\|")) for name, text in rows.items())
     return CARD.format(name=run.name, table=table, end=END_OF_TEXT)
+
+
+def _note(path: Path) -> dict:
+    """A JSON file that nothing depends on: {} where it is missing or damaged."""
+    with contextlib.suppress(UserError):
+        return read_json(path)
+    return {}
 
 
 # ------------------------------------------------------------------------------------------------------- in
@@ -205,13 +250,8 @@ def checkpoint_folder(checkpoint: str | Path) -> Path:
         return folder
     from huggingface_hub import snapshot_download
 
-    try:
+    with told(f"init_from {str(checkpoint)!r}", ExportError, "neither a folder here nor to be had from the hub"):
         return Path(snapshot_download(str(checkpoint), allow_patterns=["*.json", "*.safetensors"]))
-    except Exception as error:  # whatever the network libraries raise
-        line = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
-        raise ExportError(
-            f"init_from {str(checkpoint)!r} is neither a folder here nor to be had from the hub ({line})"
-        ) from None
 
 
 def import_hf(checkpoint: str | Path, config: dict | None = None) -> tuple[dict, dict[str, Tensor]]:
@@ -224,9 +264,11 @@ def import_hf(checkpoint: str | Path, config: dict | None = None) -> tuple[dict,
     values = model_fields(folder)
     if config is not None:
         _check_same(folder, values, config)
+    files, found = _tensor_files(folder)
+    if values["n_layer"] > len(found):  # before a model of so many is built, be it without memory
+        raise ExportError(f"{folder}: config.json has {values['n_layer']} layers and the weights {len(found)} tensors")
     family, model = family_of(values), _empty_model(to_hf_config(values))
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    files, found = _tensor_files(folder)
     if values["tie_embeddings"]:
         expected.pop("lm_head.weight")
         found.pop("lm_head.weight", None)
@@ -243,7 +285,7 @@ def import_hf(checkpoint: str | Path, config: dict | None = None) -> tuple[dict,
     sizes |= dict.fromkeys(("k_proj", "v_proj"), values["n_embd"] // values["n_head"] * values["n_kv_head"])
     state = {}
     for name, ours in _renamed(family, found):
-        with safe_open(files[name], framework="pt") as file:
+        with told(files[name], ExportError, f"{name} not readable"), safe_open(files[name], framework="pt") as file:
             tensor = file.get_tensor(name).float()
         if not ours and tensor.any():
             raise ExportError(f"{folder}: {name} is a bias that is not zero, and this stack has none there")
@@ -266,7 +308,7 @@ def _check_same(folder: Path, values: dict, config: dict) -> None:
             label = "n_position (or block_size)" if name == "block_size" else name
             raise ExportError(
                 f"{label} is {wanted[name]!r} but {value!r} in init_from {folder.name!r};"
-                " config_from_hf(…) of export_utils gives overrides that fit"
+                " config_from_hf(…) of machinery.huggingface gives overrides that fit"
             )
 
 
@@ -285,16 +327,27 @@ def check_tokenizer(checkpoint: str | Path, encoding: tiktoken.Encoding) -> None
 def _tensor_files(folder: Path) -> tuple[dict[str, Path], dict[str, tuple]]:
     """Which file of a checkpoint holds each tensor, and its shape, from the headers of the files."""
     index = folder / "model.safetensors.index.json"
-    names = set(read_json(index)["weight_map"].values()) if index.exists() else {"model.safetensors"}
+    names = {"model.safetensors"}
+    if index.exists():
+        with told(index, ExportError, "does not say which file holds each tensor"):
+            names = set(read_json(index)["weight_map"].values())
+            if not names or not all(isinstance(name, str) for name in names):
+                raise ValueError("its weight_map is empty or holds other things than names")
     files, shapes = {}, {}
     for name in sorted(names):
         path = folder / name
         if path.parent != folder or not path.is_file():
             raise ExportError(f"{path} is missing; weights come in as safetensors only")
-        try:
-            with safe_open(path, framework="pt") as file:
-                for tensor in file.keys():  # noqa: SIM118
-                    files[tensor], shapes[tensor] = path, tuple(file.get_slice(tensor).get_shape())
-        except (SafetensorError, OSError) as error:
-            raise ExportError(f"{path}: not readable ({str(error).splitlines()[0][:120]})") from None
+        with told(path, ExportError, "not readable"), safe_open(path, framework="pt") as file:
+            for tensor in file.keys():  # noqa: SIM118
+                files[tensor], shapes[tensor] = path, tuple(file.get_slice(tensor).get_shape())
     return files, shapes
+
+
+def begin_with(checkpoint: str | Path, model: torch.nn.Module, config: dict, encoding: tiktoken.Encoding) -> None:
+    """Copy the weights of a Hugging Face checkpoint into `model`. Raises `ExportError` where anything does not fit."""
+    check_tokenizer(checkpoint, encoding)
+    weights = import_hf(checkpoint, config)[1]
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            tensor.copy_(shard_like(weights[name], tensor))

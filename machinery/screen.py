@@ -1,0 +1,39 @@
+"""What a person sees while a run goes on: one line that is drawn anew, and lines above it that stay."""
+
+from __future__ import annotations
+
+import sys
+
+from tqdm import tqdm
+
+from machinery.run_folder import duration
+
+
+class Screen:
+    """tqdm's bar over the budget. Plain text, so that it looks the same in a terminal, a notebook and a saved page."""
+
+    def __init__(self, progress: float, max_hours: float) -> None:
+        self._bar = tqdm(
+            total=1.0, initial=progress, file=sys.stdout, bar_format="{percentage:5.1f}% |{bar:20}| {desc}",
+            mininterval=max(0.5, max_hours * 1.8),  # at most 2,000 updates: a saved page stays small
+        )  # fmt: skip
+
+    def __enter__(self) -> Screen:
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._bar.close()
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        self._bar.write(text, file=sys.stdout)
+
+    def show(self, step: int, values: dict) -> None:
+        """Move to values["progress"] (0 to 1), with what the step gave and the time left."""
+        if "train_loss" in values:
+            mfu = f"  MFU {values['mfu']:.0%}" if values["mfu"] else ""
+            speed = f"{values['tokens_per_second']:,.0f} tokens/s{mfu}"
+            left = f"{duration(values['seconds_left'])} left"
+            text = f"{left}  step {step:,}  loss {values['train_loss']:.3f}  {speed}"
+            self._bar.set_description_str(text, refresh=False)
+        self._bar.update(values["progress"] - self._bar.n)
