@@ -24,7 +24,7 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
 
     A table that the head shares counts as "embedding". The groups follow the names of the modules.
     """
-    groups = {"embedding": 0, "position": 0, "attention": 0, "ffn": 0, "norms": 0, "head": 0}
+    groups = dict.fromkeys(("embedding", "position", "attention", "ffn", "norms", "head"), 0)
     for name, parameter in model.named_parameters():  # a shared tensor appears once, under its first name
         parts = name.split(".")
         if any("norm" in part for part in parts):
@@ -43,8 +43,7 @@ def multiplying_parameters(model: nn.Module) -> int:
 def flops_per_token(model: nn.Module, config) -> float:
     """Training FLOPs per token, forward and backward: 6·N + 12·n_layer·n_embd·block_size.
 
-    Two per weight forward, four backward; the second term is attention's scores and weighted sums
-    (Chowdhery et al. 2022, PaLM, appendix B; the causal half is counted whole, as there).
+    The second term is attention's scores and weighted sums (Chowdhery et al. 2022, PaLM, appendix B).
     """
     return 6 * multiplying_parameters(model) + 12 * config.n_layer * config.n_embd * config.block_size
 
@@ -55,8 +54,7 @@ def cache_bytes_per_token(config, bytes_per_value: int = 2) -> int:
     return 2 * config.n_layer * n_kv_head * (config.n_embd // config.n_head) * bytes_per_value
 
 
-# The Chinchilla law with the corrected fit of Besiroglu et al. 2024 (arXiv 2404.10102): made on web text with a
-# 32k vocabulary, cosine AdamW and 50M to 16B parameters, so a guide for `day`, not for `demo`.
+# The Chinchilla law as corrected by Besiroglu et al. 2024 (arXiv 2404.10102), for web text and 50M to 16B parameters
 E, A, ALPHA, B, BETA = 1.8172, 482.01, 0.3478, 2085.43, 0.3658
 
 
@@ -77,15 +75,12 @@ def training_memory(
 ) -> dict[str, float]:
     """Predicted bytes of a training step on `micro_batch` sequences at a time, by what holds them.
 
-    `shares` is the number of processes among which weights, gradients and optimizer state are shared out.
-
-    `matmul_bytes` is the size of a value in matrix products, 2 for bfloat16. Weights, gradients and
-    optimizer state are exact. Activations count what backward needs per token and block: the inputs of
-    norms and matrix products, queries, keys, values and the attention output, the weights of
-    `short_attention` where sequences are short, and the feed-forward's hidden values. That is what a compiled
-    model keeps; an eager one keeps what every operation read, 1.2 to 1.5 times as much in float32 and 1.5 to 1.9
-    times in 16 bits. Logits count values, logarithms and gradients, of as many rows as exist at a time, and the
-    gradient of the head, made in parts.
+    `matmul_bytes` is the size of a value in matrix products, 2 for bfloat16; `shares` the number of processes that
+    share weights, gradients and optimizer state. These are exact. Activations count what backward needs per token and
+    block: the inputs of norms and matrix products, queries, keys, values, the attention output, the weights of
+    `short_attention`, and the feed-forward's hidden values. That is what a compiled model keeps; an eager one keeps
+    1.2 to 1.5 times as much in float32 and 1.5 to 1.9 times in 16 bits. Logits count values, logarithms and gradients
+    of the rows that exist at a time, and the gradient of the head, made in parts.
     """
     parameters = count_parameters(model)["total"]
     state = 0
@@ -111,9 +106,8 @@ def training_memory(
 def choose_micro_batch(
     model: nn.Module, optimizers: list, config, matmul_bytes: int, free_memory: int, shares: int = 1
 ) -> int:
-    """`config.micro_batch`; for "auto" the largest share of a step that is predicted to fit 80% of the free bytes.
-
-    More than 65,536 tokens at a time is not tried: it fills any device, and would only take memory.
+    """`config.micro_batch`; for "auto" the largest share of a step predicted to fit 80% of the free bytes, up to
+    65,536 tokens, which fill any device.
     """
     if config.micro_batch != "auto":
         return config.micro_batch
@@ -180,11 +174,8 @@ def loss_rows(rows: int) -> int:
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """Mean loss in nats of the logits x @ table.T, `rows` at a time: x (B·T, C), table (V, C), targets (B·T,).
-
-    The gradient of a logit is p - [it is the target's], so it is made with the loss, and logits never exist as a
-    whole. In bfloat16 a probability above 0.998 is rounded to 1, and p - 1 to nothing; as expm1(ln p), made in
-    float32, it stays accurate.
+    """`cross_entropy`, `rows` of the logits at a time. The gradient of a logit is p, less 1 for the target's, so it is
+    made with the loss. In bfloat16 p above 0.998 is rounded to 1, and p - 1 to nothing; expm1(ln p) in float32 is not.
     """
 
     @staticmethod
@@ -232,8 +223,7 @@ def short_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
     Query heads that share keys stand below one another as rows, so that no key is copied. Compiled for a CPU, it
     takes a third of the kernel's time at T = 256 in bfloat16 (`python -m tools.bench.bench --parts attention`). It
-    keeps (T, T) weights for backward, so it is for short sequences. In bfloat16 the scores and the weights are
-    rounded, which the kernel does not do; within the softmax, the compiler sums in float32.
+    keeps (T, T) weights for backward. In bfloat16 scores and weights are rounded, which the kernel does not do.
     """
     B, H, T, D = q.shape
     K = k.size(1)
@@ -286,10 +276,8 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 class AttentionProbe(TorchFunctionMode):
-    """Within `with AttentionProbe() as probe:`, keeps the weights of every attention that is computed.
-
-    `probe.maps` holds one (B, H, T, S) tensor per call of `scaled_dot_product_attention`, in order, for
-    whatever attention class calls it: query rows, key columns, each row summing to 1.
+    """Within `with AttentionProbe() as probe:`, `probe.maps` gets the weights (B, H, T, S) of every attention that is
+    computed by `scaled_dot_product_attention`, in order: query rows, key columns, each row summing to 1.
     """
 
     def __init__(self) -> None:
@@ -313,7 +301,7 @@ def _attention_weights(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """What `scaled_dot_product_attention` computes on its way, with its arguments: (B, H, T, S)."""
+    """What `scaled_dot_product_attention` computes on its way: (B, H, T, S)."""
     key = key.repeat_interleave(query.size(1) // key.size(1), dim=1)
     scores = query.float() @ key.float().mT * (scale or query.size(-1) ** -0.5)
     if is_causal:

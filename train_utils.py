@@ -18,13 +18,7 @@ from pathlib import Path
 import torch
 
 from data_utils import Batches, TokenData
-from machinery.checkpoints import (
-    CheckpointError,
-    check_weights,
-    load_checkpoint,
-    newest_checkpoint,
-    save_checkpoint,
-)
+from machinery.checkpoints import CheckpointError, check_weights, load_checkpoint, newest_checkpoint, save_checkpoint
 from machinery.files import read_jsonl
 from machinery.interrupts import StopRequest
 from machinery.loggers import Loggers
@@ -37,8 +31,7 @@ from machinery.watch import Watch, print_ending, print_preflight, refuse_what_do
 from model_utils import choose_micro_batch, count_parameters, flops_per_token, predict
 
 # ------------------------------------------------------------------------------------------- schedules
-# Each is a pure function of progress, the fraction of the budget used (0 to 1), and gives the factor on
-# the peak learning rate (0 to 1). `warmup` and `decay` are fractions of the budget too.
+# The factor on the peak learning rate (0 to 1), by the used fraction of the budget; so are `warmup` and `decay`.
 
 
 def wsd(progress: float, warmup: float, decay: float) -> float:
@@ -146,8 +139,8 @@ class Run:
         if self.checkpoint:
             self._changed = self.folder.compare(config.to_dict(), config.fixed)
             check_weights(self.checkpoint, model)
-        prediction = predict(model, optimizers, config, self.machine, 1.0, self._in_use)
-        refuse_what_does_not_fit(prediction, self.machine, self.folder.path)
+        needed = predict(model, optimizers, config, self.machine, 1.0, self._in_use)
+        refuse_what_does_not_fit(needed, self.machine, self.folder.path)
 
     def resume(self, at, data: TokenData, model: torch.nn.Module, optimizers: list, scaler):
         """Bring all to where the run of this name stopped; without a checkpoint, to its beginning. Returns `at`.
@@ -236,7 +229,7 @@ class Run:
         return self.at.step > self._begun_at or self.at.step == 0
 
     def stepped(self, loss: float, grad_norm: float, lr: float, since: float) -> None:
-        """Note what a step gave, `since` the clock stood there; a loss far above the last fifty is marked."""
+        """Note what a step gave that began when the clock stood at `since`."""
         rate = self.config.batch_tokens / (time.perf_counter() - since)
         peak, at = self.machine.peak_flops, self.at
         mfu = flops_per_token(self.model, self.config) * rate / self.machine.processes / peak if peak else None
@@ -251,7 +244,7 @@ class Run:
     def evaluated(self, scores: dict[str, float]) -> None:
         """Note what an evaluation found, whether it is the best so far, and when the whole text was read."""
         at, best = self.at, self.at.scores.get("best_val_bpb", math.inf)
-        if self.progress() < 1:  # the last one is of other text: all of it
+        if self.progress() < 1 or scores["val_bpb"] < best:  # the last one is of other text: all of it
             self._rise = scores["val_bpb"] - best
         step = at.step if scores["val_bpb"] < best else at.scores["best_step"]
         at.scores = scores | {"best_val_bpb": min(best, scores["val_bpb"]), "best_step": step}

@@ -1,7 +1,9 @@
 """The stack: every combination of its variants keeps the same promises, and equals references nobody here wrote."""
 
 import itertools
+import json
 import math
+import re
 from dataclasses import replace
 
 import nbformat
@@ -10,6 +12,7 @@ import torch
 import transformers
 from conftest import LM
 
+from machinery.errors import UserError
 from machinery.notebook import NOTEBOOK, load_definitions
 from model_utils import attention_maps, count_parameters, flops_per_token, short_attention
 
@@ -389,3 +392,65 @@ def test_cuda_equals_cpu(lm, tiny, combination):
         compiled = torch.compile(model)(tokens.cuda(), targets.cuda())
     compiled.backward()
     assert abs(compiled.item() - expected) < 0.02
+
+
+def test_tokens_that_no_text_has_are_not_drawn(lm, tiny):
+    config = tiny(vocab_size=600)  # of which bytes and end-of-text are 257
+    model, start = lm.build_model(config), torch.zeros(4, 4, dtype=torch.long)
+    drawn = lm.generate(model, start, 12, temperature=2.0, top_p=1.0, n_vocab=257)[:, 4:]
+    assert drawn.max() < 257 <= lm.generate(model, start, 12, temperature=2.0, top_p=1.0)[:, 4:].max()
+
+
+@pytest.mark.parametrize("options", [{"top_p": 0}, {"top_p": 1.5}, {"top_k": -1}, {"temperature": -0.1}])
+def test_ways_to_draw_that_cannot_work_are_one_line(lm, tiny, options):
+    with pytest.raises(UserError, match=f"{next(iter(options))} {next(iter(options.values()))}"):
+        lm.generate(lm.build_model(tiny()), torch.zeros(1, 4, dtype=torch.long), 2, **options)
+
+
+def test_loss_with_only_the_head_to_train(lm, tiny):
+    model, tokens = lm.build_model(tiny(tie_embeddings=False)), torch.arange(16)[None]
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith("head"))
+    model(tokens, tokens).backward()
+    ours = model.head.weight.grad.clone()
+    model.head.weight.grad = None
+    torch.nn.functional.cross_entropy(model(tokens).flatten(0, 1), tokens.flatten()).backward()
+    assert torch.allclose(ours, model.head.weight.grad, atol=1e-6)
+
+
+def variants_of_the_text(lm) -> dict:
+    """The classes that section 8 of the notebook shows, executed as a reader would."""
+    from machinery.notebook import NOTEBOOK
+
+    cells = json.loads(NOTEBOOK.read_text("utf-8"))["cells"]
+    (text,) = ("".join(c["source"]) for c in cells if "".join(c["source"]).startswith("## 8."))
+    names = vars(lm) | {"ATTENTIONS": dict(lm.ATTENTIONS), "POSITIONS": dict(lm.POSITIONS)}
+    for program in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        exec(program, names)
+    return names
+
+
+@pytest.mark.parametrize("field, name", [("attention", "window"), ("position", "alibi")])
+def test_the_variants_of_the_text_compute_what_they_say_with_and_without_a_cache(lm, tiny, monkeypatch, field, name):
+    names = variants_of_the_text(lm)
+    monkeypatch.setitem(lm.ATTENTIONS, "window", names["ATTENTIONS"]["window"])
+    monkeypatch.setitem(lm.POSITIONS, "alibi", names["POSITIONS"]["alibi"])
+    config = tiny(
+        **{"attention": "mha", "position": "none", "n_layer": 1, "block_size": 32, "batch_tokens": 128, field: name}
+    )
+    model, tokens = lm.build_model(config), torch.randint(257, (2, 32))
+    with torch.no_grad():
+        whole, cache = model(tokens), lm.Cache(32)
+        parts = torch.cat([model(part, cache=cache) for part in tokens.split((5, 1, 10, 1, 15), dim=1)], dim=1)
+        assert torch.allclose(whole, parts, atol=1e-4)
+        changed = tokens.clone()
+        changed[:, 0] = (changed[:, 0] + 1) % 257
+        moved = (model(changed) - whole).abs().amax(-1) > 1e-6  # (B, T)
+        assert moved[:, 0].all() and bool(moved[:, 16:].any()) == (name == "alibi")
+    if name == "alibi":
+        q, k, v = torch.randn(3, 1, 4, 6, 8)
+        places = torch.arange(6)
+        scores = q @ k.mT / 8**0.5 - 2.0 ** -torch.tensor([2.0, 4, 6, 8])[:, None, None] * (places[:, None] - places)
+        expected = scores.masked_fill(places[:, None] < places, -torch.inf).softmax(-1) @ v
+        bias = names["ALiBi"](config).bias(6, 6)
+        assert torch.allclose(lm.MultiHeadAttention(config, 0).attend(q, k, v, bias), expected, atol=1e-5)

@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -31,7 +32,7 @@ from machinery.loggers import LOGGERS, Logger
 from machinery.machine import Machine, datasheet_flops, is_out_of_memory, measure_matmul_flops
 from machinery.run_folder import RunFolder, run_state, show_run
 from machinery.watch import Watch, print_preflight, refuse_what_does_not_fit
-from model_utils import choose_micro_batch, multiplying_parameters, predict, training_memory
+from model_utils import attention_maps, choose_micro_batch, multiplying_parameters, predict, training_memory
 from train_utils import SCHEDULES, Budget
 
 # --------------------------------------------------------------------------------------------- schedules
@@ -716,6 +717,106 @@ def test_preflight_changes_nothing(lm, settings):
         losses.append(lm.gradient(model, batches, batches.micro_steps, machine, machine.scaler()).item())
         lm.step_weights(model, optimizers, machine.scaler(), line["lr"] / config.lr, config.grad_clip)
     assert losses == [line["train_loss"] for line in lines[1:]]
+
+
+def test_a_layer_that_drops_values_drops_none_outside_training(lm, settings, monkeypatch):
+    """Evaluation, samples and a loaded model are the same each time; training goes on dropping."""
+
+    class Dropping(lm.MLP):
+        def __init__(self, config):
+            super().__init__(config)
+            self.dropout = torch.nn.Dropout(0.5)
+
+        def forward(self, x):
+            return self.dropout(super().forward(x))
+
+    monkeypatch.setitem(lm.FFNS, "dropping", Dropping)
+    config, machine = settings(ffn="dropping", max_steps=2, dtype="float32"), Machine.find("cpu", "float32")
+    lm.train(config)
+    data, model = lm.prepare_data(config), lm.load_run(Path(config.runs_dir) / config.run_name)[1]
+    assert not model.training
+    model.train()
+    scores = [lm.evaluate(model, data, machine, 4, 512) for _ in range(3)]
+    assert scores[0] == scores[1] == scores[2] and model.training
+    texts = [lm.write_text(model, data.encoding, machine, "line", 8, temperature=0) for _ in range(3)]
+    assert texts[0] == texts[1] == texts[2] and model.training
+    tokens = torch.zeros(1, 16, dtype=torch.long)
+    assert not torch.equal(model(tokens), model(tokens))  # it still drops
+    assert torch.equal(attention_maps(model, tokens[0]), attention_maps(model, tokens[0])) and model.training
+
+
+def test_the_first_step_learns(lm, settings):
+    config = settings(max_steps=1, warmup=0.5)
+    lm.train(config)
+    trained = lm.load_run(Path(config.runs_dir) / config.run_name)[1].state_dict()
+    first = lm.build_model(config).state_dict()
+    assert all(not torch.equal(trained[name], first[name]) for name in ("embedding.weight", "norm.weight"))
+
+
+@pytest.mark.parametrize("prompt", ["", "line " * 3, "line " * 100])
+def test_any_prompt_gets_text(lm, settings, prompt):
+    config = settings(max_steps=1, prompt=prompt)
+    lm.train(config)
+    sample = read_jsonl(Path(config.runs_dir) / config.run_name / "samples.jsonl")[-1]
+    assert sample["prompt"] == prompt and sample["text"]
+
+
+def test_time_left_and_progress_of_a_resumed_run_are_those_of_its_budget(lm, settings, capsys):
+    """A run of an hour, stopped after a moment and resumed at its half."""
+    config = settings(max_steps=0, max_hours=1 / 3600, eval_every=10**6)
+    lm.train(config)
+    capsys.readouterr()
+    lm.train(replace(config, max_hours=2 / 3600))
+    lines = read_jsonl(Path(config.runs_dir) / config.run_name / "metrics.jsonl")
+    resumed = [line for line in lines if line["seconds"] > 1.05]
+    assert resumed[0]["progress"] > 0.5 and resumed[-1]["progress"] > 0.95
+    for line in resumed:
+        assert line["seconds_left"] == pytest.approx(max(0, 2 - line["seconds"]), abs=1e-6)
+        assert line["progress"] == pytest.approx(min(1, line["seconds"] / 2))
+    budget = next(line for line in capsys.readouterr().out.splitlines() if line.strip().startswith("budget"))
+    assert "in 0:00:01" in budget  # not the two seconds of the whole
+
+
+def test_starting_over_checks_everything_before_it_moves_anything(lm, settings):
+    config = settings(max_steps=2)
+    lm.train(config)
+    folder = Path(config.runs_dir) / config.run_name
+    before = sorted(path.name for path in folder.iterdir())
+    for wrong in ({"source": "nowhere/*.txt"}, {"optimizer": "adamww"}, {"n_layer": 4096, "n_embd": 1 << 20}):
+        with pytest.raises(UserError):
+            lm.train(replace(config, resume="never", **wrong))
+        assert sorted(path.name for path in folder.iterdir()) == before
+    (folder / "config.json").unlink()
+    assert lm.train(replace(config, resume="never"))["status"] == "finished"
+    assert (folder.with_name(folder.name + ".1") / "summary.json").exists()
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_is_refused_and_kept(lm, settings):
+    config = settings(max_steps=12)
+    lm.train(config)
+    folder = Path(config.runs_dir) / config.run_name
+    for checkpoint in checkpoint_folders(folder):
+        (checkpoint / "model.safetensors").write_bytes(b"damaged")
+    before = (folder / "metrics.jsonl").read_bytes()
+    with pytest.raises(UserError, match="none of its .* checkpoints can be read"):
+        lm.train(replace(config, max_steps=20))
+    assert (folder / "metrics.jsonl").read_bytes() == before
+    assert lm.train(replace(config, resume="never"))["steps"] == 12
+
+
+def test_a_run_tells_when_its_text_repeats_and_that_the_best_was_earlier(lm, settings, capsys):
+    """A few texts, learned by heart: the held-out loss falls, then rises."""
+    config = settings(
+        max_steps=600, lr=0.03, n_layer=2, batch_tokens=512, micro_batch=32, eval_every=25, checkpoint_every=25,
+        schedule="constant", val_fraction=0.5, eval_tokens=10**6,
+    )  # fmt: skip
+    summary = lm.train(config)
+    printed = capsys.readouterr().out
+    assert re.search(r"text +read \d+\.\d times \(what repeats adds less from about 4 on\)", printed)
+    assert printed.count("from here on it repeats") == 1
+    assert f"held-out loss was best at step {summary['best_step']:,}" in printed
+    kept = [path.name for path in checkpoint_folders(Path(config.runs_dir) / config.run_name)]
+    assert kept == [f"step_{step:08d}" for step in (summary["best_step"], 575, 600)]
 
 
 def test_nothing_secret_or_local_is_written_into_a_run(lm, settings, tmp_path, monkeypatch):
