@@ -121,9 +121,9 @@ def test_a_run_is_trained_and_a_failure_is_a_line(texts, tmp_path, monkeypatch):
     monkeypatch.setattr(recipe, "DATA", tmp_path / "data")
     overrides = {"source": texts[0], "tokenizer": "bytes", "vocab_size": 257, "n_layer": 1, "block_size": 32}
     run = recipe.Run("tiny", overrides | {"batch_tokens": 64, "compile": False}, 0, 256)
-    line = recipe.train_apart(run, threads=1)
+    line = recipe.train_run(run, threads=1)
     assert line["status"] == "finished" and 0 < line["val_bpb"] < 9 and line["identity"] == run.key[0]
-    line = recipe.train_apart(recipe.Run("absent", {"source": "nowhere/*.txt"}, 0, 256), threads=1)
+    line = recipe.train_run(recipe.Run("absent", {"source": "nowhere/*.txt"}, 0, 256), threads=1)
     assert line["status"] == "failed" and "nowhere" in line["error"]
 
 

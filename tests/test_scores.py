@@ -206,7 +206,7 @@ def test_functions_are_begun_and_the_share_is_that_of_those_that_parse(lm, run):
     _, model, _ = lm.load_run(folder)
     assert 0 <= parse_share(model, data, machine, lm.generate)["parse_share"] <= 1
 
-    def nothing(model, tokens, n_new):  # a first line alone, then what no parser takes
+    def nothing(model, tokens, n_new, n_vocab):  # a first line alone, then what no parser takes
         return torch.cat((tokens, torch.full((len(tokens), n_new), data.encoding.encode_ordinary("(")[0])), dim=1)
 
     assert parse_share(model, data, machine, nothing) == {"parse_share": 0.0}

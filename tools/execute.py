@@ -19,27 +19,20 @@ from pathlib import Path
 
 import nbformat
 import papermill
-import yaml
 from nbclient.exceptions import DeadKernelError
 from nbconvert import HTMLExporter, ScriptExporter
 from nbconvert.preprocessors import CoalesceStreamsPreprocessor, TagRemovePreprocessor
 
-from machinery.errors import UserError, first_line, plain_errors
+from machinery.errors import UserError, plain_errors
+from machinery.settings import parse_overrides
 from tools.common import ROOT, lm
 
 NOTEBOOK, PROGRAM = ROOT / "LMHarness.ipynb", ROOT / "LMHarness.py"
 
 
-def parse_overrides(text: str) -> dict:
-    """The overrides in a text such as "{n_layer: 2}", none in an empty one. Raises `UserError` for what is no dict."""
-    example = "write them as OVERRIDES='{n_layer: 2}'"
-    try:
-        values = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
-        raise UserError(f"OVERRIDES is {text!r}, which is not YAML ({first_line(error)}); {example}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"OVERRIDES is {text!r}, which holds a value and no fields; {example}")
-    return values
+def knobs_config(parameters: dict):
+    """The Config that the two knobs stand for. Raises `UserError`."""
+    return lm.Config.from_preset(parameters["preset"], **parse_overrides(parameters["overrides"]))
 
 
 def free_names(folder: Path) -> tuple[Path, Path]:
@@ -89,7 +82,7 @@ def execute(parameters: dict, unfinished: Path) -> nbformat.NotebookNode:
 
 def run_notebook(parameters: dict) -> Path:
     """Execute the notebook and put it into the folder of its run with a page to read; returns the folder."""
-    config = lm.Config.from_preset(parameters["preset"], **parameters["overrides"])
+    config = knobs_config(parameters)
     runs = Path(config.runs_dir).expanduser()
     runs.mkdir(parents=True, exist_ok=True)
     notebook = execute(parameters, runs / f"executing-{os.getpid()}.ipynb")  # a run that starts over moves its folder
@@ -103,7 +96,9 @@ def run_notebook(parameters: dict) -> Path:
 
 def write_program(parameters: dict) -> None:
     """LMHarness.py: the cells but those tagged `show`, as a program for torchrun."""
-    lm.Config.from_preset(parameters["preset"], **parameters["overrides"])  # refused here, and not by eight processes
+    lm.Config.from_preset(
+        parameters["preset"], **parse_overrides(parameters["overrides"])
+    )  # refused here, and not by eight processes
     notebook = papermill.execute_notebook(NOTEBOOK, None, parameters, prepare_only=True)
     notebook, _ = TagRemovePreprocessor(remove_cell_tags={"show"}, enabled=True).preprocess(notebook, {})
     program, _ = ScriptExporter().from_notebook_node(notebook)
@@ -118,7 +113,7 @@ def main() -> None:
     parser.add_argument("--script", action="store_true", help="write LMHarness.py, execute nothing")
     options = parser.parse_args()
     try:
-        parameters = {"preset": options.preset or "auto", "overrides": parse_overrides(options.overrides)}
+        parameters = {"preset": options.preset or "auto", "overrides": options.overrides}
         if options.script:
             write_program(parameters)
             print(

@@ -1,37 +1,16 @@
-"""Training in a process of its own: python -m tools.training '<the config as JSON>'."""
+"""Training in a process of its own, to its end."""
 
 from __future__ import annotations
 
-import json
-import os
 import subprocess
-import sys
 
-import torch
-
-from machinery.errors import plain_errors
-from machinery.notebook import NOTEBOOK, load_definitions
+from machinery.notebook import train_elsewhere
 
 
-def start_training(config, threads: int = 1, **options) -> subprocess.Popen:
-    """Begin to train `config` in another process with `threads` threads; relative folders stay those of this process.
-
-    `options` are those of `subprocess.Popen`. A `UserError` there is one line of its standard error.
-    """
-    path = os.pathsep.join([str(NOTEBOOK.parent), os.environ.get("PYTHONPATH", "")])
-    env = os.environ | {"PYTHONPATH": path}
-    env |= dict.fromkeys(("OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS"), str(threads))
-    command = [sys.executable, "-P", "-m", "tools.training", json.dumps(config.to_dict())]
-    return subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, text=True, **options)
-
-
-def main() -> None:
-    """Train what the first argument says."""
-    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    plain_errors()
-    lm = load_definitions()
-    lm.train(lm.Config.from_dict(json.loads(sys.argv[1])))
-
-
-if __name__ == "__main__":
-    main()
+def train_apart(config, threads: int) -> str:
+    """Train `config` in a process with so many threads; returns the last line of its error, or nothing."""
+    env = dict.fromkeys(("OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS"), str(threads))
+    process = train_elsewhere(config, env=env, stderr=subprocess.PIPE, text=True)
+    _, said = process.communicate()
+    lines = [line.strip() for line in said.splitlines() if line.strip()] or ["it said nothing"]
+    return f"{lines[-1][:300]} (exit status {process.returncode})" if process.returncode else ""

@@ -16,7 +16,6 @@ import argparse
 import json
 import math
 import statistics
-import subprocess
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
@@ -33,7 +32,7 @@ from machinery.files import read_json, read_jsonl
 from machinery.machine import Machine
 from tools.bench.common import benchmark_environment, take_turns
 from tools.common import RESULTS, ROOT, lm, table
-from tools.training import start_training
+from tools.training import train_apart
 
 DATA = ROOT / "data"
 SECONDS = RESULTS / "recipe-seconds.json"
@@ -95,17 +94,15 @@ class Run:
         return self.config().identity, self.tokens
 
 
-def train_apart(run: Run, threads: int) -> dict:
+def train_run(run: Run, threads: int) -> dict:
     """Train in a process of its own; returns the line for the results, which says so where it failed."""
     machine = Machine.find()
     where = {"date": str(date.today()), "device": machine.name, "dtype": str(machine.dtype)[6:], "threads": threads}
     line = {"identity": run.key[0], **vars(run), **where}
     with tempfile.TemporaryDirectory() as folder:
         config = run.config(folder)
-        process = start_training(config, threads, stderr=subprocess.PIPE)
-        _, said = process.communicate()
-        if process.returncode:
-            return line | {"status": "failed", "error": (said.strip() or "no message").splitlines()[-1]}
+        if error := train_apart(config, threads):
+            return line | {"status": "failed", "error": error}
         summary = read_json(Path(folder) / config.run_name / "summary.json")
         metrics = read_jsonl(Path(folder) / config.run_name / "metrics.jsonl")
     scores = [{name: line[name] for name in ("val_bpb", "val_loss")} for line in metrics if line.get("val_bpb")]
@@ -181,7 +178,7 @@ def run_missing(results: Results, tokens: int, jobs: int, threads: int, only: st
         while True:
             for run in plan(results, tokens, only):
                 if len(running) < jobs and run.key not in results.lines and run.key not in running.values():
-                    running[pool.submit(train_apart, run, threads)] = run.key
+                    running[pool.submit(train_run, run, threads)] = run.key
             if not running:
                 return
             for future in wait(running, return_when=FIRST_COMPLETED).done:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from machinery.files import read_jsonl
+from machinery.notebook import train_elsewhere
 from tools.common import ROOT, lm, quietly
-from tools.training import start_training
 
 __all__ = [
     "ROOT", "Result", "equal", "last_step", "lm", "make_texts", "quietly", "start_training", "tiny_config", "weights",
@@ -57,6 +58,11 @@ def weights(config) -> dict:
 def equal(first: dict, second: dict) -> bool:
     """Whether two sets of tensors are the same, bit for bit."""
     return all(torch.equal(first[name], second[name]) for name in first)
+
+
+def start_training(config, **options) -> subprocess.Popen:
+    """Train in a process of its own with one thread: the models are tiny, and the processes share the machine."""
+    return train_elsewhere(config, env={"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL, **options)
 
 
 def last_step(folder: Path) -> int:

@@ -9,11 +9,11 @@ from pathlib import Path
 from data_utils import prepare_data
 from machinery.checkpoints import newest_checkpoint
 from machinery.errors import UserError
+from machinery.run_folder import RunFolder, run_state
 from machinery.shards import load_tokenizer
 from machinery.sources import iter_documents
 from tools.drills.common import Result, lm, quietly, tiny_config
 from tools.drills.storage import damage
-from train_utils import RunLog, run_state
 
 STRANGE = [
     None,
@@ -70,7 +70,7 @@ def fuzz(folder: Path, times: int, seed: int = 0) -> Result:
 
     def run_name() -> None:
         name = "".join(chance.choice("ab./\\ \x00~-_é") for _ in range(chance.randint(0, 6)))
-        RunLog(folder / "names", name)
+        RunFolder(folder / "names", name)
 
     targets = [
         strange_config,

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from machinery.checkpoints import newest_checkpoint, read_state
+from machinery.run_folder import run_state
 from tools.drills.common import (
     ROOT,
     Result,
@@ -26,7 +27,6 @@ from tools.drills.common import (
     tiny_config,
     weights,
 )
-from train_utils import run_state
 
 
 def kill_training(folder: Path, times: int, seed: int = 0) -> Result:

@@ -15,9 +15,9 @@ import psutil
 import pyarrow
 import pyarrow.parquet
 
+from machinery.run_folder import run_state
 from tools.drills.common import ROOT, Result, last_step, start_training, tiny_config
 from tools.drills.hub_server import Hub
-from train_utils import run_state
 
 
 def bad_network(folder: Path, times: int) -> Result:

@@ -100,7 +100,7 @@ def measure_run(folder: str | Path, sequences: int = 8, windows: int = 128, **wh
     for checkpoint in checkpoint_folders(folder):
         load_weights(checkpoint, model)
         state = read_state(checkpoint)
-        losses = held_out_losses(model, data, machine, windows)
+        losses = held_out_losses(model, data, machine, windows * config.block_size)
         scores = torch.stack([prefix_matching(attention_maps(model, row), len(row) // 2) for row in repeated]).mean(0)
         heads = {f"layer {n}, head {h}": s for n, layer in enumerate(scores.tolist()) for h, s in enumerate(layer)}
         row = {"step": state["step"], "tokens": state["tokens"], "loss": losses.mean().item()}

@@ -59,7 +59,7 @@ def measure_length(folder: str | Path, length: int, windows: int = 64, **where) 
     machine = Machine.find(config.device, config.dtype)
     model = lm.build_model(config)
     load_weights(newest_checkpoint(folder), model)
-    return loss_by_position(model.to(machine.device), prepare_data(config), machine, windows)
+    return loss_by_position(model.to(machine.device), prepare_data(config), machine, windows * length)
 
 
 def draw(table: pd.DataFrame) -> plt.Figure:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -30,7 +29,7 @@ from machinery.files import read_json, read_jsonl
 from machinery.machine import Machine
 from machinery.notebook import defining_cells, load_definitions
 from model_utils import count_parameters, flops_per_token
-from tools.training import start_training
+from tools.training import train_apart
 
 # What a run of a sweep does without, unless it is asked for
 PLAIN = {"sample_every": 10**9, "sample_tokens": 1, "compile": False}
@@ -67,7 +66,9 @@ def sweep(
     with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(different), unit="run", file=sys.stdout) as bar:
 
         def finish(config) -> str:
-            error = "" if _summary(config) else _train(config, threads)
+            error = "" if _summary(config) else train_apart(config, threads)
+            if not error and not _summary(config):
+                error = "it did not finish; see its folder"
             bar.update()
             return error
 
@@ -172,16 +173,6 @@ def _summary(config) -> dict | None:
     path = Path(config.runs_dir) / config.run_name / "summary.json"
     summary = read_json(path) if path.exists() else {}
     return summary if summary.get("status") == "finished" else None
-
-
-def _train(config, threads: int) -> str:
-    """Train in a process of its own; returns what went wrong, or nothing."""
-    process = start_training(config, threads, stderr=subprocess.PIPE)
-    _, said = process.communicate()
-    if process.returncode:
-        lines = [line for line in said.splitlines() if line.strip()] or ["it said nothing"]
-        return f"{lines[-1].strip()[:300]} (exit status {process.returncode})"
-    return "" if _summary(config) else "it did not finish; see its folder"
 
 
 def _row(label: str, variants: dict, config, model, error: str) -> dict:

@@ -1,4 +1,4 @@
-# ruff: noqa: B023, C416, E501, F821
+# ruff: noqa: B023, C416, E501
 """Call 1: is what the project does on CUDA right? A line in $OUT/check.md for every question, as it is answered."""
 
 from __future__ import annotations
@@ -161,9 +161,9 @@ def tests_end(running: subprocess.Popen) -> None:
 
 def tiny(name: str, **values):
     base = {"device": DEVICE, "runs_dir": str(WORK / "runs"), "data_dir": str(WORK / "data"), "run_name": name,
-            "max_steps": 60, "eval_every": 30, "sample_every": 60, "checkpoint_every": 20, "resume": "auto",
+            "max_steps": STEPS, "eval_every": STEPS, "sample_every": STEPS, "checkpoint_every": STEPS // 2, "resume": "auto",
             "lr": 0.01, "tokenizer": "bytes", "n_embd": 128, "n_head": 2, "n_kv_head": 1, "n_ffn": 256,
-            "keep_checkpoints": 9, "batch_tokens": 2048, "micro_batch": 8}  # fmt: skip
+            "keep_checkpoints": 9, "batch_tokens": 512 if DRY else 2048, "micro_batch": 8}  # fmt: skip
     return lm.Config.from_preset("smoke", **(base | values))
 
 
@@ -200,23 +200,24 @@ def resume(dtype: str, compiled: bool) -> None:
         pass
 
     def losses(name: str) -> list[float]:
-        return [line["train_loss"] for line in quiet_train(tiny(name, dtype=dtype, compile=compiled, max_steps=40))[1]]
+        return [line["train_loss"] for line in quiet_train(tiny(name, dtype=dtype, compile=compiled))[1]]
 
     once, again = losses(f"once-{dtype}-{compiled}"), losses(f"again-{dtype}-{compiled}")
-    real, steps = lm.step_weights, iter(range(20))
+    real = lm.Run
 
-    def until(*arguments):
-        if next(steps, None) is None:
-            raise CutOff
-        return real(*arguments)
+    class CutRun(real):
+        def stepped(self, *arguments, **options) -> None:
+            super().stepped(*arguments, **options)
+            if self.at.step == STEPS // 2 + 1:  # a checkpoint is there already
+                raise CutOff
 
-    lm.step_weights = until
+    lm.Run = CutRun
     try:
         losses(f"cut-{dtype}-{compiled}")
     except CutOff:
         pass
     finally:
-        lm.step_weights = real
+        lm.Run = real
     torch.manual_seed(99)  # a resumed run may not lean on what is in memory
     after = losses(f"cut-{dtype}-{compiled}")
     noise = max(abs(a - b) for a, b in zip(once, again))
@@ -344,8 +345,10 @@ def generation() -> None:
 
 def parallel(kind: str) -> None:
     """DDP, and FSDP2 with Muon, each compiled, in a group of this one process: gradients of an accumulation, a step."""
-    import parallel_utils
     import torch.distributed as dist
+
+    from machinery import processes
+    from machinery.machine import compile_or_eager
 
     small = {} if DRY else {"n_layer": 2}
     config, card, model = day_model(**small)
@@ -377,14 +380,14 @@ def parallel(kind: str) -> None:
         if not spread_out:
             runner = model.to(DEVICE)
         elif kind == "ddp":
-            runner = lm.spread(model, machine, lm.Group(0, 2), "ddp")
+            runner = processes.parallelize(model, machine.device, machine.dtype, 2, "ddp")
         else:
-            real = parallel_utils.init_device_mesh
-            parallel_utils.init_device_mesh = lambda device, shape: real(device, (1,))
+            real = processes.init_device_mesh
+            processes.init_device_mesh = lambda device, shape: real(device, (1,))
             try:
-                runner = lm.spread(model, machine, lm.Group(0, 2), "fsdp")
+                runner = processes.parallelize(model, machine.device, machine.dtype, 2, "fsdp")
             finally:
-                parallel_utils.init_device_mesh = real
+                processes.init_device_mesh = real
         optimizers, scaler = lm.build_optimizers(model, config, card), card.scaler()
         runner, note = compile_or_eager(runner, *Rows().next(), card)
         if any(p.grad is not None for o in optimizers for g in o.param_groups for p in g["params"]):
@@ -394,7 +397,8 @@ def parallel(kind: str) -> None:
         loss = lm.gradient(runner, Rows(), 2, card, scaler).item()
         norm = lm.step_weights(model, optimizers, scaler, 1.0, config.grad_clip)
         weights = {
-            n: lm.whole(p.detach()).double().cpu() - state[n].double().cpu() for n, p in model.named_parameters()
+            n: processes.gather(p.detach()).double().cpu() - state[n].double().cpu()
+            for n, p in model.named_parameters()
         }
         found.append((loss, norm, weights, note))
         runner = model = optimizers = None
@@ -426,10 +430,11 @@ def begin_data() -> None:
 
 
 def main() -> None:
-    global report, DRY, DEVICE, WORK, WIDE
+    global report, DRY, DEVICE, WORK, WIDE, STEPS
     chosen = options(__doc__, 460)
     report = Report("check", chosen.seconds, chosen.only)
     DRY, DEVICE = chosen.dry, chosen.device
+    STEPS = 16 if DRY else 60
     WORK = Path(tempfile.mkdtemp(prefix="lmh-check-"))
     WIDE = {"n_layer": 2, "n_embd": 64, "n_head": 4, "n_kv_head": 2, "n_ffn": 128, "block_size": 64, "vocab_size": 512,
             "batch_tokens": 512} if DRY else {"n_layer": 4}  # fmt: skip

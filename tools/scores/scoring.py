@@ -18,6 +18,7 @@ from data_utils import TokenData
 from machinery.errors import UserError
 from machinery.machine import Machine
 from machinery.tokenizers import decode_text
+from model_utils import evaluation_mode
 from tools.scores.parsing import held_out_functions, parses
 from tools.scores.questions import encode_pair
 
@@ -27,24 +28,24 @@ BATCH = 8  # sequences at a time
 @torch.no_grad()
 def token_losses(model: nn.Module, tokens: Tensor, targets: Tensor, machine: Machine) -> Tensor:
     """Loss in nats of each of targets (B, T), on the CPU; 0 for targets of -100."""
-    with machine.autocast():
+    with evaluation_mode(model), machine.autocast():
         logits = model(tokens.to(machine.device)).float()  # (B, T, V)
     losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten().to(machine.device), reduction="none")
     return losses.view_as(targets).cpu().double()
 
 
-def held_out_losses(model: nn.Module, data: TokenData, machine: Machine, count: int) -> Tensor:
-    """(N, T) loss in nats of each token of N = `count` held-out windows spread evenly, or of as many as there are."""
+def held_out_losses(model: nn.Module, data: TokenData, machine: Machine, tokens: float) -> Tensor:
+    """(N, T) loss in nats of each token of N windows, about `tokens` held-out tokens in all, spread evenly."""
     losses = []
-    for tokens, targets in data.held_out(count * data.block_size, BATCH, machine):
+    for inputs, targets in data.held_out(tokens, BATCH, machine):
         scored = targets[:, 0] != -100  # other rows only fill the batch up
-        losses.append(token_losses(model, tokens[scored], targets[scored], machine))
+        losses.append(token_losses(model, inputs[scored], targets[scored], machine))
     return torch.cat(losses)
 
 
-def loss_by_position(model: nn.Module, data: TokenData, machine: Machine, count: int) -> Tensor:
-    """(T,) loss in nats at each place of a window, the mean over `count` held-out windows spread evenly."""
-    return held_out_losses(model, data, machine, count).mean(0)
+def loss_by_position(model: nn.Module, data: TokenData, machine: Machine, tokens: float) -> Tensor:
+    """(T,) loss in nats at each place of a window, the mean over about `tokens` held-out tokens, spread evenly."""
+    return held_out_losses(model, data, machine, tokens).mean(0)
 
 
 def log_likelihoods(
@@ -119,7 +120,7 @@ def score_documents(
 def parse_share(model: nn.Module, data: TokenData, machine: Machine, generate: Callable) -> dict[str, float]:
     """{"parse_share": 0 to 1} of held-out functions that the model has written on; {} for text that is not Python.
 
-    `generate(model, tokens, n_new)` continues tokens (B, T), as the notebook's does.
+    `generate(model, tokens, n_new, n_vocab=…)` continues tokens (B, T), as the notebook's does.
     """
     length = min(72, model.max_length)  # a few lines of code
     given = length // 9  # enough for the first line
@@ -127,6 +128,6 @@ def parse_share(model: nn.Module, data: TokenData, machine: Machine, generate: C
     if not len(functions):
         return {}
     with machine.autocast(decoding=True):
-        written = generate(model, functions[:, :given], length - given).tolist()
+        written = generate(model, functions[:, :given], length - given, n_vocab=data.encoding.n_vocab).tolist()
     texts = [(decode_text(data.encoding, row[:given]), decode_text(data.encoding, row[given:])) for row in written]
     return {"parse_share": sum(parses(*text) for text in texts) / len(texts)}
