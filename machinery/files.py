@@ -87,6 +87,14 @@ def write_atomic(path: Path, content: str | bytes) -> None:
         flush(path.parent)
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder and those around it, and have the disk hold their names."""
+    if not path.is_dir():
+        path.mkdir(parents=True, exist_ok=True)
+        for parent in path.absolute().parents:
+            flush(parent)
+
+
 def publish(beside: Path, target: Path) -> Path | None:
     """Give a finished folder of files its name, once the disk holds it.
 
