@@ -76,10 +76,10 @@ def write_report(path: Path, rows, cost: float, ratios: list[float], environment
 
 `make drill`, {environment["started"][:10]}, {machine}, Python {environment["python"]}: {seconds / 60:.0f} minutes.
 
-Faults are real: killed processes, a full file system, damaged files, a hub that misbehaves; of power cuts, every state
-that the disk may then be in is rebuilt from the kernel's record of what was written and flushed. In the drills a checkpoint
-is written every 5 steps, which bounds what a fault may cost. *Identical* compares final weights, or shards, with those
-of an undisturbed run, bit for bit.
+Faults are real: killed processes, a full file system, damaged files, a hub that misbehaves. Of power
+cuts, states that the disk may be in are rebuilt from the kernel's record of what was written and flushed. In the drills
+a checkpoint is written every 5 steps, which bounds what a fault may cost. *Identical* compares final weights, or
+shards, with those of an undisturbed run, bit for bit.
 
 | fault | injected | survived | most steps lost | identical | | seconds |
 | --- | --- | --- | --- | --- | --- | --- |
