@@ -21,7 +21,8 @@ from pathlib import Path
 
 from machinery.checkpoints import newest_checkpoint
 from machinery.errors import UserError
-from tools.drills.common import ROOT, TRAIN, Result, equal, lm, make_texts, quietly, tiny_config, weights
+from machinery.notebook import TRAIN
+from tools.drills.common import ROOT, Result, equal, lm, make_texts, quietly, tiny_config, weights
 
 CALLS = "openat,write,writev,lseek,ftruncate,rename,renameat,unlink,unlinkat,rmdir,mkdir,fsync"
 CALLS += ",pwrite64,fallocate,renameat2,link,linkat,fdatasync"  # should a library come to use them, it is noticed
@@ -85,8 +86,9 @@ def power_cuts(folder: Path, times: int, seed: int = 0) -> Result:
 
 def record(trace: Path, config) -> Iterator[tuple[str, str, int]]:
     """Train in a process of its own; yields the calls that succeeded: name, arguments, result."""
-    program = [sys.executable, "-c", TRAIN, str(ROOT), json.dumps(config.to_dict())]
-    subprocess.run([*STRACE, "-o", trace, *program], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    program = [*STRACE, "-o", trace, sys.executable, "-c", TRAIN, json.dumps(config.to_dict())]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    subprocess.run(program, check=True, cwd=ROOT, **quiet)  # from where modules are found
     begun: dict[str, str] = {}  # by threads: a call during which another thread makes one is written in two parts
     for line in trace.read_text("ascii").splitlines():
         thread, text = line.split(maxsplit=1)
