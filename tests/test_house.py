@@ -167,6 +167,8 @@ def state():
     handlers = [signal.getsignal(number) for number in sorted(signal.valid_signals())]
     return {"excepthook": sys.excepthook, "stdout": sys.stdout, "stderr": sys.stderr, "signal handlers": handlers,
             "matplotlib's settings": dict(matplotlib.rcParams)}
+for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
+    signal.signal(number, signal.SIG_DFL)  # what the process that started this one ignores would be ignored here too
 before = state()
 for name in sys.argv[1:]:
     importlib.import_module(name)
