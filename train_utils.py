@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 import math
 import statistics
 import sys
@@ -218,7 +219,10 @@ class Run:
             self.loggers.start(self.folder.path, config.to_dict())
         self._stop = self._closing.enter_context(StopRequest())
         self.screen = self._closing.enter_context(Screen(self.progress(), config.max_hours))
-        self._started = time.perf_counter() - at.seconds
+        gc.collect()
+        gc.freeze()  # Python's collector looks at all objects again and again, and a step makes no circles
+        self._closing.callback(gc.unfreeze)
+        self._started, self._saved_seconds = time.perf_counter() - at.seconds, at.seconds
 
     def clock(self) -> tuple[float, bool]:
         """Training time in seconds, over all parts of the run, and whether Ctrl-C or SIGTERM asked for the end."""
@@ -281,9 +285,14 @@ class Run:
         self.folder.append("samples.jsonl", {"step": at.step, "prompt": prompt, "text": text})
         self.loggers.tell(lambda logger: logger.sample(at.step, prompt, text))
 
+    def checkpoint_due(self) -> bool:
+        """Whether so many steps, or so many minutes since the last checkpoint, have passed."""
+        minutes = (self.at.seconds - self._saved_seconds) / 60
+        return self.at.step % self.config.checkpoint_every == 0 or minutes >= self.config.checkpoint_minutes
+
     def save(self) -> None:
         """Write a checkpoint; the best one stays beside the newest. A full disk is told, and the run goes on."""
-        at, config = self.at, self.config
+        at, config, self._saved_seconds = self.at, self.config, self.at.seconds
         state = vars(at) | {"scaler": self.scaler.state_dict()}
         try:
             save_checkpoint(

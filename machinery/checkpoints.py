@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from machinery.errors import UserError, first_line, told
-from machinery.files import flush, publish, read_json, regular_file, remove, sha256
+from machinery.files import make_folder, publish, read_json, regular_file, remove, sha256
 from machinery.processes import gather, shard_like
 
 FILES = ("model.safetensors", "training.pt")
@@ -74,8 +74,7 @@ def _write(target: Path, weights: dict[str, Tensor], training: dict, state: dict
     """Write the three files beside and have them take the name `target`. What has the name already is moved away."""
     folder, beside = target.parent, target.with_name(f".{target.name}.part")
     _refuse_link(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    flush(folder.parent)
+    make_folder(folder)
     for left in folder.glob(".step_*.part"):  # by a process that was cut off
         remove(left)
     beside.mkdir()

@@ -9,8 +9,6 @@ import math
 from collections.abc import Callable
 
 import matplotlib.pyplot as plt
-from IPython import get_ipython
-from IPython.display import HTML, Markdown, display
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
@@ -19,6 +17,8 @@ def show(*pictures) -> None:
     """Display figures, with a text that tells their contents, Markdown, or what displays itself; the current figure if
     nothing is given.
     """
+    from IPython.display import Markdown, display
+
     for picture in pictures or (plt.gcf(),):
         if isinstance(picture, Figure):
             display(picture, metadata={"image/png": {"alt": describe(picture)}})
@@ -41,9 +41,16 @@ def describe(figure: Figure) -> str:
     return "; ".join(dict.fromkeys(parts))
 
 
+def _shell():
+    """The notebook's kernel or IPython's terminal; None in a program."""
+    from IPython import get_ipython  # where figures are shown; training needs none
+
+    return get_ipython()
+
+
 def attended() -> bool:
     """Whether somebody runs this cell: programs that execute notebooks say that nobody could answer a question."""
-    shell = get_ipython()
+    shell = _shell()
     if not hasattr(shell, "get_parent"):
         return False
     return shell.get_parent().get("content", {}).get("allow_stdin", True)  # a control's message does not say
@@ -62,7 +69,7 @@ def play(draw: Callable, **controls) -> None:
     from ipywidgets import Textarea, interactive
 
     first, metadata = draw(), {}
-    picture, _ = get_ipython().display_formatter.format(first)  # for a page made of the notebook that is saved now
+    picture, _ = _shell().display_formatter.format(first)  # for a page made of the notebook that is saved now
     if isinstance(first, Figure):
         metadata = {"image/png": {"alt": describe(first)}}
         plt.close(first)
@@ -74,10 +81,12 @@ def play(draw: Callable, **controls) -> None:
         control.style.description_width = "initial"
         if hasattr(control, "continuous_update"):
             control.continuous_update = False  # draw when a slider is let go, not on its way
+    from IPython.display import display
+
     display(picture | widget._repr_mimebundle_(), metadata=metadata, raw=True)
 
 
-def coloured_tokens(pieces: list[tuple[str, float, str]], width: int = 88) -> HTML | Figure:
+def coloured_tokens(pieces: list[tuple[str, float, str]], width: int = 88):
     """Text on a background that is darker where a token was less expected; live, a pointer on it tells more.
 
     `pieces` holds a text, its probability and a remark for each token; `width` is the length of a line of the figure.
@@ -94,6 +103,8 @@ def coloured_tokens(pieces: list[tuple[str, float, str]], width: int = 88) -> HT
             style = f"background: rgb({red},{green},{blue}); color: black"
             label = html.escape(f"{probability:.1%}; {remark}", quote=True)
             spans.append(f'<span style="{style}" title="{label}">{html.escape(text)}</span>')
+        from IPython.display import HTML
+
         return HTML(f'<pre style="white-space: pre-wrap; font-family: monospace">{"".join(spans)}</pre>')
 
     marks, column, row = [], 0, 0

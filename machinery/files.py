@@ -13,7 +13,7 @@ import stat
 import time
 from pathlib import Path
 
-from machinery.errors import UserError, told
+from machinery.errors import FileError, UserError, told
 
 # What systems answer that cannot flush a folder: network and virtual file systems, read-only ones, Windows.
 CANNOT_FLUSH = {
@@ -62,7 +62,9 @@ def write_json(path: Path, value: dict) -> None:
 
 
 def no_links(path: str, flags: int) -> int:
-    """An `opener` for `open` that does not write through a link (where the system can tell)."""
+    """An `opener` for `open` that does not write through a link."""
+    if os.path.islink(path):
+        raise FileError(f"{path} is a link, which could lead anywhere; remove it")
     return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
 
 
@@ -85,6 +87,14 @@ def write_atomic(path: Path, content: str | bytes) -> None:
                 beside.unlink()
             raise
         flush(path.parent)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and those around it, and have the disk hold their names."""
+    if not path.is_dir():
+        path.mkdir(parents=True, exist_ok=True)
+        for parent in path.absolute().parents:
+            flush(parent)
 
 
 def publish(beside: Path, target: Path) -> Path | None:

@@ -11,11 +11,12 @@ import time
 import urllib.request
 from pathlib import Path
 
-import nbformat
 import pytest
-from nbconvert import HTMLExporter
 
 from machinery.notebook import NOTEBOOK
+
+nbformat = pytest.importorskip("nbformat")
+HTMLExporter = pytest.importorskip("nbconvert").HTMLExporter
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install -r tools/requirements.txt")
 

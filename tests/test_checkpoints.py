@@ -23,7 +23,7 @@ from machinery.checkpoints import (
     save_checkpoint,
 )
 from machinery.errors import LONGEST, DataError, FileError, UserError, first_line, told
-from machinery.files import read_json, read_jsonl, sha256, write_atomic, write_json
+from machinery.files import no_links, read_json, read_jsonl, sha256, write_atomic, write_json
 from machinery.tokenizers import tokenizer_from_dict
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="links, pipes and permissions of POSIX")
@@ -283,8 +283,10 @@ def test_nothing_is_written_or_removed_through_a_link(tmp_path):
     (path / "training.pt").symlink_to(tmp_path / "moved")
     with pytest.raises(CheckpointError, match=r"training.pt is a link"):
         read_state(path)
-    for name in ("config.json", "config.json.part"):
+    for name in ("config.json", "config.json.part", "metrics.jsonl"):
         (run / name).symlink_to(outside / "file")
+    with pytest.raises(FileError, match="metrics.jsonl is a link"):
+        open(run / "metrics.jsonl", "a", opener=no_links)  # noqa: SIM115 - it does not open
     write_json(run / "config.json", {"a": 1})
     assert read_json(run / "config.json") == {"a": 1} and not (run / "config.json").is_symlink()
     assert {path: path.stat().st_mtime_ns for path in outside.rglob("*")} == before

@@ -1,11 +1,13 @@
 """`make run` and `make script`: values of the knobs come in, each run keeps its own notebook and page."""
 
-import nbformat
 import pytest
-from nbformat.v4 import new_code_cell, new_notebook
 
 from machinery.errors import UserError
 from tools import execute
+
+nbformat = pytest.importorskip("nbformat")
+v4 = pytest.importorskip("nbformat.v4")
+new_code_cell, new_notebook = v4.new_code_cell, v4.new_notebook
 
 
 @pytest.fixture

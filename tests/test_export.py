@@ -1,10 +1,16 @@
 """Models and tokenizers leave and come back: `transformers` computes the same from the files, and nothing is lost."""
 
+import errno
 import json
+import os
+import random
 import shutil
-from itertools import islice
+import stat
+import time
+from itertools import islice, product
 
 import pytest
+import tiktoken
 import torch
 import transformers
 from conftest import LM
@@ -16,8 +22,14 @@ from test_data import TOKENIZERS
 from data_utils import get_tokenizer
 from machinery.checkpoints import save_checkpoint
 from machinery.errors import DataError, UserError
-from machinery.huggingface.families import FAMILIES, ExportError, families_table, family_of
-from machinery.huggingface.tokenizers import read_tokenizer, save_tokenizer, to_tokenizers
+from machinery.huggingface.families import FAMILIES, ExportError, families_table, family_of, to_hf_config
+from machinery.huggingface.tokenizers import (
+    merges_of,
+    read_tokenizer,
+    recover_merge,
+    save_tokenizer,
+    to_tokenizers,
+)
 from machinery.huggingface.weights import MARK, config_from_hf, export_hf, import_hf
 from machinery.sources import iter_documents
 from machinery.tokenizers import tokenizer_to_dict
@@ -135,10 +147,47 @@ def test_every_combination_exports_or_names_the_part_in_the_way(lm, tiny):
                     assert named in parts and repr(config[named]) in str(caught.value) and "\n" not in str(caught.value)
                     refused += 1
     assert refused == 24 - len(mapped)
-    with pytest.raises(ExportError, match="attention 'gqa' with 2 key/value heads .*'absolute'; 4 or 1 for 4"):
+    with pytest.raises(ExportError, match="attention 'gqa' with 2 key/value heads .*of 4 key/value .*of 1 key/value"):
         family_of(tiny(position="absolute", ffn="mlp", norm="layer", qk_norm=False).to_dict())
-    with pytest.raises(ExportError, match="attention 'window'"):
-        family_of(tiny(attention="window").to_dict())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"attention": "window", "position": "none", "ffn": "mlp"}, "attention 'window' .*; 'mha' or 'gqa' has$"),
+        ({"position": "absolute", "ffn": "gated", "norm": "rms"}, "position 'absolute' .*there is one with position"),
+        ({"position": "none", "norm": "layer", "qk_norm": False}, "norm 'layer' .*position 'rope', or with norm 'rms'"),
+        (
+            {"position": "none", "ffn": "mlp", "norm": "layer"},
+            "position 'none' .* there is one with position 'rope' and",
+        ),
+    ],
+    ids=["window", "absolute", "layer", "two"],
+)
+def test_the_part_in_the_way_is_the_one_whose_change_is_enough(tiny, change, message):
+    with pytest.raises(ExportError, match=message):
+        family_of(tiny(**change).to_dict())
+
+
+def test_every_change_that_is_offered_works(lm, tiny):
+    """Follow the advice of each refusal, and the model exports."""
+    for position, ffn, norm in product(lm.POSITIONS, lm.FFNS, lm.NORMS):
+        for qk_norm, n_kv_head in product((False, True), (1, 2, 4)):
+            config = tiny(position=position, ffn=ffn, norm=norm, qk_norm=qk_norm, n_kv_head=n_kv_head).to_dict()
+            try:
+                family_of(config)
+                continue
+            except ExportError as error:
+                offers = str(error).split("there is one with ")[1].split(", or with ")
+            for offer in offers:
+                change = {}
+                for part in offer.split(" and "):
+                    name, value = part.split(" ", 1)
+                    if name == "attention":
+                        change["n_kv_head"] = int(value.split()[1])
+                    else:
+                        change[name] = value == "True" if name == "qk_norm" else value.strip("'")
+                family_of(config | change)
 
 
 def test_a_refused_model_leaves_nothing_behind(tiny, tmp_path):
@@ -154,6 +203,128 @@ def test_a_refused_model_leaves_nothing_behind(tiny, tmp_path):
     with pytest.raises(ExportError, match="no checkpoint"):
         export_hf(tmp_path / "good", tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["good", "mine", "run"]
+
+
+@pytest.fixture
+def refused_target(tiny, tmp_path):
+    """refused_target(make): `make(folder)` fills a folder, which an export must leave as it is."""
+    make_run(tmp_path / "run", tiny())
+
+    def check(make, match, target=None):
+        folder = tmp_path / "target"
+        make(folder)
+        before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        with pytest.raises(ExportError, match=match) as caught:
+            export_hf(tmp_path / "run", target or folder)
+        assert "\n" not in str(caught.value)
+        assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "target"]
+
+    return check
+
+
+def test_a_base_model_is_not_replaced(refused_target, tiny):
+    def make(folder):
+        made = transformers.AutoModelForCausalLM.from_config(to_hf_config(tiny(tokenizer="bytes").to_dict()))
+        made.save_pretrained(folder)
+        save_tokenizer(BYTES, folder, 100)
+
+    refused_target(make, "holds other things than an export.*no lmharness.json")
+
+
+@pytest.mark.parametrize("what", ["card", "note", "weights", "folder"])
+def test_an_export_that_its_user_changed_is_not_replaced(refused_target, tmp_path, what):
+    def make(folder):
+        export_hf(tmp_path / "run", folder)
+        if what == "card":
+            (folder / "README.md").write_text("# My model")
+        elif what == "note":
+            (folder / "notes.txt").write_text("mine")
+        elif what == "folder":
+            (folder / "mine").mkdir()
+        else:
+            tensors = load_file(folder / "model.safetensors")
+            save_file({name: tensor + 1 for name, tensor in tensors.items()}, folder / "model.safetensors")
+
+    refused_target(make, "holds other things|mine: not a regular file")
+
+
+@pytest.mark.parametrize("mark", ["{}", "[]", '{"files": []}', '{"files": {"README.md": 3}}', "x"])
+def test_a_mark_that_is_not_ours_does_not_open_a_folder(refused_target, mark):
+    def make(folder):
+        folder.mkdir()
+        (folder / "README.md").write_text("mine")
+        (folder / MARK).write_text(mark)
+
+    refused_target(make, "target")
+
+
+def test_the_folder_one_is_in_is_not_replaced(refused_target, tmp_path, monkeypatch):
+    def make(folder):
+        folder.mkdir()
+        monkeypatch.chdir(folder)
+
+    refused_target(make, "is the folder you are in", target=".")
+
+
+def test_a_file_is_not_replaced(tiny, tmp_path):
+    make_run(tmp_path / "run", tiny())
+    (tmp_path / "file").write_text("mine")
+    for target in (tmp_path / "file", tmp_path / "file" / "below", tmp_path / ("a" * 300), f"{tmp_path}/a\0b"):
+        with pytest.raises(ExportError) as caught:
+            export_hf(tmp_path / "run", target)
+        assert "\n" not in str(caught.value)
+    assert (tmp_path / "file").read_text() == "mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "run"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need rights there")
+def test_a_link_leads_to_the_folder_that_is_written(tiny, tmp_path):
+    make_run(tmp_path / "run", tiny())
+    (tmp_path / "link").symlink_to(tmp_path / "there")
+    (tmp_path / "there").mkdir()
+    for _ in range(2):  # into an empty folder, then over an export
+        export_hf(tmp_path / "run", tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "there" / MARK).exists()
+    modes = {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "there").iterdir()}
+    assert modes == {stat.S_IMODE((tmp_path / "run" / "config.json").stat().st_mode)}
+
+
+def test_an_export_that_fails_leaves_the_earlier_one(tiny, tmp_path, monkeypatch):
+    make_run(tmp_path / "run", tiny())
+    out = export_hf(tmp_path / "run", tmp_path / "out")
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(ExportError, match=r"out: .*No space left on device"):
+        export_hf(tmp_path / "run", out)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "run"]
+
+
+@pytest.mark.parametrize("content", [None, "[]", "x", '{"versions": [1], "device": {}}'])
+def test_a_missing_note_does_not_forbid_an_export(tiny, tmp_path, content):
+    make_run(tmp_path / "run", tiny())
+    path = tmp_path / "run" / "environment.json"
+    path.unlink() if content is None else path.write_text(content)
+    assert "unknown" in (export_hf(tmp_path / "run", tmp_path / "out") / "README.md").read_text()
+
+
+@pytest.mark.parametrize("family", [FAMILIES[0], FAMILIES[7]], ids=lambda family: family.model_type)
+def test_padded_batches_write_what_single_prompts_do(tiny, tmp_path, family):
+    _, _, out = exported(tmp_path, tiny, **settings_of(family))
+    model = transformers.AutoModelForCausalLM.from_pretrained(out)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out)
+    assert tokenizer.pad_token_id == model.generation_config.pad_token_id == 256
+    prompts = ["import os", "def", "class Größe:"]
+    assert tokenizer(prompts, padding=True, return_tensors="pt").input_ids.shape == (3, 14)
+    settings = {"do_sample": False, "max_new_tokens": 12, "return_full_text": False}
+    pipe = transformers.pipeline("text-generation", model=model, tokenizer=tokenizer)
+    single = [pipe(prompt, **settings)[0]["generated_text"] for prompt in prompts]
+    assert [found[0]["generated_text"] for found in pipe(prompts, batch_size=2, **settings)] == single
 
 
 def test_card_and_settings_for_generation(tiny, tmp_path):
@@ -310,6 +481,63 @@ def test_a_config_that_does_not_fit_its_checkpoint_is_one_line(lm, tiny, tmp_pat
         lm.train(lm.Config.from_preset("smoke", **values | change))
 
 
+ODD = [
+    ("config.json", {"rope_parameters": {"rope_theta": "abc", "rope_type": "default"}}, "config.json: "),
+    ("config.json", {"rope_parameters": {"rope_theta": 0, "rope_type": "default"}}, "rope_base is 0; it must be"),
+    ("config.json", {"rope_parameters": 3}, "config.json: "),
+    ("config.json", {"rms_norm_eps": float("nan")}, "norm_eps is nan; it must be"),
+    ("config.json", {"num_attention_heads": 0}, "num_attention_heads is 0; it must be"),
+    ("config.json", {"num_key_value_heads": 0}, "num_key_value_heads is 0; it must be"),
+    ("config.json", {"num_key_value_heads": 3}, "config.json: "),
+    ("config.json", {"hidden_size": "64"}, "hidden_size is '64'; it must be"),
+    ("config.json", {"num_hidden_layers": 4096}, "4096 layers and the weights 20 tensors"),
+    ("config.json", {"model_type": ["llama"]}, "model_type"),
+    ("model.safetensors.index.json", {}, "does not say which file holds each tensor"),
+    ("model.safetensors.index.json", {"weight_map": []}, "does not say which file"),
+    ("model.safetensors.index.json", {"weight_map": {}}, "does not say which file"),
+    ("model.safetensors.index.json", {"weight_map": {"a": 3}}, "does not say which file"),
+    ("model.safetensors.index.json", {"weight_map": {"a": ["b"]}}, "does not say which file"),
+]
+
+
+@pytest.mark.parametrize(("name", "change", "message"), ODD, ids=[f"{o[0].split('.')[0]}-{o[1]}" for o in ODD])
+def test_odd_files_are_one_line(tiny, tmp_path, name, change, message):
+    _, _, out = exported(tmp_path, tiny, qk_norm=False)
+    values = json.loads((out / name).read_text()) | change if name == "config.json" else change
+    (out / name).write_text(json.dumps(values))
+    with pytest.raises(ExportError, match=message) as caught:
+        import_hf(out)
+    assert "\n" not in str(caught.value) and str(out) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"n_head": 0}, {"n_kv_head": 0}, {"n_layer": "2"}, {"rope_base": "abc"}, {"n_ffn": None}, {"position": []}]
+    + [{"sample_tokens": "x"}, {"val_fraction": None}, {"tie_embeddings": 3}, {"n_layer": 4096}, {"attention": None}],
+    ids=str,
+)
+def test_an_odd_run_is_one_line(tiny, tmp_path, change):
+    make_run(tmp_path / "run", tiny())
+    path = tmp_path / "run" / "config.json"
+    values = json.loads(path.read_text())
+    for odd in (values | change, {name: value for name, value in values.items() if name not in change}):
+        path.write_text(json.dumps(odd))
+        with pytest.raises(ExportError, match="config.json") as caught:
+            export_hf(tmp_path / "run", tmp_path / "out")
+        assert "\n" not in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="there are no such pipes there")
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors", "model.safetensors.index.json"])
+def test_a_pipe_is_not_waited_for(tiny, tmp_path, name):
+    _, _, out = exported(tmp_path, tiny)
+    (out / name).unlink(missing_ok=True)
+    os.mkfifo(out / name)
+    with pytest.raises(UserError, match="not a regular file|is missing"):
+        read_tokenizer(out) if name == "tokenizer.json" else import_hf(out)
+
+
 # ---------------------------------------------------------------------------------------------- tokenizers
 
 DOCUMENTS = list(islice(iter_documents("python"), 120))
@@ -395,10 +623,33 @@ def test_tokenizers_come_back(leaving):
     assert get_tokenizer(str(folder), encoding.n_vocab).n_vocab == encoding.n_vocab
 
 
+def test_a_token_of_many_thousand_bytes_takes_no_time():
+    ranks = {bytes([byte]): byte for byte in range(256)} | {b" " * (1 << k): 255 + k for k in range(1, 16)}
+    started = time.perf_counter()
+    assert recover_merge(b" " * (1 << 15), ranks) == [b" " * (1 << 14)] * 2
+    alone = {bytes([byte]): byte for byte in range(256)} | {b" " * (1 << 15): 256}
+    assert len(recover_merge(b" " * (1 << 15), alone)) == 1 << 15 and merges_of(alone) == []
+    assert len(merges_of(ranks)) == 15
+    assert time.perf_counter() - started < 5  # 40 s with a list in place of the heap
+
+
+def test_any_vocabulary_leaves_with_the_same_ids():
+    """Also one that no training gives, in which the same token comes from several pairs."""
+    chance = random.Random(0)
+    for _ in range(100):
+        tokens = list({bytes(chance.choices(b"ab ", k=chance.randint(2, 6))) for _ in range(chance.randint(3, 40))})
+        ranks = {bytes([byte]): byte for byte in range(256)} | {token: 256 + i for i, token in enumerate(tokens)}
+        special = {"<|endoftext|>": len(ranks)}
+        encoding = tiktoken.Encoding("any", pat_str=BYTES._pat_str, mergeable_ranks=ranks, special_tokens=special)
+        theirs = to_tokenizers(encoding)
+        for _ in range(20):
+            text = "".join(chance.choices("ab ", k=chance.randint(1, 40)))
+            assert theirs.encode(text).ids == encoding.encode_ordinary(text)
+
+
 @pytest.mark.parametrize("name", ["cl100k_base", "o200k_base"])
 def test_patterns_of_larger_vocabularies_cut_the_same(name, monkeypatch):
     """Their vocabularies need a download; their patterns, with special ids after a gap, are tried on another."""
-    import tiktoken
     from tiktoken_ext import openai_public
 
     monkeypatch.setattr(openai_public, "load_tiktoken_bpe", lambda *_, **__: {})
@@ -425,8 +676,13 @@ def test_patterns_of_larger_vocabularies_cut_the_same(name, monkeypatch):
         ({"model": {"type": "WordPiece"}}, "model is WordPiece"),
         ({"model": {"type": "BPE", "vocab": {"a": 5}, "merges": []}}, "ids have gaps"),
         ({"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True}}, "adds a space"),
+        ({"model": 3}, "not a byte-level BPE"),
+        ({"added_tokens": {"a": 1}}, "not a byte-level BPE"),
+        ({"added_tokens": [{"content": "<|endoftext|>", "id": 1 << 40}]}, "not a byte-level BPE"),
+        ({"pre_tokenizer": None}, "not a byte-level BPE"),
+        ({"truncation": "x"}, "not a byte-level BPE"),
     ],
-    ids=["normalizer", "metaspace", "wordpiece", "gaps", "prefix"],
+    ids=["normalizer", "metaspace", "wordpiece", "gaps", "prefix", "model", "added", "id", "none", "truncation"],
 )
 def test_other_tokenizers_are_refused_by_name(tmp_path, change, named):
     save_tokenizer(BYTES, tmp_path, 100)

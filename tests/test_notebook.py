@@ -4,13 +4,12 @@ import json
 import os
 import struct
 
-import nbformat
-import papermill
 import pytest
 
 from machinery.files import read_jsonl
 from machinery.notebook import NOTEBOOK, mark_executed, source_digest
 
+nbformat, papermill = pytest.importorskip("nbformat"), pytest.importorskip("papermill")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 

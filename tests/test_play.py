@@ -1,12 +1,14 @@
 """Figures told in words, and controls that are there only where somebody can use them."""
 
 import matplotlib.pyplot as plt
-import nbformat
-from IPython.display import HTML
-from jupyter_client.manager import start_new_kernel
+import pytest
 
 from machinery import figures
 from machinery.figures import coloured_tokens, describe
+
+nbformat = pytest.importorskip("nbformat")
+start_new_kernel = pytest.importorskip("jupyter_client.manager").start_new_kernel
+HTML = pytest.importorskip("IPython.display").HTML
 
 PIECES = [("import os\n", 0.9, "first"), ("<b>", 0.001, 'a "quoted" guess'), ("\tx", 1e-12, "last")]
 

@@ -745,6 +745,14 @@ def test_a_layer_that_drops_values_drops_none_outside_training(lm, settings, mon
     assert torch.equal(attention_maps(model, tokens[0]), attention_maps(model, tokens[0])) and model.training
 
 
+def test_checkpoints_come_by_the_clock_too(lm, settings):
+    config = settings(
+        max_steps=0, max_hours=3 / 3600, checkpoint_every=10**6, checkpoint_minutes=0.5 / 60, keep_checkpoints=99
+    )
+    lm.train(config)
+    assert 3 <= len(checkpoint_folders(Path(config.runs_dir) / config.run_name)) <= 7
+
+
 def test_the_first_step_learns(lm, settings):
     config = settings(max_steps=1, warmup=0.5)
     lm.train(config)

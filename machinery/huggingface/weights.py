@@ -38,10 +38,12 @@ from machinery.tokenizers import END_OF_TEXT, tokenizer_from_dict
 __all__ = ["ExportError", "check_tokenizer", "config_from_hf", "export_hf", "import_hf"]
 
 
-def _empty_model(hf_config):
-    """Their model, with shapes and without memory."""
+def _empty_model(hf_config, tensors: int):
+    """Their model, with shapes and without memory. Raises `ExportError` for more layers than there are `tensors`."""
     import transformers
 
+    if hf_config.num_hidden_layers > tensors:  # building thousands takes a while
+        raise ExportError(f"config.json has {hf_config.num_hidden_layers} layers and the weights {tensors} tensors")
     with torch.device("meta"):
         return transformers.AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32)
 
@@ -75,7 +77,7 @@ def _is_transposed(family: Family, name: str) -> bool:
 def _to_hf_model(config: dict, state: dict[str, Tensor]):
     """A `transformers` model to save, which shares our weights' memory. Raises `ExportError` where they do not fit."""
     family = family_of(config)
-    model = _empty_model(to_hf_config(config))
+    model = _empty_model(to_hf_config(config), len(state))
     state = {"head.weight": state["embedding.weight"], **state} if config["tie_embeddings"] else state
     renamed, used = {}, set()
     try:
@@ -265,9 +267,8 @@ def import_hf(checkpoint: str | Path, config: dict | None = None) -> tuple[dict,
     if config is not None:
         _check_same(folder, values, config)
     files, found = _tensor_files(folder)
-    if values["n_layer"] > len(found):  # before a model of so many is built, be it without memory
-        raise ExportError(f"{folder}: config.json has {values['n_layer']} layers and the weights {len(found)} tensors")
-    family, model = family_of(values), _empty_model(to_hf_config(values))
+    with told(folder, ExportError):
+        family, model = family_of(values), _empty_model(to_hf_config(values), len(found))
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if values["tie_embeddings"]:
         expected.pop("lm_head.weight")

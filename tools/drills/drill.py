@@ -20,13 +20,15 @@ from machinery.run_folder import describe_environment
 from tools.common import RESULTS, lm, quietly, table
 from tools.drills.common import Result
 from tools.drills.hostile import fuzz
+from tools.drills.power import power_cuts
 from tools.drills.processes import interrupt_kernel, kill_tokenization, kill_training, terminate
 from tools.drills.services import bad_network, bad_wandb
 from tools.drills.storage import corrupt_checkpoints, corrupt_shards, full_disk
 
 DRILLS = [
     (kill_training, 50), (kill_tokenization, 15), (interrupt_kernel, 20), (terminate, 10), (full_disk, 3),
-    (corrupt_checkpoints, 120), (corrupt_shards, 80), (fuzz, 10_000), (bad_network, 6), (bad_wandb, 3),
+    (power_cuts, 1_500), (corrupt_checkpoints, 120), (corrupt_shards, 80), (fuzz, 10_000), (bad_network, 6),
+    (bad_wandb, 3),
 ]  # fmt: skip
 
 
@@ -88,9 +90,10 @@ def write_reliability(
 
 `make drill`, {environment["started"][:10]}, {machine}, Python {environment["python"]}: {seconds / 60:.0f} minutes.
 
-Faults are real: killed processes, a full file system, damaged files, a hub that misbehaves. In the drills a checkpoint
-is written every 5 steps, which bounds what a fault may cost. *Identical* compares final weights, or shards, with those
-of an undisturbed run, bit for bit.
+Faults are real: killed processes, a full file system, damaged files, a hub that misbehaves. Of power
+cuts, states that the disk may be in are rebuilt from the kernel's record of what was written and flushed. In the drills
+a checkpoint is written every 5 steps, which bounds what a fault may cost. *Identical* compares final weights, or
+shards, with those of an undisturbed run, bit for bit.
 
 {table(rows, COLUMNS)}
 

@@ -11,7 +11,7 @@ import subprocess
 import time
 from pathlib import Path
 
-from machinery.checkpoints import checkpoint_folders, newest_checkpoint
+from machinery.checkpoints import CheckpointError, checkpoint_folders, newest_checkpoint
 from machinery.errors import DataError
 from tools.drills.common import Result, equal, lm, quietly, start_training, tiny_config, weights
 
@@ -76,19 +76,28 @@ def damage(content: bytes, chance: random.Random) -> bytes:
 
 
 def corrupt_checkpoints(folder: Path, times: int, seed: int = 0) -> Result:
-    """Damage a random file of the newest checkpoint, or remove it: it must be recognised and the one before used."""
+    """Damage a random file of the newest checkpoint, or remove it: it must be recognised and the one before used.
+
+    One time in ten the one before is damaged as well. Then that has to be said.
+    """
     chance = random.Random(seed)
     config = tiny_config(folder, run_name="corrupt", max_steps=20, keep_checkpoints=2)
     quietly(lm.train, config)
     run = Path(config.runs_dir) / "corrupt"
     older, newest = checkpoint_folders(run)
-    files = {path: path.read_bytes() for path in newest.iterdir()}
     survived = 0
     for _ in range(times):
-        path = chance.choice(list(files))
-        path.write_bytes(damage(files[path], chance)) if chance.random() < 0.95 else path.unlink()
-        survived += quietly(newest_checkpoint, run) == older
-        path.write_bytes(files[path])
+        damaged = [newest, older] if chance.random() < 0.1 else [newest]
+        files = [chance.choice(sorted(folder.iterdir())) for folder in damaged]
+        contents = {path: path.read_bytes() for path in files}
+        for path, content in contents.items():
+            path.write_bytes(damage(content, chance)) if chance.random() < 0.95 else path.unlink()
+        try:
+            survived += quietly(newest_checkpoint, run) == older
+        except CheckpointError:
+            survived += older in damaged
+        for path, content in contents.items():
+            path.write_bytes(content)
     sound = quietly(newest_checkpoint, run) == newest
     return Result("corrupted checkpoint", times, survived if sound else 0, None, None, "named, and the one before used")
 
