@@ -20,6 +20,7 @@ import torch
 
 from data_utils import Batches, TokenData
 from machinery.checkpoints import CheckpointError, check_weights, load_checkpoint, newest_checkpoint, save_checkpoint
+from machinery.errors import told
 from machinery.files import read_jsonl
 from machinery.interrupts import StopRequest
 from machinery.loggers import Loggers
@@ -154,10 +155,11 @@ class Run:
         if self.checkpoint:
             self.folder.same_text(tokenizer, data.key, str(self.machine.dtype)[6:])
             saved = load_checkpoint(self.checkpoint, model, optimizers)
-            if saved["scaler"]:  # empty unless it was saved in float16
-                scaler.load_state_dict(saved["scaler"])
-            for name in vars(at).keys() & saved.keys() - self._changed:  # a micro_batch changed by hand counts
-                setattr(at, name, saved[name])
+            with told(self.checkpoint, CheckpointError, "its state is odd"):
+                if saved["scaler"]:  # empty unless it was saved in float16
+                    scaler.load_state_dict(saved["scaler"])
+                for name in vars(at).keys() - self._changed:  # a micro_batch changed by hand counts
+                    setattr(at, name, type(getattr(at, name))(saved[name]))
         else:
             if config.init_from:
                 from machinery.huggingface import begin_with

@@ -10,6 +10,7 @@ Only whole ones count, and only whole ones are ever removed. One that is damaged
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -93,9 +94,10 @@ def _remove_older(newest: Path, keep: int, keep_step: int | None) -> None:
     stay = {newest.name} if keep_step is None else {newest.name, f"step_{keep_step:08d}"}
     older = [path for path in checkpoint_folders(newest.parents[1]) if path.name not in stay and _is_whole(path)]
     for path in older[: max(0, len(older) - keep + 1)]:
-        leaving = path.with_name(f".{path.name}.part")  # in one moment: cut off here, no half of it seems to be one
-        path.rename(leaving)
-        remove(leaving)
+        leaving = path.with_name(f".{path.name}.part")
+        with contextlib.suppress(OSError):  # what cannot be removed stays; the new one is written all the same
+            path.rename(leaving)  # in one moment: cut off after it, no half of a checkpoint has the name of one
+            remove(leaving)
 
 
 def checkpoint_folders(run: Path) -> list[Path]:

@@ -25,7 +25,7 @@ CANNOT_FLUSH = {
 def regular_file(path: Path) -> Path:
     """`path`, where that is a file with an end. Raises `UserError` for a pipe, a device or a folder, else `OSError`."""
     if not stat.S_ISREG(path.stat().st_mode):
-        raise UserError(f"{path}: not a regular file; remove it")
+        raise UserError(f"{path}: not a regular file; put one in its place")
     return path
 
 

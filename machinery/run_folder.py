@@ -26,8 +26,8 @@ from pathlib import Path
 import torch
 from filelock import FileLock, Timeout
 
-from machinery.errors import UserError, printable, told
-from machinery.files import no_links, read_json, read_jsonl, write_atomic, write_json
+from machinery.errors import UserError, first_line, printable, told
+from machinery.files import make_folder, no_links, read_json, read_jsonl, write_atomic, write_json
 from machinery.machine import Machine, cpu_name
 from machinery.notebook import NOTEBOOK
 
@@ -53,7 +53,7 @@ class RunFolder:
         self.writes = writes
         self._unwritten: list[tuple[str, str]] = []
         with told(self.path, problem="cannot be made", advice="set runs_dir to a folder of yours"):
-            self.path.mkdir(parents=True, exist_ok=True)
+            make_folder(self.path)
         self._lock = FileLock(self.path / ".lock", timeout=0)
 
     def lock(self) -> None:
@@ -109,12 +109,11 @@ class RunFolder:
         name, advice = self.path.name, "use a new run_name, or resume='never' to start over"
         if read_json(self.path / "tokenizer.json") != tokenizer:
             raise UserError(f"run {name!r} was begun with another tokenizer, learned from other text; {advice}")
-        if (self.path / "data.json").exists() and read_json(self.path / "data.json").get("key") != key:
+        if read_json(self.path / "data.json", missing={"key": key}).get("key") != key:
             raise UserError(f"run {name!r} was begun with other text: what its source holds has changed; {advice}")
-        if (self.path / "environment.json").exists():  # a mere note
-            before = read_json(self.path / "environment.json").get("dtype")
-            if before != dtype:
-                print(f"matrix products were in {before} until here, and go on in {dtype}")
+        before = read_json(self.path / "environment.json", missing={}).get("dtype", dtype)  # a mere note
+        if before != dtype:
+            print(f"matrix products were in {before} until here, and go on in {dtype}")
 
     def begin(self, config: dict, at_step: int = 0, **files: dict) -> None:
         """Write config.json and the other `files`. Lines after `at_step`, of a run cut off later, are dropped."""
@@ -150,7 +149,7 @@ class RunFolder:
             try:
                 write_json(self.path / "summary.json", summary)
             except OSError as error:
-                print(f"summary.json was not written ({error.strerror}): {json.dumps(summary)}")
+                print(f"summary.json was not written ({first_line(error)}): {json.dumps(summary)}")
 
 
 def _portable(config: dict) -> dict:
@@ -206,8 +205,7 @@ def run_state(folder: str | Path) -> dict:
     folder = Path(folder).expanduser()
     config, metrics = read_json(folder / "config.json"), read_jsonl(folder / "metrics.jsonl")
     last = {name: value for line in metrics for name, value in line.items()}  # the latest of each
-    summary = folder / "summary.json"
-    status = read_json(summary).get("status", "stopped") if summary.exists() else "stopped"
+    status = read_json(folder / "summary.json", missing={}).get("status", "stopped")
     return {
         "status": "running" if _is_locked(folder / ".lock") else status,
         "progress": last.get("progress") or 0.0,

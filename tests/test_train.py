@@ -1,6 +1,5 @@
 """Around the loop and the loop itself: schedules, budget, run files, resuming bit for bit, stopping, bad steps."""
 
-import hashlib
 import json
 import math
 import os
@@ -19,12 +18,9 @@ from torch.optim import lr_scheduler
 
 from machinery import machine as machine_module
 from machinery.checkpoints import (
-    CheckpointError,
     checkpoint_folders,
-    load_checkpoint,
     newest_checkpoint,
     read_state,
-    save_checkpoint,
 )
 from machinery.errors import UserError
 from machinery.files import read_jsonl
@@ -85,94 +81,7 @@ def test_the_first_limit_of_a_budget_counts():
     assert Budget(max_hours=24.0).seconds_left(7, 7, 12 * 3600, 1.0, 1.0) == 12 * 3600
 
 
-# ------------------------------------------------------------------------------------------- checkpoints
-
-
-def small_model(seed=0):
-    torch.manual_seed(seed)
-    model = torch.nn.Sequential(torch.nn.Embedding(8, 4), torch.nn.Linear(4, 8, bias=False))
-    model[1].weight = model[0].weight  # tied
-    return model, [torch.optim.AdamW(model.parameters())]
-
-
-def step(model, optimizers):
-    model(torch.arange(8)).square().mean().backward()
-    for optimizer in optimizers:
-        optimizer.step()
-        optimizer.zero_grad()
-
-
-def test_checkpoint_restores_weights_and_optimizer(tmp_path):
-    model, optimizers = small_model()
-    step(model, optimizers)
-    save_checkpoint(tmp_path, model, optimizers, {"step": 1, "tokens": 64, "seconds": 1.5}, keep=2)
-    step(model, optimizers)
-    other, others = small_model(seed=1)
-    state = load_checkpoint(newest_checkpoint(tmp_path), other, others)
-    assert (state["step"], state["tokens"], state["seconds"]) == (1, 64, 1.5)
-    step(other, others)
-    assert torch.equal(model[0].weight, other[0].weight)
-    assert other[0].weight is other[1].weight
-
-
-def test_only_the_newest_are_kept_and_nothing_is_executable(tmp_path):
-    model, optimizers = small_model()
-    for number in (1, 2, 3, 4):
-        save_checkpoint(tmp_path, model, optimizers, {"step": number}, keep=2)
-    folders = checkpoint_folders(tmp_path)
-    assert [folder.name for folder in folders] == ["step_00000003", "step_00000004"]
-    files = sorted(path.name for path in folders[-1].iterdir())
-    assert files == ["model.safetensors", "state.json", "training.pt"]
-    torch.load(folders[-1] / "training.pt", weights_only=True)
-    assert not list((tmp_path / "checkpoints").glob(".*"))
-
-
-@pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "state"])
-def test_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, capsys, damage):
-    model, optimizers = small_model()
-    for number in (1, 2):
-        save_checkpoint(tmp_path, model, optimizers, {"step": number}, keep=2)
-    newest = checkpoint_folders(tmp_path)[-1]
-    file = newest / ("state.json" if damage == "state" else "model.safetensors")
-    content = bytearray(file.read_bytes())
-    if damage == "flip":
-        content[-1] ^= 255
-    file.write_bytes(content if damage == "flip" else content[: len(content) // 2])
-    if damage == "remove":
-        file.unlink()
-    assert newest_checkpoint(tmp_path).name == "step_00000001"
-    assert "step_00000002" in capsys.readouterr().out
-
-
-def test_checkpoint_of_another_architecture_is_refused(tmp_path):
-    model, optimizers = small_model()
-    save_checkpoint(tmp_path, model, optimizers, {"step": 1}, keep=1)
-    other = torch.nn.Sequential(torch.nn.Embedding(9, 4))
-    with pytest.raises(CheckpointError, match=r"0.weight is \(8, 4\) there and \(9, 4\) in the model"):
-        load_checkpoint(newest_checkpoint(tmp_path), other)
-
-
 # ---------------------------------------------------------------------------------------- run directory
-
-
-def test_a_checkpoint_that_carries_code_is_refused(tmp_path):
-    """With checksums that match, as someone who means harm would write it."""
-
-    class Harm:
-        def __reduce__(self):
-            return os.system, (f"touch {tmp_path / 'executed'}",)
-
-    model, optimizers = small_model()
-    path = save_checkpoint(tmp_path, model, optimizers, {"step": 1}, keep=1)
-    torch.save({"optimizers": [Harm()]}, path / "training.pt")
-    state = json.loads((path / "state.json").read_text())
-    state.pop("sha256")
-    state["files"]["training.pt"] = hashlib.sha256((path / "training.pt").read_bytes()).hexdigest()
-    sealed = state | {"sha256": hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()}
-    (path / "state.json").write_text(json.dumps(sealed))
-    with pytest.raises(CheckpointError, match=r"training\.pt: refused"):
-        load_checkpoint(path, model, optimizers)
-    assert not (tmp_path / "executed").exists()
 
 
 @pytest.mark.parametrize(

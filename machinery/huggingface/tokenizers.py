@@ -15,7 +15,7 @@ from pathlib import Path
 import tiktoken
 
 from machinery.errors import DataError, told
-from machinery.files import read_json
+from machinery.files import read_json, write_json
 from machinery.tokenizers import END_OF_TEXT, PROBE, SPLIT_PATTERN, tokenizer_from_dict, tokenizer_to_dict
 
 # Patterns that cut text into pieces, known to mean the same to both libraries. GPT-2's, as its `tokenizers` file says
@@ -142,8 +142,7 @@ def save_tokenizer(encoding: tiktoken.Encoding, folder: Path, max_length: int) -
     )
     tokenizer.save_pretrained(folder)
     path = folder / "tokenizer_config.json"  # under the class name that versions before 5 know too
-    fields = read_json(path) | {"tokenizer_class": "PreTrainedTokenizerFast"}
-    path.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+    write_json(path, read_json(path) | {"tokenizer_class": "PreTrainedTokenizerFast"})
 
 
 def read_tokenizer(folder: str | Path) -> tiktoken.Encoding:

@@ -146,7 +146,8 @@ MARK = "lmharness.json"  # in each export: its files and their checksums
 
 
 def _checksums(folder: Path) -> dict[str, str]:
-    return {path.name: sha256(path) for path in sorted(folder.iterdir()) if path.name != MARK}
+    found = sorted(path for path in folder.iterdir() if path.name != MARK)
+    return {path.name: sha256(path) if path.is_file() else "not a file" for path in found}
 
 
 def _check_target(out: Path) -> None:
@@ -163,7 +164,7 @@ def _check_target(out: Path) -> None:
         written = read_json(out / MARK, missing={}).get("files", {})
         others = sorted(name for name, found in _checksums(out).items() if written.get(name) != found)
     if others or not written:
-        what = f"{', '.join(others[:3])} differs" if written else f"there is no {MARK}"
+        what = f"{', '.join(others[:3])} differs" if written else f"no {MARK}"
         raise ExportError(f"{out} holds other things than an export as it was written ({what}); choose another folder")
 
 
