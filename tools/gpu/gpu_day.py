@@ -56,7 +56,7 @@ def load() -> None:
 
 
 def configured(**values):
-    folder = tempfile.mkdtemp(prefix="lmh-data-") if DRY or DEVICE == "cpu" else str(DATA)
+    folder = str(WORK / "data") if DRY or DEVICE == "cpu" else str(DATA)
     base = {"device": DEVICE, "runs_dir": str(WORK), "data_dir": folder, "run_name": "day", "resume": "auto",
             "prompt": "import os\nimport sys\n\n\ndef"}  # fmt: skip
     if DRY:

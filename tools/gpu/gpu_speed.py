@@ -412,17 +412,6 @@ def qwen3() -> None:
 # ------------------------------------------------------------------------------- what might make it faster
 
 
-class EarlyTurn(lm.GroupedQueryAttention):
-    """Norm and rotation of queries and keys before heads and tokens change places: less is written and read again."""
-
-    def forward(self, x, position, cache=None):
-        B, T, _ = x.shape
-        q, k, v = (proj(x).view(B, T, -1, self.D) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = turned(self.q_norm(q), position), turned(self.k_norm(k), position)
-        y = self.attend(*(z.transpose(1, 2) for z in (q, k, v)))
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, self.H * self.D))
-
-
 class OneProduct(lm.GroupedQueryAttention):
     """Queries, keys and values from one product; the weights are put together as they are cast."""
 
@@ -430,7 +419,7 @@ class OneProduct(lm.GroupedQueryAttention):
         B, T, _ = x.shape
         weight = torch.cat([p.weight for p in (self.q_proj, self.k_proj, self.v_proj)])
         q, k, v = F.linear(x, weight).view(B, T, -1, self.D).split((self.H, self.K, self.K), dim=2)
-        q, k = turned(self.q_norm(q), position), turned(self.k_norm(k), position)
+        q, k = position.rotate(self.q_norm(q), 0), position.rotate(self.k_norm(k), 0)
         y = self.attend(*(z.transpose(1, 2) for z in (q, k, v)))
         return self.o_proj(y.transpose(1, 2).reshape(B, T, self.H * self.D))
 
@@ -439,13 +428,6 @@ class OneProductFFN(lm.GatedFFN):
     def forward(self, x):
         gate, up = F.linear(x, torch.cat((self.gate_proj.weight, self.up_proj.weight))).chunk(2, dim=-1)
         return self.down_proj(F.silu(gate) * up)
-
-
-def turned(x, position):
-    """`rotate` for x (B, T, H, D)."""
-    cos, sin = (table[: x.size(1), None, : x.size(-1) // 2] for table in (position.cos, position.sin))
-    first, second = x.float().chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).type_as(x)
 
 
 class HalfStream(lm.RotaryPosition):
@@ -458,18 +440,16 @@ class HalfStream(lm.RotaryPosition):
 NO_GRAPHS = "max-autotune-no-cudagraphs"
 VARIANTS = {  # fields, options of torch.compile, seconds to compile
     "as it is": ({}, {}, 25),
-    "norm and turn before the transpose": ({"attention": "early"}, {}, 25),
     "residual stream in 16 bits": ({"position": "half"}, {}, 25),
-    "both": ({"attention": "early", "position": "half"}, {}, 25),
-    "both, and one product for q, k, v": ({"attention": "one", "position": "half"}, {}, 25),
-    "both, and one for gate and up": ({"attention": "early", "position": "half", "ffn": "one"}, {}, 25),
+    "that, and one product for q, k, v": ({"attention": "one", "position": "half"}, {}, 25),
+    "that, and one for gate and up": ({"position": "half", "ffn": "one"}, {}, 25),
     "no QK-norm": ({"qk_norm": False}, {}, 25),
     "FlashAttention 2": ({}, {"flash": True}, 25),
     "weights in 16 bits, no autocast": ({}, {"half": True}, 25),
     "coordinate descent": ({}, {"options": {"coordinate_descent_tuning": True}}, 45),
     "as it is, again": ({}, {}, 15),  # what differs from the first is noise
     "CUDA graphs": ({}, {"mode": "reduce-overhead"}, 30),
-    "both, max-autotune": ({"attention": "early", "position": "half"}, {"mode": NO_GRAPHS}, 120),
+    "that, max-autotune": ({"position": "half"}, {"mode": NO_GRAPHS}, 120),
 }
 
 
@@ -536,7 +516,7 @@ def main() -> None:
              "batch_tokens": 1024} if DRY else {}  # fmt: skip
     BIG = 4 if DRY else 64 if machine.memory > 60e9 else 16  # sequences at a time
     SIZES = (4, 2) if DRY else (64, 32, 16) if machine.memory > 60e9 else (16, 8)
-    lm.ATTENTIONS.update(early=EarlyTurn, one=OneProduct)
+    lm.ATTENTIONS.update(one=OneProduct)
     lm.FFNS.update(one=OneProductFFN)
     lm.POSITIONS.update(half=HalfStream)
     report.say(f"{machine.name}, torch {torch.__version__}, {machine.memory / 1e9:.0f} GB, {machine.dtype}")
