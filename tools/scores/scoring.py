@@ -118,7 +118,8 @@ def score_documents(
 
 
 def parse_share(model: nn.Module, data: TokenData, machine: Machine, generate: Callable) -> dict[str, float]:
-    """{"parse_share": 0 to 1} of held-out functions that the model has written on; {} for text that is not Python.
+    """The share of held-out functions that Python parses, as the model has written them on ("written") and as they
+    were, cut at the same places ("real"); {} for text that is not Python.
 
     `generate(model, tokens, n_new, n_vocab=…)` continues tokens (B, T), as the notebook's does.
     """
@@ -128,6 +129,9 @@ def parse_share(model: nn.Module, data: TokenData, machine: Machine, generate: C
     if not len(functions):
         return {}
     with machine.autocast(decoding=True):
-        written = generate(model, functions[:, :given], length - given, n_vocab=data.encoding.n_vocab).tolist()
-    texts = [(decode_text(data.encoding, row[:given]), decode_text(data.encoding, row[given:])) for row in written]
-    return {"parse_share": sum(parses(*text) for text in texts) / len(texts)}
+        written = generate(model, functions[:, :given], length - given, n_vocab=data.encoding.n_vocab)
+    shares = {}
+    for name, rows in {"written": written.tolist(), "real": functions.tolist()}.items():
+        texts = [[decode_text(data.encoding, part) for part in (row[:given], row[given:])] for row in rows]
+        shares[name] = sum(parses(*text) for text in texts) / len(texts)
+    return shares
