@@ -18,7 +18,7 @@ from tools.drills.common import Result, equal, lm, quietly, start_training, tiny
 
 def full_disk(folder: Path, times: int) -> Result:
     """Train on a file system that fills: a small tmpfs where mounting is allowed, else a limit on file sizes."""
-    straight = tiny_config(folder, run_name="straight", max_steps=60)
+    straight = tiny_config(folder, run_name="straight", max_steps=60, warmup=0.0)  # early rates of any budget
     quietly(lm.train, straight)
     survived, identical, mounted = 0, True, False
     for strike in range(times):
@@ -106,7 +106,7 @@ def corrupt_shards(folder: Path, times: int, seed: int = 0) -> Result:
     """Damage a shard: no token of it may be used."""
     chance = random.Random(seed)
     config = tiny_config(folder)
-    data = quietly(lm.load_data, config)
+    data = quietly(lm.prepare_data, config)
     path = data.folder / "train_000000.bin"
     content, survived = path.read_bytes(), 0
     for _ in range(times):
