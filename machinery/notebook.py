@@ -1,6 +1,6 @@
 """The seam between the notebook and plain Python: its definitions as a module, its errors as one line.
 
-`tests/`, `bench/` and any script of yours get the notebook's classes and functions from here, so that
+`tests/`, `tools/` and any script of yours get the notebook's classes and functions from here, so that
 nothing is written twice:
 
     lm = load_definitions("LMHarness.ipynb")
@@ -47,7 +47,9 @@ def load_definitions(notebook: str | Path = NOTEBOOK) -> types.ModuleType:
     return module
 
 
-TRAIN = "import json, sys; from machinery.notebook import load_definitions as load; lm = load()"
+TRAIN = (
+    "import json, sys; from machinery import load_definitions, plain_errors; plain_errors(); lm = load_definitions()"
+)
 TRAIN += "; lm.train(lm.Config.from_dict(json.loads(sys.argv[1])))"
 
 

@@ -204,12 +204,13 @@ def test_functions_are_begun_and_the_share_is_that_of_those_that_parse(lm, run):
     assert rows.shape == (4, 30)
     assert all(data.encoding.decode(row.tolist()).startswith(("def ", "class ")) for row in rows)
     _, model, _ = lm.load_run(folder)
-    assert 0 <= parse_share(model, data, machine, lm.generate)["parse_share"] <= 1
+    shares = parse_share(model, data, machine, lm.generate)
+    assert set(shares) == {"written", "real"} and all(0 <= share <= 1 for share in shares.values())
 
     def nothing(model, tokens, n_new, n_vocab):  # a first line alone, then what no parser takes
         return torch.cat((tokens, torch.full((len(tokens), n_new), data.encoding.encode_ordinary("(")[0])), dim=1)
 
-    assert parse_share(model, data, machine, nothing) == {"parse_share": 0.0}
+    assert parse_share(model, data, machine, nothing)["written"] == 0.0
 
 
 def test_text_that_is_not_python_has_no_share(lm, tiny, texts, tmp_path):

@@ -16,7 +16,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from machinery.checkpoints import newest_checkpoint
@@ -52,7 +52,7 @@ def power_cuts(folder: Path, times: int, seed: int = 0) -> Result:
         folder, source=make_texts(folder / "few", files=8, lines=10), eval_tokens=64, max_steps=20, keep_checkpoints=1,
         schedule="constant", warmup=0.0, decay=0.0, data_dir=str(disk / "data"), runs_dir=str(disk / "runs"),
     )  # fmt: skip
-    longer = lm.replace(config, max_steps=30)
+    longer = replace(config, max_steps=30)
     operations = to_operations([*record(folder / "trace", config), *record(folder / "trace", longer)], disk)
     straight = weights(longer)
     if rebuild(operations, lambda _: True, lambda contents: contents[-1]) != read_tree(disk):

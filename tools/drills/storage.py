@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from machinery.checkpoints import CheckpointError, checkpoint_folders, newest_checkpoint
@@ -28,7 +29,7 @@ def full_disk(folder: Path, times: int) -> Result:
             subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", disk], capture_output=True).returncode
             == 0
         )
-        config = lm.replace(straight, runs_dir=str(disk), run_name="full", max_steps=40)
+        config = replace(straight, runs_dir=str(disk), run_name="full", max_steps=40)
         size = (0.9 + 0.05 * strike) * 1e6
         try:
             process = start_training(config, preexec_fn=None if mounted else limit_file_size)
@@ -44,7 +45,7 @@ def full_disk(folder: Path, times: int) -> Result:
             safe = newest_checkpoint(disk / "full") is not None
             if mounted:
                 (disk / "ballast").unlink()
-            quietly(lm.train, lm.replace(config, max_steps=60))
+            quietly(lm.train, replace(config, max_steps=60))
             identical = identical and equal(weights(straight), weights(config))
             survived += ended == 0 and safe
         finally:
