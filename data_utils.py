@@ -1,6 +1,6 @@
-"""Shards and batches: text in, once, as token shards on disk; windows and batches out, in a known order.
+"""From a source of text to a batch: tokenized once into shards on disk, read in windows in a known order.
 
-    documents ─ tokenizer ─ shards ─ windows ─ batches
+    source ─ documents ─ tokenizer ─ shards ─ windows ─ batches
 
 A *shard* is a flat little-endian array of token ids, an end-of-text token after each document. A *window*
 is `block_size + 1` consecutive tokens of one shard: inputs, and the same shifted by one.
@@ -26,19 +26,28 @@ import torch
 from filelock import FileLock
 from tqdm import tqdm
 
-from machinery.errors import DataError
+from machinery.errors import DataError, plain_errors
 from machinery.files import write_atomic
+from machinery.held_out import is_held_out
 from machinery.shards import (
     MANIFEST_VERSION,
-    ShardWriter,
-    encode_all,
     load_tokenizer,
     new_manifest,
     read_manifest,
-    save_manifest,
+    report,
+    split_documents,
+    write_shards,
 )
-from machinery.sources import Position, hub_split, iter_documents, read_documents, source_files
-from machinery.tokenizers import END_OF_TEXT, SPLIT_PATTERN, tokenizer_hash, tokenizer_to_dict
+from machinery.sources import (
+    SOURCES,
+    Source,
+    file_digest,
+    open_source,
+    refuse_overlap,
+    source_kind,
+    telling_os_errors,
+)
+from machinery.tokenizers import END_OF_TEXT, SPLIT_PATTERN, tokenizer_to_dict
 
 SHARD_TOKENS = 1 << 25  # a shard closes at the first document that ends beyond this: 67 MB of uint16
 BACKGROUND_BYTES = 256 << 20  # more text than this is tokenized by a process of its own, beside training
@@ -47,55 +56,53 @@ BACKGROUND_BYTES = 256 << 20  # more text than this is tokenized by a process of
 # -------------------------------------------------------------------------------------------- preparing
 
 
-def prepare_data(
-    source: str,
-    *,
-    tokenizer: str,
-    vocab_size: int,
-    data_dir: str | Path = "data",
-    val_source: str = "",
-    val_fraction: float = 0.05,
-    text_column: str = "text",
-    train_tokens: int | None = None,
-    progress: bool = True,
-) -> TokenData:
-    """Tokenize `source` into shards under `data_dir`, or use the shards already there.
+def prepare_data(config, progress: bool = True) -> TokenData:
+    """Tokenize the text of the notebook's `config` into shards under its `data_dir`, or use the shards there.
 
-    Held-out text is `val_source` where given, else the documents whose hash falls under `val_fraction`
-    (equal texts fall on the same side); it is what the first train shard's stretch of text holds, so it
-    never changes as more text is prepared. `train_tokens` stops early: a later call with more goes on
-    after the last finished shard, as does one after an interruption.
+    Held-out text is `val_source` where given, else a share `val_fraction` of the documents, near-copies together. It
+    is chosen when the first train shard is full and never changes as more text is prepared. As much is prepared as
+    the run reads; a later call for more goes on after the last finished shard, as does one after an interruption.
 
     Text of the hub, or more than `BACKGROUND_BYTES` of it, is tokenized by a process of its own: this
     returns as soon as the first shards stand, and the rest arrives beside training. Raises `DataError`.
     """
-    files = source_files(source)
-    if val_source == source and (files is not None or hub_split(source, "validation") == "train"):
-        raise DataError(f"val_source is the same text as source ({source!r}); leave it empty to hold documents out")
-    settings = {
+    fields = ("source", "val_source", "val_fraction", "text_column", "split_on", "tokenizer", "vocab_size")
+    data_dir, runs_dir = (Path(folder).expanduser().absolute() for folder in (config.data_dir, config.runs_dir))
+    settings = {name: getattr(config, name) for name in fields}
+    task = {"settings": settings, "apart": [str(data_dir), str(runs_dir)], "train_tokens": tokens_to_read(config)}
+    source, val_source = _open_sources(task)
+    if val_source:
+        refuse_overlap(source, val_source)
+    settings |= {
         "version": MANIFEST_VERSION,
-        "source": source,
-        "val_source": val_source,
-        "val_fraction": val_fraction,
-        "text_column": text_column,
-        "tokenizer": tokenizer,
-        "vocab_size": vocab_size,
         "shard_tokens": SHARD_TOKENS,
-        "files": None if files is None else _fingerprint(files),
+        "text": source.stamp(),
+        "val_text": val_source.stamp() if val_source else "",
+        "tokenizer_text": _tokenizer_digest(config.tokenizer),
     }
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
-    slug = re.sub(r"[^A-Za-z0-9]+", "-", f"{source}-{tokenizer}-{vocab_size}").strip("-")[-60:]
-    data = TokenData(Path(data_dir) / f"{slug}-{key}", settings, train_tokens)
-    data.folder.mkdir(parents=True, exist_ok=True)
+    slug = re.sub(r"[^A-Za-z0-9]+", "-", f"{config.source}-{config.tokenizer}-{config.vocab_size}").strip("-")[-60:]
+    data = TokenData(data_dir / f"{slug}-{key}", task)
+    with telling_os_errors(data.folder, "written"):
+        data.folder.mkdir(parents=True, exist_ok=True)
     if not data.is_enough():
-        if files is None or sum(path.stat().st_size for path in files) > BACKGROUND_BYTES:
+        for note in source.notes() + (val_source.notes() if val_source else []):
+            print(note)
+        size = source.size()
+        if _is_known(settings) and (size is None or size > BACKGROUND_BYTES):
             data.start_background()
             data.wait(progress=progress)
         else:
-            data.encoding = _prepare(data.folder, settings, train_tokens, progress)
-            return data
-    data.encoding = load_tokenizer(data.folder)
+            _prepare(data.folder, task, progress)
+        print(*report(data.manifest), sep="\n")
+    data.encoding = load_tokenizer(data.folder, data.manifest)
     return data
+
+
+def tokens_to_read(config) -> int | None:
+    """Upper bound on the tokens that a run of `config` reads; None when only the clock limits it."""
+    limits = [config.max_steps * config.batch_tokens, config.max_tokens and config.max_tokens + config.batch_tokens]
+    return min((limit for limit in limits if limit), default=None)
 
 
 class TokenData:
@@ -103,18 +110,32 @@ class TokenData:
 
     encoding: tiktoken.Encoding
 
-    def __init__(self, folder: Path, settings: dict, train_tokens: int | None) -> None:
-        self.folder, self.settings, self.train_tokens = folder, settings, train_tokens
+    def __init__(self, folder: Path, task: dict) -> None:
+        self.folder, self.task, self.settings = folder, task, task["settings"]
 
     @property
     def manifest(self) -> dict:
         """What is on disk now: settings, tokenizer, counts, the checksum of every shard; empty before there is any."""
         return read_manifest(self.folder)
 
+    @property
+    def key(self) -> str:
+        """Names the text that is trained on: equal for equal content and settings, wherever the files lie.
+
+        Of files it covers all content (beyond 1 GB samples of every file, since a start should not read it all
+        again), whatever their dates. Of a stream it covers the shards that stand from the start: the first of the
+        training text and the held-out text.
+        """
+        manifest = self.manifest
+        first = [shard["sha256"] for split in ("train", "val") for shard in manifest["shards"][split][:1]]
+        places = {"source", "val_source", "text", "val_text", "tokenizer"} if manifest["text"] else {"text", "val_text"}
+        settings = {name: value for name, value in self.settings.items() if name not in places}
+        content = [settings, manifest["text"] or first, manifest["tokenizer"]["sha256"]]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
     def is_enough(self) -> bool:
         """Whether the shards on disk are all there will be, or all that was asked for."""
-        manifest = self.manifest
-        wanted = self.train_tokens
+        manifest, wanted = self.manifest, self.task["train_tokens"]
         return bool(manifest) and (
             manifest["complete"] or (wanted is not None and manifest["tokens"]["train"] >= wanted)
         )
@@ -127,19 +148,15 @@ class TokenData:
         """The token ids of each document of one split, as far as it is on disk, without its end-of-text token."""
         windows = self.windows(split, 1)
         for shard in range(len(windows.shards)):
-            ids, start = windows._tokens(shard), 0
-            for end in np.flatnonzero(ids == self.encoding.eot_token):
-                yield ids[start:end]
-                start = end + 1
+            yield from split_documents(windows._tokens(shard), self.encoding.eot_token)
 
     def start_background(self) -> None:
         """Tokenize in another process, which ends with this one. One at a time is enough for a folder."""
         running = _background.get(self.folder)
         if running is None or running.poll() is not None:
-            task = {"folder": str(self.folder), "settings": self.settings, "train_tokens": self.train_tokens}
             path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
             _background[self.folder] = subprocess.Popen(
-                [sys.executable, "-c", "import data_utils; data_utils.work()", json.dumps(task)],
+                [sys.executable, "-c", "import data_utils; data_utils.work()", str(self.folder), json.dumps(self.task)],
                 env=os.environ | {"PYTHONPATH": path}, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
                 stderr=(self.folder / "work.log").open("w"),
                 start_new_session=True,  # a Ctrl-C is for the process that trains
@@ -153,7 +170,10 @@ class TokenData:
                 if manifest and (manifest["complete"] or len(manifest["shards"]["train"]) >= shards):
                     return
                 if running is None or running.poll() == 0:  # it was asked for less than is wanted now
-                    self.train_tokens = self.train_tokens if not manifest else None
+                    self.task["train_tokens"] = None if manifest else self.task["train_tokens"]
+                    if not _is_known(self.settings):
+                        _prepare(self.folder, self.task, progress)
+                        continue
                     self.start_background()
                 elif running.poll():
                     lines = (self.folder / "work.log").read_text("utf-8").strip().splitlines() or ["it was killed"]
@@ -179,108 +199,64 @@ def work() -> None:
         sys.stdin.read()
         os._exit(1)
 
+    plain_errors()
     threading.Thread(target=watch, daemon=True).start()
-    task = json.loads(sys.argv[1])
-    _prepare(Path(task["folder"]), task["settings"], task["train_tokens"], progress=False)
+    _prepare(Path(sys.argv[1]), json.loads(sys.argv[2]), progress=False)
 
 
-def _prepare(folder: Path, settings: dict, train_tokens: int | None, progress: bool) -> tiktoken.Encoding:
-    with FileLock(folder / ".lock"):  # two runs on the same text: the second waits, then goes on or has nothing to do
-        encoding = _make_tokenizer(folder, settings)
+def _open_sources(task: dict) -> tuple[Source, Source | None]:
+    """The source to train on, and the held-out one where it is named."""
+    settings = task["settings"]
+    options = (settings["text_column"], settings["split_on"], [Path(folder) for folder in task["apart"]])
+    val_source = settings["val_source"]
+    return open_source(settings["source"], *options), open_source(val_source, *options) if val_source else None
+
+
+def _is_known(settings: dict) -> bool:
+    """Whether another process knows these sources: a class that was added to `SOURCES` later stands in this one."""
+    names = [name for name in (settings["source"], settings["val_source"]) if name]
+    return all(SOURCES[source_kind(name)].__module__ == "machinery.sources" for name in names)
+
+
+def _prepare(folder: Path, task: dict, progress: bool) -> None:
+    """Tokenize what is still wanted of `task`, in this process."""
+    source, val_source = _open_sources(task)
+    # Two runs on the same text: the second waits, then goes on or has nothing to do
+    with telling_os_errors(folder, "written"), FileLock(folder / ".lock"):
         manifest = read_manifest(folder)
-        if manifest and manifest["tokenizer"]["sha256"] != tokenizer_hash(encoding):
-            raise DataError(f"{folder}: shards and tokenizer.json do not belong together; remove the folder")
-        manifest = manifest or new_manifest(settings, encoding)
-        if not manifest["complete"]:
-            _write_shards(folder, manifest, encoding, train_tokens, progress)
-    return encoding
+        encoding = _make_tokenizer(folder, task["settings"], manifest, source)
+        if not manifest:
+            digests = [text.digest() for text in (source, val_source) if text]
+            manifest = new_manifest(task["settings"], encoding, ":".join(digests) if all(digests) else "")
+        if manifest["complete"]:
+            return
+        with tqdm(desc="tokenizing", unit="B", unit_scale=True, disable=not progress, file=sys.stdout) as bar:
+            read = sum(manifest["bytes"].values())
+
+            def advance(size: int) -> None:
+                nonlocal read
+                read += size
+                bar.update(size)
+                if read >> 22 != (read - size) >> 22:  # every 4 MB, for a process that waits
+                    (folder / ".bytes_read").write_text(str(read))
+
+            write_shards(folder, manifest, encoding, source, val_source, task["train_tokens"], advance)
 
 
-def _fingerprint(files: list[Path]) -> str:
-    """Changes when a file is added, removed, renamed or edited."""
-    stats = [(path.as_posix(), stat.st_size, stat.st_mtime_ns) for path in files for stat in [path.stat()]]
-    return hashlib.sha256(json.dumps(stats).encode()).hexdigest()
-
-
-def _make_tokenizer(folder: Path, settings: dict) -> tiktoken.Encoding:
+def _make_tokenizer(folder: Path, settings: dict, manifest: dict, source: Source) -> tiktoken.Encoding:
     path = folder / "tokenizer.json"
     if not path.exists():
         held_out = 0.0 if settings["val_source"] else settings["val_fraction"]
-        documents = iter_documents(settings["source"], settings["text_column"])
-        training = (text for text in documents if not is_held_out(text, held_out))
+        training = (text for text, _ in source.read() if not is_held_out(text, held_out))
         encoding = get_tokenizer(settings["tokenizer"], settings["vocab_size"], training)
         write_atomic(path, json.dumps(tokenizer_to_dict(encoding)).encode())
-    return load_tokenizer(folder)
+    return load_tokenizer(folder, manifest)
 
 
-def _write_shards(
-    folder: Path, manifest: dict, encoding: tiktoken.Encoding, train_tokens: int | None, progress: bool
-) -> None:
-    """Read on from `manifest["position"]` and close shards until the source or `train_tokens` ends."""
-    settings, read = manifest["settings"], sum(manifest["bytes"].values())
-    writers = {split: ShardWriter(folder, split, manifest) for split in ("train", "val")}
-    val_is_open = not manifest["shards"]["val"]
-    if settings["val_source"] and val_is_open:
-        documents = read_documents(settings["val_source"], settings["text_column"], "validation")
-        for _, text, ids, _ in encode_all(encoding, (("val", *document) for document in documents)):
-            writers["val"].add(len(text.encode()), ids)
-            if writers["val"].size >= settings["shard_tokens"]:
-                break
-        writers["val"].close()
-        val_is_open = False
-
-    documents = read_documents(settings["source"], settings["text_column"], start=manifest["position"])
-    assigned = _assign(documents, manifest["held_out"], settings["val_fraction"])
-    position = manifest["position"]
-    with tqdm(desc="tokenizing", unit="B", unit_scale=True, disable=not progress, file=sys.stdout) as bar:
-        for split, text, ids, position in encode_all(encoding, assigned):
-            size = len(text.encode())
-            read += size
-            bar.update(size)
-            if read >> 22 != (read - size) >> 22:  # every 4 MB, for a process that waits
-                (folder / ".bytes_read").write_text(str(read))
-            if split == "train" or val_is_open:
-                writers[split].add(size, ids)
-            if writers["train"].size >= settings["shard_tokens"]:
-                val_is_open = val_is_open and not writers["val"].size
-                for writer in writers.values():
-                    writer.close()
-                manifest["position"] = position
-                save_manifest(folder, manifest)
-                if train_tokens is not None and manifest["tokens"]["train"] >= train_tokens:
-                    return
-    for writer in writers.values():
-        writer.close()
-    if not (manifest["shards"]["train"] and manifest["shards"]["val"]):
-        if manifest["held_out"] != "documents" or not manifest["shards"]["train"] + manifest["shards"]["val"]:
-            raise DataError(f"source {settings['source']!r} holds no text to train on and validate with")
-        retry = new_manifest(settings, encoding) | {"held_out": "tails"}  # a handful of documents: hold out their ends
-        return _write_shards(folder, retry, encoding, train_tokens, progress)
-    manifest["position"] = position
-    manifest["complete"] = True
-    save_manifest(folder, manifest)
-
-
-def is_held_out(text: str, fraction: float) -> bool:
-    """Whether a document belongs to the validation text: a function of its content alone."""
-    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest, "big") < fraction * 2**64
-
-
-def _assign(
-    documents: Iterable[tuple[str, Position]], held_out: str, fraction: float
-) -> Iterator[tuple[str, str, Position]]:
-    """Yield ("train" or "val", text, position) for every document, by one of the three ways to hold text out."""
-    for text, position in documents:
-        if held_out == "val_source":
-            yield "train", text, position
-        elif held_out == "documents":
-            yield ("val" if is_held_out(text, fraction) else "train"), text, position
-        else:  # "tails": the end of every document, from a line break on where there is one
-            cut = len(text) - max(1, int(len(text) * fraction))
-            cut = text.rfind("\n", 0, cut) + 1 or cut
-            parts = [("val", text[cut:], position), ("train", text[:cut], position)]
-            yield from (part for part in parts if part[1])
+def _tokenizer_digest(name: str) -> str:
+    """Changes with the content of a tokenizer's folder; "" for a tokenizer that is none."""
+    path = Path(name).expanduser() / "tokenizer.json"
+    return file_digest(path) if path.is_file() else ""
 
 
 # --------------------------------------------------------------------------------------------- batches
