@@ -40,7 +40,7 @@ def is_held_out(text: str, fraction: float) -> bool:
 
 
 def falls_under(line: bytes, fraction: float) -> bool:
-    digest = hashlib.blake2b(line, digest_size=8).digest()
+    digest = hashlib.blake2b(line, digest_size=8, person=b"val").digest()
     return int.from_bytes(digest, "big") < fraction * 2**64
 
 

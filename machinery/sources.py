@@ -135,7 +135,7 @@ class FileSource(Source):
         files, seen = {}, set()
 
         def unreadable(error: OSError) -> None:
-            self.passed_over["unreadable folder"] += 1
+            self.passed_over["unreadable folders"] += 1
 
         for folder, subfolders, names in os.walk(root, onerror=unreadable, followlinks=True):
             place = Path(folder).relative_to(root).parts
@@ -149,7 +149,7 @@ class FileSource(Source):
             for name in sorted(names):
                 path, fits = Path(folder, name), not name.startswith(".") and _fits((*place, name), parts)
                 if fits and not path.is_file():
-                    self.passed_over["broken link or device"] += 1
+                    self.passed_over["broken links, devices"] += 1
                 elif fits and (identity := _identity(path)) not in seen:
                     seen.add(identity)
                     files["/".join((*place, name))] = path
@@ -215,16 +215,14 @@ def _identity(path: Path) -> tuple[int, int] | None:
 
 
 def _kind(path: Path) -> str:
-    return f"{path.suffix} file" if path.suffix else "file without a suffix"
+    return path.suffix or "without a suffix"
 
 
 def _listed(counts: Counter[str], prefix: str = "") -> str:
     """Counts as words, the most frequent first."""
-    if not counts:
-        return "nothing"
-    words = [f"{count:,} {kind.replace('file', 'files', count > 1)}" for kind, count in counts.most_common(6)]
-    rest = sum(counts.values()) - sum(count for _, count in counts.most_common(6))
-    return prefix + ", ".join(words + [f"{rest:,} others"] * bool(rest))
+    words = [f"{kind} ({count:,})" for kind, count in counts.most_common(8)]
+    rest = counts.total() - sum(count for _, count in counts.most_common(8))
+    return prefix + ", ".join(words + [f"others ({rest:,})"] * bool(rest)) if counts else "nothing"
 
 
 class PythonSource(FileSource):
@@ -413,7 +411,7 @@ def refuse_overlap(source: Source, held_out: Source) -> None:
     """Raise `DataError` where held-out text is the source, lies inside it, or is a copy of a part of it."""
     same_set = isinstance(source, HubSource) and source.name.lower() == held_out.name.lower()
     if same_set and held_out.split("validation") == "train":
-        raise _same_text(held_out.name, source.name, "it has no other split")
+        raise _same_text(held_out, source, "it has no other split")
     if isinstance(source, FileSource) and isinstance(held_out, FileSource):
         by_identity = {_identity(path): path for path in source.files.values()}
         by_size: dict[int, list[Path]] = {}
@@ -423,14 +421,14 @@ def refuse_overlap(source: Source, held_out: Source) -> None:
         for name, stat in held_out._stats():
             path = held_out.files[name]
             if same := by_identity.get(_identity(path)):
-                raise _same_text(held_out.name, source.name, f"{path} is {same}")
+                raise _same_text(held_out, source, f"{path} is {same}")
             for other in by_size.get(stat.st_size, []) if stat.st_size else []:
                 if digest(path) == digest(other):
-                    raise _same_text(held_out.name, source.name, f"{path} is a copy of {other}")
+                    raise _same_text(held_out, source, f"{path} is a copy of {other}")
 
 
-def _same_text(val_source: str, source: str, reason: str) -> DataError:
+def _same_text(held_out: Source, source: Source, reason: str) -> DataError:
     return DataError(
-        f"val_source {val_source!r} is the same text as source {source!r}, or a part of it ({reason}); leave val_source"
-        " empty to hold documents out, or name other text"
+        f"val_source is the same text as source, or a part of it: {held_out.name!r} and {source.name!r} ({reason}); leave"
+        " val_source empty to hold documents out, or name other text"
     )
