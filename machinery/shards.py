@@ -370,7 +370,7 @@ def write_shards(
 def _write_shards(folder, manifest, encoding, source, val_source, train_tokens, advance) -> None:
     settings = manifest["settings"]
     train, held_out = ShardWriter(folder, "train", manifest), HeldOut(folder, manifest, encoding)
-    manifest["passed_over"] = dict(getattr(source, "passed_over", {}))
+    manifest["passed_over"] = source.passed_over
     if val_source and held_out.is_open:
         documents = (("val", *document) for document in val_source.read("validation"))
         for document in encode_all(encoding, documents, train.dtype):

@@ -58,6 +58,7 @@ class Source:
     def __init__(self, name: str, text_column: str = "text", split_on: str = "", apart: Iterable[Path] = ()) -> None:
         """`split_on` is what stands between documents within a text; files in the folders `apart` are no text."""
         self.name, self.text_column, self.split_on, self.apart = name, text_column, split_on, tuple(apart)
+        self.passed_over: Counter[str] = Counter()  # what lies beside the text, and how often
 
     def documents(self, split: str = "train") -> Iterator[str]:
         """Yield the texts of a split. Sources without splits yield the same for all. Raises `DataError`."""
@@ -109,7 +110,6 @@ class FileSource(Source):
 
     def __init__(self, *arguments, **options) -> None:
         super().__init__(*arguments, **options)
-        self.passed_over: Counter[str] = Counter()
         # Ordering by a hash of the name mixes the folders and is the same on every machine
         found = sorted(self.find().items(), key=lambda item: hashlib.sha256(item[0].encode(errors="replace")).digest())
         self.files = dict(found)
@@ -140,11 +140,16 @@ class FileSource(Source):
         for folder, subfolders, names in os.walk(root, onerror=unreadable, followlinks=True):
             place = Path(folder).relative_to(root).parts
             identity = _identity(Path(folder))
-            no_text = place and (identity in apart or "tokenizer.json" in names)  # a run, a checkpoint, shards
+            no_text = place and (identity in apart or "tokenizer.json" in names)
+            self.passed_over["folders of a run, shards or a checkpoint"] += bool(no_text)
             if identity in seen or no_text:
                 subfolders.clear()
                 continue
             seen.add(identity)
+            if "**" not in parts:
+                self.passed_over["folders, read with /** after them"] += sum(
+                    _fits((*place, s), parts) for s in subfolders
+                )
             subfolders[:] = sorted(s for s in subfolders if not s.startswith(".") and len(place) + 1 < depth)
             for name in sorted(names):
                 path, fits = Path(folder, name), not name.startswith(".") and _fits((*place, name), parts)
@@ -185,7 +190,7 @@ class FileSource(Source):
                 yield name, path.stat()
 
     def notes(self) -> list[str]:
-        return [f"passed over beside the text: {_listed(self.passed_over)}"] if self.passed_over else []
+        return [f"passed over beside the text: {_listed(self.passed_over)}"] if +self.passed_over else []
 
 
 def _existing_part(pattern: str) -> tuple[Path, list[str]]:
@@ -220,6 +225,7 @@ def _kind(path: Path) -> str:
 
 def _listed(counts: Counter[str], prefix: str = "") -> str:
     """Counts as words, the most frequent first."""
+    counts = +counts
     words = [f"{kind} ({count:,})" for kind, count in counts.most_common(8)]
     rest = counts.total() - sum(count for _, count in counts.most_common(8))
     return prefix + ", ".join(words + [f"others ({rest:,})"] * bool(rest)) if counts else "nothing"
@@ -429,6 +435,6 @@ def refuse_overlap(source: Source, held_out: Source) -> None:
 
 def _same_text(held_out: Source, source: Source, reason: str) -> DataError:
     return DataError(
-        f"val_source is the same text as source, or a part of it: {held_out.name!r} and {source.name!r} ({reason}); leave"
-        " val_source empty to hold documents out, or name other text"
+        f"val_source is the same text as source, or a part of it: {held_out.name!r} and {source.name!r} ({reason});"
+        " leave val_source empty to hold documents out, or name other text"
     )
