@@ -85,6 +85,7 @@ def prepare_data(config, progress: bool = True) -> TokenData:
     data = TokenData(data_dir / f"{slug}-{key}", task)
     with telling_os_errors(data.folder, "written"):
         data.folder.mkdir(parents=True, exist_ok=True)
+    encoding = None
     if not data.is_enough():
         for note in source.notes() + (val_source.notes() if val_source else []):
             print(note)
@@ -93,9 +94,9 @@ def prepare_data(config, progress: bool = True) -> TokenData:
             data.start_background()
             data.wait(progress=progress)
         else:
-            _prepare(data.folder, task, progress)
+            encoding = _prepare(data.folder, task, progress, source, val_source)
         print(*report(data.manifest), sep="\n")
-    data.encoding = load_tokenizer(data.folder, data.manifest)
+    data.encoding = encoding or load_tokenizer(data.folder, data.manifest)
     return data
 
 
@@ -172,7 +173,7 @@ class TokenData:
                 if running is None or running.poll() == 0:  # it was asked for less than is wanted now
                     self.task["train_tokens"] = None if manifest else self.task["train_tokens"]
                     if not _is_known(self.settings):
-                        _prepare(self.folder, self.task, progress)
+                        _prepare(self.folder, self.task, progress, *_open_sources(self.task))
                         continue
                     self.start_background()
                 elif running.poll():
@@ -201,7 +202,8 @@ def work() -> None:
 
     plain_errors()
     threading.Thread(target=watch, daemon=True).start()
-    _prepare(Path(sys.argv[1]), json.loads(sys.argv[2]), progress=False)
+    task = json.loads(sys.argv[2])
+    _prepare(Path(sys.argv[1]), task, False, *_open_sources(task))
 
 
 def _open_sources(task: dict) -> tuple[Source, Source | None]:
@@ -218,9 +220,8 @@ def _is_known(settings: dict) -> bool:
     return all(SOURCES[source_kind(name)].__module__ == "machinery.sources" for name in names)
 
 
-def _prepare(folder: Path, task: dict, progress: bool) -> None:
+def _prepare(folder: Path, task: dict, progress: bool, source: Source, val_source: Source | None) -> tiktoken.Encoding:
     """Tokenize what is still wanted of `task`, in this process."""
-    source, val_source = _open_sources(task)
     # Two runs on the same text: the second waits, then goes on or has nothing to do
     with telling_os_errors(folder, "written"), FileLock(folder / ".lock"):
         manifest = read_manifest(folder)
@@ -229,7 +230,7 @@ def _prepare(folder: Path, task: dict, progress: bool) -> None:
             digests = [text.digest() for text in (source, val_source) if text]
             manifest = new_manifest(task["settings"], encoding, ":".join(digests) if all(digests) else "")
         if manifest["complete"]:
-            return
+            return encoding
         with tqdm(desc="tokenizing", unit="B", unit_scale=True, disable=not progress, file=sys.stdout) as bar:
             read = sum(manifest["bytes"].values())
 
@@ -241,6 +242,7 @@ def _prepare(folder: Path, task: dict, progress: bool) -> None:
                     (folder / ".bytes_read").write_text(str(read))
 
             write_shards(folder, manifest, encoding, source, val_source, task["train_tokens"], advance)
+    return encoding
 
 
 def _make_tokenizer(folder: Path, settings: dict, manifest: dict, source: Source) -> tiktoken.Encoding:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import json
@@ -311,8 +312,8 @@ class HeldOut:
         settings, way, self.is_open = self.manifest["settings"], self.manifest["held_out"], False
         copied = standing_in([document.lines for document in self.documents], self.training)
         self.training = array("q")
-        if way == "tails" and copied.all():  # a text that repeats itself
-            copied[:] = False
+        if way == "tails" and all(copied):  # a text that repeats itself
+            copied = [False] * len(copied)
         kept = [document for document, is_copy in zip(self.documents, copied) if not is_copy]
         whole, left = sum(d.bytes for d in self.documents), sum(d.bytes for d in kept)
         if way == "documents" and left < FEWEST * settings["val_fraction"] * (training_bytes + whole):
@@ -360,11 +361,11 @@ def write_shards(
 
     Calls `advance` with the bytes of every document. Raises `DataError`.
     """
-    try:
-        _write_shards(folder, manifest, encoding, source, val_source, train_tokens, advance)
-    except TooFewHeldOut:  # a handful of documents, or much alike: hold out the end of each instead
-        again = new_manifest(manifest["settings"], encoding, manifest["text"]) | {"held_out": "tails"}
-        _write_shards(folder, again, encoding, source, val_source, train_tokens, advance)
+    with contextlib.suppress(TooFewHeldOut):
+        return _write_shards(folder, manifest, encoding, source, val_source, train_tokens, advance)
+    # A handful of documents, or much alike: hold out the end of each instead
+    manifest = new_manifest(manifest["settings"], encoding, manifest["text"]) | {"held_out": "tails"}
+    return _write_shards(folder, manifest, encoding, source, val_source, train_tokens, advance)
 
 
 def _write_shards(folder, manifest, encoding, source, val_source, train_tokens, advance) -> None:

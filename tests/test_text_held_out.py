@@ -118,7 +118,7 @@ def test_the_split_is_a_function_of_content_and_more_text_never_trains_on_what_w
 
 def test_later_text_that_copies_what_is_held_out_is_set_aside(tmp_path, monkeypatch):
     """In one pass: the held-out documents are fixed when the first shard is full. Interrupted or not."""
-    monkeypatch.setattr(data_utils, "SHARD_TOKENS", 60_000)
+    monkeypatch.setattr(data_utils, "SHARD_TOKENS", 150_000)
     texts = [prose(i) for i in range(80)]
     copies = [VARIANTS["a third changed"](text, i) for i, text in enumerate(texts)]
     root = write(tmp_path, {"texts/rows.jsonl": [{"text": text} for text in texts + copies]})
