@@ -25,7 +25,7 @@ from machinery.sources import Position, Source
 from machinery.tokenizers import END_OF_TEXT, tokenizer_from_dict, tokenizer_hash
 
 MANIFEST_VERSION = 2  # part of the settings: shards of an earlier way are not mistaken for those of this one
-PIECE = 1 << 20  # characters that a thread encodes at a time; more at once is not faster
+PIECE = 1 << 18  # characters that a thread encodes at a time; more at once is not faster
 PIECE_DOCUMENTS = 1 << 12
 AHEAD = 4 << 20  # characters that are encoded, or wait for it, while more is read
 FEWEST = 0.25  # share of the wanted held-out text below which the ends of documents are held out instead
