@@ -123,15 +123,15 @@ class TokenData:
     def key(self) -> str:
         """Names the text that is trained on: equal for equal content and settings, wherever the files lie.
 
-        Of files it covers all content (beyond 1 GB samples of every file, since a start should not read it all
-        again), whatever their dates. Of a stream it covers the shards that stand from the start: the first of the
-        training text and the held-out text.
+        It covers the first train shard and the held-out one, which stand from the start and are all there is of a
+        small text; of more text in files it also covers their content, whatever their dates (beyond 1 GB samples of
+        every file: a start should not read it all again). Of what a stream holds later, nothing can be known.
         """
         manifest = self.manifest
         first = [shard["sha256"] for split in ("train", "val") for shard in manifest["shards"][split][:1]]
-        places = {"source", "val_source", "text", "val_text", "tokenizer"} if manifest["text"] else {"text", "val_text"}
+        places = {"source", "val_source", "text", "val_text", "tokenizer"}
         settings = {name: value for name, value in self.settings.items() if name not in places}
-        content = [settings, manifest["text"] or first, manifest["tokenizer"]["sha256"]]
+        content = [settings, first, manifest["text"], manifest["tokenizer"]["sha256"]]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
     def is_enough(self) -> bool:
@@ -226,9 +226,7 @@ def _prepare(folder: Path, task: dict, progress: bool, source: Source, val_sourc
     with telling_os_errors(folder, "written"), FileLock(folder / ".lock"):
         manifest = read_manifest(folder)
         encoding = _make_tokenizer(folder, task["settings"], manifest, source)
-        if not manifest:
-            digests = [text.digest() for text in (source, val_source) if text]
-            manifest = new_manifest(task["settings"], encoding, ":".join(digests) if all(digests) else "")
+        manifest = manifest or new_manifest(task["settings"], encoding)
         if manifest["complete"]:
             return encoding
         with tqdm(desc="tokenizing", unit="B", unit_scale=True, disable=not progress, file=sys.stdout) as bar:

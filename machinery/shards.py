@@ -57,12 +57,12 @@ def _digest(manifest: dict) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
-def new_manifest(settings: dict, encoding: tiktoken.Encoding, text: str = "") -> dict:
-    """The manifest of a folder without shards. `text` is a digest of what will be read, where that is known."""
+def new_manifest(settings: dict, encoding: tiktoken.Encoding) -> dict:
+    """The manifest of a folder without shards."""
     zero = {"train": 0, "val": 0}
     return {
         "settings": settings,
-        "text": text,
+        "text": "",  # a digest of all that will be read, where it is more than the first shards hold
         "tokenizer": {
             "name": encoding.name,
             "sha256": tokenizer_hash(encoding),
@@ -364,7 +364,7 @@ def write_shards(
     with contextlib.suppress(TooFewHeldOut):
         return _write_shards(folder, manifest, encoding, source, val_source, train_tokens, advance)
     # A handful of documents, or much alike: hold out the end of each instead
-    manifest = new_manifest(manifest["settings"], encoding, manifest["text"]) | {"held_out": "tails"}
+    manifest = new_manifest(manifest["settings"], encoding) | {"held_out": "tails"}
     return _write_shards(folder, manifest, encoding, source, val_source, train_tokens, advance)
 
 
@@ -392,6 +392,8 @@ def _write_shards(folder, manifest, encoding, source, val_source, train_tokens, 
         train.add(document)
         manifest["end_of_text_spelt"] += document.end_of_text_spelt
         if max(train.tokens, held_out.tokens * held_out.is_open) >= settings["shard_tokens"]:
+            if held_out.is_open:
+                manifest["text"] = ":".join(text.digest() for text in (source, val_source) if text)
             _close(folder, manifest, train, held_out, position)
             if train_tokens is not None and manifest["tokens"]["train"] >= train_tokens:
                 return

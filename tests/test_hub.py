@@ -112,3 +112,36 @@ def test_a_hub_that_is_gone_is_one_line(folder, tmp_path):
     assert (
         message.startswith("data set 'owner/other' could not be read from the Hugging Face hub") and "\n" not in message
     )
+
+
+JSON_LINES = [
+    {"text": "one", "meta": None},
+    {"text": "2024-01-01", "meta": {"a": 1}},
+    {"meta": [1.5], "text": "a\u2028b"},
+]
+
+
+def test_json_of_a_hub_is_read_by_its_text_column_alone(tmp_path):
+    """Another column changes its type after more rows than `datasets` looks at."""
+    rows = [JSON_LINES[0] | {"text": f"{i} " * 500} for i in range(12_000)] + JSON_LINES
+    served = tmp_path / "served"
+    served.mkdir()
+    (served / "train.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
+    program = (
+        "import json, itertools; from machinery.sources import *\n"
+        "source = open_source('owner/name', split_on='11999 ')\n"
+        "*_, before, last = itertools.pairwise(source.read())\n"
+        "rest = [text for text, _ in source.read(start=json.loads(json.dumps(before[0][1])))]\n"
+        "print(json.dumps([rest, sum(1 for _ in iter_documents('owner/name'))]))"
+    )
+    with Hub(served) as hub:
+        rest, count = run(hub, tmp_path, program)
+        assert rest == ["2024-01-01", "a\u2028b"] and count == len(rows)
+        hub.files["train.jsonl"] += b'{"body": "no text"}\n'
+        wrong = (
+            "import json; from machinery.sources import *\n"
+            "try: list(iter_documents('owner/name'))\n"
+            "except DataError as error: print(json.dumps(str(error)))"
+        )
+        message = run(hub, tmp_path, wrong, HF_HOME=str(tmp_path / "other"))
+        assert f"row {len(rows) + 1}: no column 'text'; there are 'body'" in message

@@ -228,8 +228,12 @@ def test_thirty_books_of_which_none_falls_to_the_held_out_side(tmp_path, monkeyp
 # --------------------------------------------------------------------------------------------- what was read
 
 
-def test_the_key_names_the_text(tmp_path, monkeypatch):
+@pytest.mark.parametrize("shard_tokens", [1 << 25, 20_000])
+@pytest.mark.parametrize("digest_bytes", [1 << 30, 0])
+def test_the_key_names_the_text(tmp_path, monkeypatch, shard_tokens, digest_bytes):
     """Touching or moving files keeps it; changing any text, held-out text or tokenizer that is read changes it."""
+    monkeypatch.setattr(data_utils, "SHARD_TOKENS", shard_tokens)
+    monkeypatch.setattr("machinery.sources.DIGEST_BYTES", digest_bytes)
     files = {f"t/{i}.txt": prose(i) for i in range(20)} | {"v/a.txt": prose("v")}
     write(tmp_path, files)
     fields = {"val_source": str(tmp_path / "v")}
@@ -253,8 +257,6 @@ def test_the_key_names_the_text(tmp_path, monkeypatch):
     ):
         keys.add(prepare(tmp_path, str(tmp_path / "t"), **fields | change).key)
     assert len(keys) == 7
-    monkeypatch.setattr("machinery.sources.DIGEST_BYTES", 0)  # samples of every file, which are all of a small one
-    assert prepare(tmp_path / "samples", str(tmp_path / "t"), **fields).key in keys
 
 
 def test_a_tokenizer_folder_that_changes_is_noticed(tmp_path):
