@@ -410,3 +410,12 @@ def test_end_of_text_spelt_in_texts_is_counted_and_said_or_split_at(tmp_path, ca
     data = prepare(tmp_path, root, split_on="<|endoftext|>")
     assert sorted(texts_of(data, "train") + texts_of(data, "val")) == sorted([*stories, "x" * 99])
     assert "<|endoftext|>" not in capsys.readouterr().out and data.manifest["held_out"] == "documents"
+
+
+@pytest.mark.parametrize("run", [" ", "\n", "a", "\t ", "é", "1"])
+def test_long_runs_of_one_character_come_back(tmp_path, run):
+    """tiktoken's pattern gives up on some; and no text is longer than what is encoded at a time."""
+    text = f"before{run * 400_000}after\n" * 2
+    root = write(tmp_path / "texts", {"a.txt": text})
+    data = prepare(tmp_path, root, tokenizer="bpe", vocab_size=300)
+    assert "".join(texts_of(data, "train") + texts_of(data, "val")) == text
