@@ -23,32 +23,16 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 import torch
-from filelock import FileLock
 from tqdm import tqdm
 
 from machinery.errors import DataError, plain_errors
-from machinery.files import write_atomic
-from machinery.held_out import is_held_out
-from machinery.shards import (
-    MANIFEST_VERSION,
-    load_tokenizer,
-    new_manifest,
-    read_manifest,
-    report,
-    split_documents,
-    write_shards,
-)
-from machinery.sources import (
-    SOURCES,
-    Source,
-    file_digest,
-    open_source,
-    refuse_overlap,
-    source_kind,
-    telling_os_errors,
-)
-from machinery.tokenizers import tokenizer_to_dict
+from machinery.preparation import is_known, open_sources, tokenize, tokenizer_digest
+from machinery.shards import MANIFEST_VERSION, load_tokenizer, read_manifest, report, split_documents
+from machinery.sources import refuse_overlap
+from machinery.text_files import telling_os_errors
 from machinery.vocabularies import get_tokenizer
+
+__all__ = ["Batches", "TokenData", "TokenWindows", "get_tokenizer", "prepare_data", "tokens_needed", "work"]
 
 SHARD_TOKENS = 1 << 25  # a shard closes at the first document that ends beyond this: 67 MB of uint16
 BACKGROUND_BYTES = 256 << 20  # more text than this is tokenized by a process of its own, beside training
@@ -70,8 +54,8 @@ def prepare_data(config, progress: bool = True) -> TokenData:
     fields = ("source", "val_source", "val_fraction", "text_column", "split_on", "tokenizer", "vocab_size")
     data_dir, runs_dir = (Path(folder).expanduser().absolute() for folder in (config.data_dir, config.runs_dir))
     settings = {name: getattr(config, name) for name in fields}
-    task = {"settings": settings, "apart": [str(data_dir), str(runs_dir)], "train_tokens": tokens_to_read(config)}
-    source, val_source = _open_sources(task)
+    task = {"settings": settings, "apart": [str(data_dir), str(runs_dir)], "train_tokens": tokens_needed(config)}
+    source, val_source = open_sources(task)
     if val_source:
         refuse_overlap(source, val_source)
     settings |= {
@@ -79,11 +63,11 @@ def prepare_data(config, progress: bool = True) -> TokenData:
         "shard_tokens": SHARD_TOKENS,
         "text": source.stamp(),
         "val_text": val_source.stamp() if val_source else "",
-        "tokenizer_text": _tokenizer_digest(config.tokenizer),
+        "tokenizer_text": tokenizer_digest(config.tokenizer),
     }
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
     slug = re.sub(r"[^A-Za-z0-9]+", "-", f"{config.source}-{config.tokenizer}-{config.vocab_size}").strip("-")[-60:]
-    data = TokenData(data_dir / f"{slug}-{key}", task)
+    data = TokenData(data_dir / f"{slug}-{key}", task, config.block_size)
     with telling_os_errors(data.folder, "written"):
         data.folder.mkdir(parents=True, exist_ok=True)
     encoding = None
@@ -91,17 +75,17 @@ def prepare_data(config, progress: bool = True) -> TokenData:
         for note in source.notes() + (val_source.notes() if val_source else []):
             print(note)
         size = source.size()
-        if _is_known(settings) and (size is None or size > BACKGROUND_BYTES):
+        if is_known(settings) and (size is None or size > BACKGROUND_BYTES):
             data.start_background()
             data.wait(progress=progress)
         else:
-            encoding = _prepare(data.folder, task, progress, source, val_source)
+            encoding = tokenize(data.folder, task, progress, source, val_source)
         print(*report(data.manifest), sep="\n")
-    data.encoding = encoding or load_tokenizer(data.folder, data.manifest)
+    data.encoding = encoding or load_tokenizer(data.folder)
     return data
 
 
-def tokens_to_read(config) -> int | None:
+def tokens_needed(config) -> int | None:
     """Upper bound on the tokens that a run of `config` reads; None when only the clock limits it."""
     limits = [config.max_steps * config.batch_tokens, config.max_tokens and config.max_tokens + config.batch_tokens]
     return min((limit for limit in limits if limit), default=None)
@@ -112,8 +96,8 @@ class TokenData:
 
     encoding: tiktoken.Encoding
 
-    def __init__(self, folder: Path, task: dict) -> None:
-        self.folder, self.task, self.settings = folder, task, task["settings"]
+    def __init__(self, folder: Path, task: dict, block_size: int) -> None:
+        self.folder, self.task, self.settings, self.block_size = folder, task, task["settings"], block_size
 
     @property
     def manifest(self) -> dict:
@@ -173,8 +157,8 @@ class TokenData:
                     return
                 if running is None or running.poll() == 0:  # it was asked for less than is wanted now
                     self.task["train_tokens"] = None if manifest else self.task["train_tokens"]
-                    if not _is_known(self.settings):
-                        _prepare(self.folder, self.task, progress, *_open_sources(self.task))
+                    if not is_known(self.settings):
+                        tokenize(self.folder, self.task, progress, *open_sources(self.task))
                         continue
                     self.start_background()
                 elif running.poll():
@@ -204,60 +188,7 @@ def work() -> None:
     plain_errors()
     threading.Thread(target=watch, daemon=True).start()
     task = json.loads(sys.argv[2])
-    _prepare(Path(sys.argv[1]), task, False, *_open_sources(task))
-
-
-def _open_sources(task: dict) -> tuple[Source, Source | None]:
-    """The source to train on, and the held-out one where it is named."""
-    settings = task["settings"]
-    options = (settings["text_column"], settings["split_on"], [Path(folder) for folder in task["apart"]])
-    val_source = settings["val_source"]
-    return open_source(settings["source"], *options), open_source(val_source, *options) if val_source else None
-
-
-def _is_known(settings: dict) -> bool:
-    """Whether another process knows these sources: a class that was added to `SOURCES` later stands in this one."""
-    names = [name for name in (settings["source"], settings["val_source"]) if name]
-    return all(SOURCES[source_kind(name)].__module__ == "machinery.sources" for name in names)
-
-
-def _prepare(folder: Path, task: dict, progress: bool, source: Source, val_source: Source | None) -> tiktoken.Encoding:
-    """Tokenize what is still wanted of `task`, in this process."""
-    # Two runs on the same text: the second waits, then goes on or has nothing to do
-    with telling_os_errors(folder, "written"), FileLock(folder / ".lock"):
-        manifest = read_manifest(folder)
-        encoding = _make_tokenizer(folder, task["settings"], manifest, source)
-        manifest = manifest or new_manifest(task["settings"], encoding)
-        if manifest["complete"]:
-            return encoding
-        with tqdm(desc="tokenizing", unit="B", unit_scale=True, disable=not progress, file=sys.stdout) as bar:
-            read = sum(manifest["bytes"].values())
-
-            def advance(size: int) -> None:
-                nonlocal read
-                read += size
-                bar.update(size)
-                if read >> 22 != (read - size) >> 22:  # every 4 MB, for a process that waits
-                    (folder / ".bytes_read").write_text(str(read))
-
-            write_shards(folder, manifest, encoding, source, val_source, task["train_tokens"], advance)
-    return encoding
-
-
-def _make_tokenizer(folder: Path, settings: dict, manifest: dict, source: Source) -> tiktoken.Encoding:
-    path = folder / "tokenizer.json"
-    if not path.exists():
-        held_out = 0.0 if settings["val_source"] else settings["val_fraction"]
-        training = (text for text, _ in source.read() if not is_held_out(text, held_out))
-        encoding = get_tokenizer(settings["tokenizer"], settings["vocab_size"], training)
-        write_atomic(path, json.dumps(tokenizer_to_dict(encoding)).encode())
-    return load_tokenizer(folder, manifest)
-
-
-def _tokenizer_digest(name: str) -> str:
-    """Changes with the content of a tokenizer's folder; "" for a tokenizer that is none."""
-    path = Path(name).expanduser() / "tokenizer.json"
-    return file_digest(path) if path.is_file() else ""
+    tokenize(Path(sys.argv[1]), task, False, *open_sources(task))
 
 
 # --------------------------------------------------------------------------------------------- batches

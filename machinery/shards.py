@@ -107,9 +107,9 @@ def report(manifest: dict) -> list[str]:
     return lines
 
 
-def load_tokenizer(folder: Path, manifest: dict) -> tiktoken.Encoding:
+def load_tokenizer(folder: Path) -> tiktoken.Encoding:
     """The tokenizer of a folder of shards. Raises `DataError` where it is not the one that the manifest names."""
-    path = folder / "tokenizer.json"
+    path, manifest = folder / "tokenizer.json", read_manifest(folder)
     try:
         encoding = tokenizer_from_dict(json.loads(path.read_bytes()))
     except (OSError, ValueError, RecursionError) as error:

@@ -244,7 +244,7 @@ def test_second_run_reuses_shards_and_changes_are_noticed(texts, tmp_path, monke
     pattern, _ = texts
     first = prepare(pattern, tmp_path)
     written = {path: path.stat().st_mtime_ns for path in first.folder.glob("*.bin")}
-    monkeypatch.setattr(data_utils, "write_shards", None)  # a second tokenization would fail
+    monkeypatch.setattr("machinery.preparation.write_shards", None)  # a second tokenization would fail
     assert prepare(pattern, tmp_path).manifest == first.manifest
     monkeypatch.undo()
     assert written == {path: path.stat().st_mtime_ns for path in first.folder.glob("*.bin")}

@@ -296,7 +296,7 @@ def test_data_with_the_same_settings_is_not_tokenized_again(tmp_path, monkeypatc
     root = write(tmp_path / "t", {f"{i}.txt": prose(i) for i in range(20)})
     prepare(tmp_path, root)
     capsys.readouterr()
-    monkeypatch.setattr(data_utils, "write_shards", None)
+    monkeypatch.setattr("machinery.preparation.write_shards", None)
     prepare(tmp_path, root, block_size=64)
     assert capsys.readouterr().out == ""
     with pytest.raises((TypeError, DataError)):
