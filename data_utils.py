@@ -1,6 +1,6 @@
-"""Shards and batches: text in, once, as token shards on disk; windows and batches out, in a known order.
+"""From a source of text to a batch: tokenized once into shards on disk, read in windows in a known order.
 
-    documents ─ tokenizer ─ shards ─ windows ─ batches
+    source ─ documents ─ tokenizer ─ shards ─ windows ─ batches
 
 A *shard* is a flat little-endian array of token ids, an end-of-text token after each document. A *window*
 is `block_size + 1` consecutive tokens of one shard: inputs, and the same shifted by one.
@@ -17,36 +17,25 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import tiktoken
 import torch
-from filelock import FileLock
 from tqdm import tqdm
 
-from machinery.errors import DataError, UserError
-from machinery.files import write_atomic
+from machinery.errors import DataError, UserError, plain_errors
 from machinery.machine import Machine, is_out_of_memory
-from machinery.shards import (
-    MANIFEST_VERSION,
-    ShardWriter,
-    encode_all,
-    load_tokenizer,
-    new_manifest,
-    read_manifest,
-    save_manifest,
-)
-from machinery.sources import Position, hub_split, iter_documents, read_documents, source_files
-from machinery.tokenizers import (
-    END_OF_TEXT,
-    SPLIT_PATTERN,
-    token_byte_counts,
-    tokenizer_hash,
-    tokenizer_to_dict,
-)
+from machinery.preparation import is_known, open_sources, tokenize, tokenizer_digest
+from machinery.shards import MANIFEST_VERSION, load_tokenizer, read_manifest, report, split_documents
+from machinery.sources import refuse_overlap
+from machinery.text_files import telling_os_errors
+from machinery.tokenizers import token_byte_counts
+from machinery.vocabularies import get_tokenizer
+
+__all__ = ["Batches", "TokenData", "TokenWindows", "get_tokenizer", "prepare_data", "tokens_needed", "work"]
 
 SHARD_TOKENS = 1 << 25  # a shard closes at the first document that ends beyond this: 67 MB of uint16
 BACKGROUND_BYTES = 256 << 20  # more text than this is tokenized by a process of its own, beside training
@@ -56,48 +45,51 @@ BACKGROUND_BYTES = 256 << 20  # more text than this is tokenized by a process of
 
 
 def prepare_data(config, progress: bool = True) -> TokenData:
-    """Tokenize `source` into shards under `data_dir`, or use the shards already there.
+    """Tokenize the text of the notebook's `config` into shards under its `data_dir`, or use the shards there.
 
-    Held-out text is `val_source` where given, else the documents whose hash falls under `val_fraction`
-    (equal texts fall on the same side); it is what the first train shard's stretch of text holds, so it
-    never changes as more text is prepared. A budget in steps or tokens stops early: a later call with a larger one
-    goes on after the last finished shard, as does one after an interruption.
+    Held-out text is `val_source` where given, else a share `val_fraction` of the documents, near-copies together. It
+    is chosen when the first train shard is full and never changes as more text is prepared. As much is prepared as
+    the run reads; a later call for more goes on after the last finished shard, as does one after an interruption.
 
     Text of the hub, or more than `BACKGROUND_BYTES` of it, is tokenized by a process of its own: this
     returns as soon as the first shards stand, and the rest arrives beside training. Raises `DataError`.
     """
-    source, val_source, tokenizer, vocab_size = config.source, config.val_source, config.tokenizer, config.vocab_size
-    train_tokens, files = tokens_needed(config), source_files(source)
-    if val_source == source and (files is not None or hub_split(source, "validation") == "train"):
-        raise DataError(f"val_source is the same text as source ({source!r}); leave it empty to hold documents out")
-    settings = {
+    fields = ("source", "val_source", "val_fraction", "text_column", "split_on", "tokenizer", "vocab_size")
+    data_dir, runs_dir = (Path(folder).expanduser().absolute() for folder in (config.data_dir, config.runs_dir))
+    settings = {name: getattr(config, name) for name in fields}
+    task = {"settings": settings, "apart": [str(data_dir), str(runs_dir)], "train_tokens": tokens_needed(config)}
+    source, val_source = open_sources(task)
+    if val_source:
+        refuse_overlap(source, val_source)
+    settings |= {
         "version": MANIFEST_VERSION,
-        "source": source,
-        "val_source": val_source,
-        "val_fraction": config.val_fraction,
-        "text_column": config.text_column,
-        "tokenizer": tokenizer,
-        "vocab_size": vocab_size,
         "shard_tokens": SHARD_TOKENS,
-        "files": None if files is None else _fingerprint(files),
+        "text": source.stamp(),
+        "val_text": val_source.stamp() if val_source else "",
+        "tokenizer_text": tokenizer_digest(config.tokenizer),
     }
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
-    slug = re.sub(r"[^A-Za-z0-9]+", "-", f"{source}-{tokenizer}-{vocab_size}").strip("-")[-60:]
-    data = TokenData(Path(config.data_dir).expanduser() / f"{slug}-{key}", settings, train_tokens, config.block_size)
-    data.folder.mkdir(parents=True, exist_ok=True)
+    slug = re.sub(r"[^A-Za-z0-9]+", "-", f"{config.source}-{config.tokenizer}-{config.vocab_size}").strip("-")[-60:]
+    data = TokenData(data_dir / f"{slug}-{key}", task, config.block_size)
+    with telling_os_errors(data.folder, "written"):
+        data.folder.mkdir(parents=True, exist_ok=True)
+    encoding = None
     if not data.is_enough():
-        if files is None or sum(path.stat().st_size for path in files) > BACKGROUND_BYTES:
+        for note in source.notes() + (val_source.notes() if val_source else []):
+            print(note)
+        size = source.size()
+        if is_known(settings) and (size is None or size > BACKGROUND_BYTES):
             data.start_background()
             data.wait(progress=progress)
         else:
-            data.encoding = _prepare(data.folder, settings, train_tokens, progress)
-            return data
-    data.encoding = load_tokenizer(data.folder)
+            encoding = tokenize(data.folder, task, progress, source, val_source)
+        print(*report(data.manifest), sep="\n")
+    data.encoding = encoding or load_tokenizer(data.folder)
     return data
 
 
 def tokens_needed(config) -> int | None:
-    """Upper bound on the tokens that a run reads; None when only the clock limits it."""
+    """Upper bound on the tokens that a run of `config` reads; None when only the clock limits it."""
     limits = [config.max_steps * config.batch_tokens, config.max_tokens and config.max_tokens + config.batch_tokens]
     return min((limit for limit in limits if limit), default=None)
 
@@ -107,24 +99,33 @@ class TokenData:
 
     encoding: tiktoken.Encoding
 
-    def __init__(self, folder: Path, settings: dict, train_tokens: int | None, block_size: int) -> None:
-        self.folder, self.settings, self.train_tokens, self.block_size = folder, settings, train_tokens, block_size
+    def __init__(self, folder: Path, task: dict, block_size: int) -> None:
+        self.folder, self.task, self.settings, self.block_size = folder, task, task["settings"], block_size
         self._byte_counts: torch.Tensor | None = None
-
-    @property
-    def key(self) -> str:
-        """Names the text: a run goes on with no other."""
-        return hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()
 
     @property
     def manifest(self) -> dict:
         """What is on disk now: settings, tokenizer, counts, the checksum of every shard; empty before there is any."""
         return read_manifest(self.folder)
 
+    @property
+    def key(self) -> str:
+        """Names the text that is trained on: equal for equal content and settings, wherever the files lie.
+
+        It covers the first train shard and the held-out one, which stand from the start and are all there is of a
+        small text; of more text in files it also covers their content, whatever their dates (beyond 1 GB samples of
+        every file: a start should not read it all again). Of what a stream holds later, nothing can be known.
+        """
+        manifest = self.manifest
+        first = [shard["sha256"] for split in ("train", "val") for shard in manifest["shards"][split][:1]]
+        places = {"source", "val_source", "text", "val_text", "tokenizer"}
+        settings = {name: value for name, value in self.settings.items() if name not in places}
+        content = [settings, first, manifest["text"], manifest["tokenizer"]["sha256"]]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
     def is_enough(self) -> bool:
         """Whether the shards on disk are all there will be, or all that was asked for."""
-        manifest = self.manifest
-        wanted = self.train_tokens
+        manifest, wanted = self.manifest, self.task["train_tokens"]
         return bool(manifest) and (
             manifest["complete"] or (wanted is not None and manifest["tokens"]["train"] >= wanted)
         )
@@ -161,19 +162,15 @@ class TokenData:
         """The token ids of each document of one split, as far as it is on disk, without its end-of-text token."""
         windows = self.windows(split, 1)
         for shard in range(len(windows.shards)):
-            ids, start = windows._tokens(shard), 0
-            for end in np.flatnonzero(ids == self.encoding.eot_token):
-                yield ids[start:end]
-                start = end + 1
+            yield from split_documents(windows._tokens(shard), self.encoding.eot_token)
 
     def start_background(self) -> None:
         """Tokenize in another process, which ends with this one. One at a time is enough for a folder."""
         running = _background.get(self.folder)
         if running is None or running.poll() is not None:
-            task = {"folder": str(self.folder), "settings": self.settings, "train_tokens": self.train_tokens}
             path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
             _background[self.folder] = subprocess.Popen(
-                [sys.executable, "-c", "import data_utils; data_utils.work()", json.dumps(task)],
+                [sys.executable, "-c", "import data_utils; data_utils.work()", str(self.folder), json.dumps(self.task)],
                 env=os.environ | {"PYTHONPATH": path}, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
                 stderr=(self.folder / "work.log").open("w"),
                 start_new_session=True,  # a Ctrl-C is for the process that trains
@@ -187,7 +184,10 @@ class TokenData:
                 if manifest and (manifest["complete"] or len(manifest["shards"]["train"]) >= shards):
                     return
                 if running is None or running.poll() == 0:  # it was asked for less than is wanted now
-                    self.train_tokens = self.train_tokens if not manifest else None
+                    self.task["train_tokens"] = None if manifest else self.task["train_tokens"]
+                    if not is_known(self.settings):
+                        tokenize(self.folder, self.task, progress, *open_sources(self.task))
+                        continue
                     self.start_background()
                 elif running.poll():
                     lines = (self.folder / "work.log").read_text("utf-8").strip().splitlines() or ["it was killed"]
@@ -213,108 +213,10 @@ def work() -> None:
         sys.stdin.read()
         os._exit(1)
 
+    plain_errors()
     threading.Thread(target=watch, daemon=True).start()
-    task = json.loads(sys.argv[1])
-    _prepare(Path(task["folder"]), task["settings"], task["train_tokens"], progress=False)
-
-
-def _prepare(folder: Path, settings: dict, train_tokens: int | None, progress: bool) -> tiktoken.Encoding:
-    with FileLock(folder / ".lock"):  # two runs on the same text: the second waits, then goes on or has nothing to do
-        encoding = _make_tokenizer(folder, settings)
-        manifest = read_manifest(folder)
-        if manifest and manifest["tokenizer"]["sha256"] != tokenizer_hash(encoding):
-            raise DataError(f"{folder}: shards and tokenizer.json do not belong together; remove the folder")
-        manifest = manifest or new_manifest(settings, encoding)
-        if not manifest["complete"]:
-            _write_shards(folder, manifest, encoding, train_tokens, progress)
-    return encoding
-
-
-def _fingerprint(files: list[Path]) -> str:
-    """Changes when a file is added, removed, renamed or edited."""
-    stats = [(path.as_posix(), stat.st_size, stat.st_mtime_ns) for path in files for stat in [path.stat()]]
-    return hashlib.sha256(json.dumps(stats).encode()).hexdigest()
-
-
-def _make_tokenizer(folder: Path, settings: dict) -> tiktoken.Encoding:
-    path = folder / "tokenizer.json"
-    if not path.exists():
-        held_out = 0.0 if settings["val_source"] else settings["val_fraction"]
-        documents = iter_documents(settings["source"], settings["text_column"])
-        training = (text for text in documents if not is_held_out(text, held_out))
-        encoding = get_tokenizer(settings["tokenizer"], settings["vocab_size"], training)
-        write_atomic(path, json.dumps(tokenizer_to_dict(encoding)).encode())
-    return load_tokenizer(folder)
-
-
-def _write_shards(
-    folder: Path, manifest: dict, encoding: tiktoken.Encoding, train_tokens: int | None, progress: bool
-) -> None:
-    """Read on from `manifest["position"]` and close shards until the source or `train_tokens` ends."""
-    settings, read = manifest["settings"], sum(manifest["bytes"].values())
-    writers = {split: ShardWriter(folder, split, manifest) for split in ("train", "val")}
-    val_is_open = not manifest["shards"]["val"]
-    if settings["val_source"] and val_is_open:
-        documents = read_documents(settings["val_source"], settings["text_column"], "validation")
-        for _, text, ids, _ in encode_all(encoding, (("val", *document) for document in documents)):
-            writers["val"].add(len(text.encode()), ids)
-            if writers["val"].size >= settings["shard_tokens"]:
-                break
-        writers["val"].close()
-        val_is_open = False
-
-    documents = read_documents(settings["source"], settings["text_column"], start=manifest["position"])
-    assigned = _assign(documents, manifest["held_out"], settings["val_fraction"])
-    position = manifest["position"]
-    with tqdm(desc="tokenizing", unit="B", unit_scale=True, disable=not progress, file=sys.stdout) as bar:
-        for split, text, ids, position in encode_all(encoding, assigned):
-            size = len(text.encode())
-            read += size
-            bar.update(size)
-            if read >> 22 != (read - size) >> 22:  # every 4 MB, for a process that waits
-                (folder / ".bytes_read").write_text(str(read))
-            if split == "train" or val_is_open:
-                writers[split].add(size, ids)
-            if writers["train"].size >= settings["shard_tokens"]:
-                val_is_open = val_is_open and not writers["val"].size
-                for writer in writers.values():
-                    writer.close()
-                manifest["position"] = position
-                save_manifest(folder, manifest)
-                if train_tokens is not None and manifest["tokens"]["train"] >= train_tokens:
-                    return
-    for writer in writers.values():
-        writer.close()
-    if not (manifest["shards"]["train"] and manifest["shards"]["val"]):
-        if manifest["held_out"] != "documents" or not manifest["shards"]["train"] + manifest["shards"]["val"]:
-            raise DataError(f"source {settings['source']!r} holds no text to train on and validate with")
-        retry = new_manifest(settings, encoding) | {"held_out": "tails"}  # a handful of documents: hold out their ends
-        return _write_shards(folder, retry, encoding, train_tokens, progress)
-    manifest["position"] = position
-    manifest["complete"] = True
-    save_manifest(folder, manifest)
-
-
-def is_held_out(text: str, fraction: float) -> bool:
-    """Whether a document belongs to the validation text: a function of its content alone."""
-    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest, "big") < fraction * 2**64
-
-
-def _assign(
-    documents: Iterable[tuple[str, Position]], held_out: str, fraction: float
-) -> Iterator[tuple[str, str, Position]]:
-    """Yield ("train" or "val", text, position) for every document, by one of the three ways to hold text out."""
-    for text, position in documents:
-        if held_out == "val_source":
-            yield "train", text, position
-        elif held_out == "documents":
-            yield ("val" if is_held_out(text, fraction) else "train"), text, position
-        else:  # "tails": the end of every document, from a line break on where there is one
-            cut = len(text) - max(1, int(len(text) * fraction))
-            cut = text.rfind("\n", 0, cut) + 1 or cut
-            parts = [("val", text[cut:], position), ("train", text[:cut], position)]
-            yield from (part for part in parts if part[1])
+    task = json.loads(sys.argv[2])
+    tokenize(Path(sys.argv[1]), task, False, *open_sources(task))
 
 
 # --------------------------------------------------------------------------------------------- batches
@@ -474,67 +376,3 @@ def _inputs_and_targets(rows: torch.Tensor, device: torch.device) -> tuple[torch
         rows = rows.pin_memory()
     rows = rows.to(device, non_blocking=True)
     return rows[:, :-1].clone(), rows[:, 1:].clone()
-
-
-# ------------------------------------------------------------------------------------------- tokenizers
-
-
-BPE_TRAINING_BYTES = 256 << 20  # text a BPE vocabulary is learned from; more changes it very little
-
-
-def get_tokenizer(name: str, vocab_size: int, documents: Iterable[str] = ()) -> tiktoken.Encoding:
-    """A tokenizer as a `tiktoken.Encoding`: `"bytes"`, `"bpe"`, a tiktoken name such as `"gpt2"`, or the folder of a
-    Hugging Face tokenizer.json.
-
-    `"bpe"` learns `vocab_size` tokens, end-of-text included, from `documents` (rustbpe trains, tiktoken
-    runs). Raises `DataError` for an unknown name, an unreachable vocabulary, or a `vocab_size` that the
-    tokenizer does not fit in.
-    """
-    if name == "bytes":
-        encoding = _encoding("bytes", {bytes([i]): i for i in range(256)}, r"[\s\S]{1,64}")
-    elif name == "bpe":
-        encoding = _train_bpe(documents, vocab_size)
-    elif name in tiktoken.list_encoding_names():
-        try:
-            encoding = tiktoken.get_encoding(name)
-        except Exception as error:
-            raise DataError(
-                f"tokenizer {name!r}: its vocabulary could not be downloaded ({type(error).__name__});"
-                " check the network, point TIKTOKEN_CACHE_DIR to a copy, or use tokenizer='bpe'"
-            ) from None
-    elif (Path(name).expanduser() / "tokenizer.json").is_file():
-        from machinery.huggingface.tokenizers import read_tokenizer
-
-        encoding = read_tokenizer(Path(name).expanduser())
-    else:
-        names = ", ".join(["bytes", "bpe", *tiktoken.list_encoding_names()])
-        raise DataError(f"tokenizer {name!r} is not known; there are {names}, or the folder of a tokenizer.json")
-    if encoding.n_vocab > vocab_size:
-        raise DataError(
-            f"vocab_size is {vocab_size} but tokenizer {name!r} has {encoding.n_vocab} tokens;"
-            f" set vocab_size to {-(-encoding.n_vocab // 64) * 64} (a multiple of 64 suits GPUs)"
-        )
-    return encoding
-
-
-def _encoding(name: str, ranks: dict[bytes, int], pattern: str) -> tiktoken.Encoding:
-    return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: len(ranks)})
-
-
-def _train_bpe(documents: Iterable[str], vocab_size: int) -> tiktoken.Encoding:
-    import rustbpe
-
-    if vocab_size < 257:
-        raise DataError(f"vocab_size is {vocab_size} but BPE needs at least 257: 256 bytes and end-of-text")
-
-    def sample() -> Iterator[str]:
-        left = BPE_TRAINING_BYTES
-        for text in documents:
-            yield text
-            left -= len(text)
-            if left <= 0:
-                return
-
-    trainer = rustbpe.Tokenizer()
-    trainer.train_from_iterator(sample(), vocab_size - 1, pattern=SPLIT_PATTERN)
-    return _encoding("bpe", {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}, SPLIT_PATTERN)

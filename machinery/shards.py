@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import json
 import os
-import re
 import threading
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from array import array
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,53 +20,49 @@ import tiktoken
 
 from machinery.errors import DataError
 from machinery.files import write_atomic
-from machinery.sources import Position
-from machinery.tokenizers import tokenizer_from_dict, tokenizer_hash
+from machinery.held_out import HeldOutLines, cut_tail, falls_under, long_lines, smallest_line, standing_in
+from machinery.sources import Position, Source
+from machinery.tokenizers import END_OF_TEXT, tokenizer_from_dict, tokenizer_hash
 
-MANIFEST_VERSION = 1
-ENCODE_BYTES = 4 << 20  # text handed to the encoder threads at a time
+MANIFEST_VERSION = 2  # part of the settings: shards of an earlier way are not mistaken for those of this one
+PIECE = 1 << 18  # characters that a thread encodes at a time; more at once is not faster
+PIECE_DOCUMENTS = 1 << 12
+AHEAD = 4 << 20  # characters that are encoded, or wait for it, while more is read
+FEWEST = 0.25  # share of the wanted held-out text below which the ends of documents are held out instead
+
+
+# ------------------------------------------------------------------------------------------- manifest
 
 
 def read_manifest(folder: Path) -> dict:
-    """The manifest of a folder of shards, {} where there is none. Raises `DataError` for one that does not add up."""
+    """The manifest of a folder of shards, {} where there is none. Raises `DataError` unless it is as it was written."""
     path = folder / "manifest.json"
-    if not path.exists():
-        return {}
     try:
-        manifest = json.loads(path.read_text("utf-8"))
-        for split in ("train", "val"):
-            shards = manifest["shards"][split]
-            for number, shard in enumerate(shards):
-                if shard["name"] != f"{split}_{number:06d}.bin" or not re.fullmatch("[0-9a-f]{64}", shard["sha256"]):
-                    raise ValueError(f"entry {number} of {split} is not a shard")
-                if type(shard["tokens"]) is not int or shard["tokens"] < 0:
-                    raise ValueError(f"{shard['name']} cannot have {shard['tokens']!r} tokens")
-            if sum(shard["tokens"] for shard in shards) != manifest["tokens"][split]:
-                raise ValueError(f"the tokens of {split} do not add up")
-        counts = [manifest[field][split] for field in ("tokens", "documents", "bytes") for split in ("train", "val")]
-        vocabulary = [manifest["tokenizer"][field] for field in ("n_vocab", "end_of_text")]
-        if not all(type(number) is int and number >= 0 for number in counts + vocabulary):
-            raise ValueError("a count is not a number")
-        wide_enough = manifest["tokenizer"]["n_vocab"] <= 1 << (8 * np.dtype(manifest["dtype"]).itemsize)
-        if manifest["dtype"] not in ("uint16", "uint32") or not wide_enough:
-            raise ValueError(f"dtype {manifest['dtype']!r} does not hold the vocabulary")
-        if type(manifest["complete"]) is not bool or not isinstance(manifest["position"], int | dict):
-            raise ValueError("it does not say how far it got")
-        if manifest["held_out"] not in ("documents", "tails", "val_source") or not isinstance(
-            manifest["settings"], dict
-        ):
-            raise ValueError("it does not say how text was held out")
-        str(manifest["tokenizer"]["sha256"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
-        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
-        raise DataError(f"{path}: not a usable manifest ({reason}); remove the folder to tokenize again") from None
+        manifest = json.loads(path.read_bytes())
+        if manifest.pop("digest") != _digest(manifest):
+            raise ValueError("it was changed after it was written")
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is damaged, or was changed by hand"
+        raise DataError(f"{path}: not usable ({reason}); remove the folder to tokenize again") from None
     return manifest
 
 
+def save_manifest(folder: Path, manifest: dict) -> None:
+    write_atomic(folder / "manifest.json", json.dumps(manifest | {"digest": _digest(manifest)}, indent=1).encode())
+
+
+def _digest(manifest: dict) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
 def new_manifest(settings: dict, encoding: tiktoken.Encoding) -> dict:
+    """The manifest of a folder without shards."""
     zero = {"train": 0, "val": 0}
     return {
         "settings": settings,
+        "text": "",  # a digest of all that will be read, where it is more than the first shards hold
         "tokenizer": {
             "name": encoding.name,
             "sha256": tokenizer_hash(encoding),
@@ -76,56 +75,157 @@ def new_manifest(settings: dict, encoding: tiktoken.Encoding) -> dict:
         "bytes": dict(zero),
         "shards": {"train": [], "val": []},
         "held_out": "val_source" if settings["val_source"] else "documents",
+        "grouped": {"documents": 0, "bytes": 0},  # held-out documents beside a near-copy of theirs, held out too
+        "set_aside": {"documents": 0, "bytes": 0},  # in neither split, for a near-copy in the other
+        "end_of_text_spelt": 0,  # how often the texts hold its spelling, which is text like any other
+        "passed_over": {},  # beside the text: kinds of files, and how many
         "position": 0,  # in the source, after the last closed shard: where an interrupted preparation goes on
         "complete": False,
     }
 
 
-def save_manifest(folder: Path, manifest: dict) -> None:
-    write_atomic(folder / "manifest.json", json.dumps(manifest, indent=1).encode())
+def report(manifest: dict) -> list[str]:
+    """Lines that tell a user how text was held out, and what to know about it."""
+    documents, size, apart, spelt = (
+        manifest[name] for name in ("documents", "bytes", "set_aside", "end_of_text_spelt")
+    )
+    ways = {
+        "documents": "whole documents, by their content",
+        "tails": "the end of each document, since there are few, or they are much alike",
+        "val_source": "val_source",
+    }
+    lines = [
+        f"held out: {documents['val']:,} documents, {size['val'] / 1e6:,.2f} MB ({ways[manifest['held_out']]});"
+        f" {manifest['grouped']['documents']:,} of them are near-copies of others;"
+        f" set aside for a near-copy in the other split: {apart['documents']:,}, {apart['bytes'] / 1e6:,.2f} MB"
+    ]
+    if spelt:
+        lines.append(
+            f"{END_OF_TEXT!r} stands {spelt:,} times in the texts, as text like any other; if it separates documents,"
+            f" set split_on={END_OF_TEXT!r}"
+        )
+    return lines
 
 
 def load_tokenizer(folder: Path) -> tiktoken.Encoding:
-    path = folder / "tokenizer.json"
+    """The tokenizer of a folder of shards. Raises `DataError` where it is not the one that the manifest names."""
+    path, manifest = folder / "tokenizer.json", read_manifest(folder)
     try:
-        fields = json.loads(path.read_text("utf-8"))
+        encoding = tokenizer_from_dict(json.loads(path.read_bytes()))
     except (OSError, ValueError, RecursionError) as error:
+        if isinstance(error, DataError):
+            raise
         raise DataError(f"{path}: not readable ({type(error).__name__}); remove the folder") from None
-    return tokenizer_from_dict(fields)
+    if manifest and manifest["tokenizer"]["sha256"] != tokenizer_hash(encoding):
+        raise DataError(f"{folder}: shards and tokenizer.json do not belong together; remove the folder")
+    return encoding
+
+
+# ------------------------------------------------------------------------------------------- encoding
+
+
+@dataclass(slots=True)
+class Encoded:
+    """A document as token ids, with what decides on its side."""
+
+    side: str  # "train" or "val"; "" where its lines decide
+    position: Position  # in the source, after it
+    ids: list[np.ndarray]  # in pieces
+    bytes: int
+    lines: array  # hashes of its longer lines, of this process
+    smallest: bytes  # of those lines
+    end_of_text_spelt: int
 
 
 def encode_all(
-    encoding: tiktoken.Encoding, assigned: Iterable[tuple[str, str, Position]]
-) -> Iterator[tuple[str, str, np.ndarray, Position]]:
-    """Yield (split, text, ids, position) in order. Threads encode a batch, outside Python's lock, while one is read.
+    encoding: tiktoken.Encoding, documents: Iterable[tuple[str, str, Position]], dtype: np.dtype
+) -> Iterator[Encoded]:
+    """Encode (side, text, position), in order. Threads encode, outside Python's lock, while more is read.
 
     Each thread has an encoder of its own: of a shared one, only the thread that used it first is spared its lock.
+    tiktoken's own batches return Python lists, at four times the memory.
     """
     own = threading.local()
 
     def start() -> None:
         own.encoding = copy.copy(encoding)
 
-    def encode(document: tuple[str, str, Position]) -> tuple[str, str, np.ndarray, Position]:
-        split, text, position = document
-        try:
-            return split, text, own.encoding.encode_to_numpy(text, disallowed_special=()), position
-        except UnicodeEncodeError as error:
-            raise DataError(f"a document holds half of a surrogate pair at character {error.start}: not text") from None
+    def encode(texts: list[str]) -> list[tuple[np.ndarray, int, array, bytes]]:
+        return [(encode_text(own.encoding, text).astype(dtype), *look_at_lines(text)) for text in texts]
 
     with ThreadPoolExecutor(os.cpu_count(), initializer=start) as pool:
-        ahead: Iterable = ()
-        batch, size = [], 0
-        for document in assigned:
-            batch.append(document)
-            size += len(document[1])
-            if size >= ENCODE_BYTES:
-                encoded = pool.map(encode, batch)
-                yield from ahead
-                ahead, batch, size = encoded, [], 0
-        encoded = pool.map(encode, batch)
-        yield from ahead
-        yield from encoded
+        waiting: deque[tuple[list, list[Future]]] = deque()
+        ahead = 0
+        for batch in _batches(documents):
+            size = sum(len(text) for _, text, _ in batch)
+            parts = pieces(batch[0][1]) if len(batch) == 1 else [[text for _, text, _ in batch]]
+            waiting.append((batch, [pool.submit(encode, part) for part in parts], size))
+            ahead += size
+            del batch, parts  # a document may be large
+            while ahead > AHEAD or len(waiting) > 16:
+                ahead -= waiting[0][2]
+                yield from _finish(*waiting.popleft()[:2])
+        while waiting:
+            yield from _finish(*waiting.popleft()[:2])
+
+
+def _batches(documents: Iterable[tuple[str, str, Position]]) -> Iterator[list[tuple[str, str, Position]]]:
+    """Documents in lists of about `PIECE` characters; a longer one alone."""
+    batch, size = [], 0
+    for document in documents:
+        if batch and (size + len(document[1]) > PIECE or len(batch) >= PIECE_DOCUMENTS):
+            yield batch
+            batch, size = [], 0
+        batch.append(document)
+        size += len(document[1])
+        del document
+    if batch:
+        yield batch
+
+
+def pieces(text: str) -> Iterator[list[str]]:
+    """A text in pieces of at most `PIECE` characters, cut at line ends where there are any."""
+    start = 0
+    while start < len(text):
+        end = start + PIECE
+        if end < len(text):
+            end = text.rfind("\n", start + PIECE // 2, end) + 1 or end
+        yield [text[start:end]]
+        start = end
+
+
+def _finish(batch: list[tuple[str, str, Position]], futures: list[Future]) -> Iterator[Encoded]:
+    parts = [part for future in futures for part in future.result()]
+    for (side, text, position), own in zip(batch, [parts] if len(batch) == 1 else ([part] for part in parts)):
+        ids, sizes, hashes, smallest = zip(*own)
+        lines = hashes[0]
+        for more in hashes[1:]:
+            lines.extend(more)
+        spelt = text.count(END_OF_TEXT)
+        yield Encoded(side, position, list(ids), sum(sizes), lines, smallest_line(smallest), spelt)
+
+
+def encode_text(encoding: tiktoken.Encoding, text: str) -> np.ndarray:
+    """The ids of a text, in which special tokens are text like any other."""
+    try:
+        return encoding.encode_to_numpy(text, disallowed_special=())
+    except UnicodeEncodeError as error:
+        raise DataError(f"a document holds half of a surrogate pair at character {error.start}: not text") from None
+    except ValueError:  # the pattern gives up on very long runs of blanks
+        if len(text) < 2:
+            raise
+        half = len(text) // 2
+        return np.concatenate([encode_text(encoding, text[:half]), encode_text(encoding, text[half:])])
+
+
+def look_at_lines(text: str) -> tuple[int, array, bytes]:
+    """Bytes of a text, the hashes of its longer lines, and the smallest of those."""
+    content = text.encode()
+    lines = long_lines(content)
+    return len(content), array("q", map(hash, lines)), smallest_line(lines)
+
+
+# ------------------------------------------------------------------------------------------- writing
 
 
 class ShardWriter:
@@ -134,27 +234,200 @@ class ShardWriter:
     def __init__(self, folder: Path, split: str, manifest: dict) -> None:
         self.folder, self.split, self.manifest = folder, split, manifest
         self.dtype = np.dtype(manifest["dtype"]).newbyteorder("<")
-        self.end_of_text = np.array([manifest["tokenizer"]["end_of_text"]])
+        self.end_of_text = np.array([manifest["tokenizer"]["end_of_text"]], self.dtype).tobytes()
         self._clear()
 
     def _clear(self) -> None:
-        self.arrays: list[np.ndarray] = []
-        self.documents = self.size = self.bytes = 0
+        self.content = bytearray()  # a million documents are no more than their tokens
+        self.documents = self.bytes = 0
 
-    def add(self, text_bytes: int, ids: np.ndarray) -> None:
-        self.arrays += [ids.astype(self.dtype), self.end_of_text.astype(self.dtype)]
+    @property
+    def tokens(self) -> int:
+        return len(self.content) // self.dtype.itemsize
+
+    def add(self, document: Encoded) -> None:
+        for ids in document.ids:
+            self.content += ids.data
+        self.content += self.end_of_text
         self.documents += 1
-        self.size += len(ids) + 1
-        self.bytes += text_bytes
+        self.bytes += document.bytes
 
     def close(self) -> None:
-        if not self.arrays:
+        if not self.documents:
             return
-        content = np.concatenate(self.arrays).tobytes()
         shards = self.manifest["shards"][self.split]
         name = f"{self.split}_{len(shards):06d}.bin"
-        write_atomic(self.folder / name, content)
-        shards.append({"name": name, "tokens": self.size, "sha256": hashlib.sha256(content).hexdigest()})
+        write_atomic(self.folder / name, self.content)
+        shards.append({"name": name, "tokens": self.tokens, "sha256": hashlib.sha256(self.content).hexdigest()})
         for field in ("documents", "tokens", "bytes"):
-            self.manifest[field][self.split] += getattr(self, "size" if field == "tokens" else field)
+            self.manifest[field][self.split] += getattr(self, field)
         self._clear()
+
+
+class TooFewHeldOut(Exception):
+    """The sides of whole documents leave too little to validate with, or to train on."""
+
+
+class HeldOut:
+    """The held-out documents: collected until the first train shard is full, then fixed, checked and written.
+
+    Those that have a near-copy in the training text until then are set aside; later, training text that is a near-copy
+    of one of them is. Both take one pass, and memory for one shard.
+    """
+
+    def __init__(self, folder: Path, manifest: dict, encoding: tiktoken.Encoding) -> None:
+        self.manifest, self.writer = manifest, ShardWriter(folder, "val", manifest)
+        self.documents: list[Encoded] = []
+        self.tokens = 0
+        self.lines, self.training = HeldOutLines(), array("q")
+        self.is_open = not manifest["shards"]["val"]
+        for shard in manifest["shards"]["val"]:
+            ids = np.fromfile(folder / shard["name"], self.writer.dtype)
+            for document in split_documents(ids, encoding.eot_token):
+                text, lines = encoding.decode_bytes(document.tolist()).decode(), array("q")
+                for (piece,) in pieces(text):
+                    lines.extend(look_at_lines(piece)[1])
+                self.lines.add(lines)
+
+    def add(self, document: Encoded) -> None:
+        self.documents.append(document)
+        self.tokens += sum(map(len, document.ids)) + 1
+
+    def takes_apart(self, document: Encoded) -> bool:
+        """Whether a document of the training text is set aside. The first shard's lines are kept until `close`."""
+        if self.is_open:
+            self.training.extend(document.lines)
+            return False
+        if self.lines.are_in(document.lines):
+            self._set_aside(document)
+            return True
+        return False
+
+    def _set_aside(self, document: Encoded) -> None:
+        self.manifest["set_aside"]["documents"] += 1
+        self.manifest["set_aside"]["bytes"] += document.bytes
+
+    def close(self, training_bytes: int) -> None:
+        """Write what is held out. Raises `TooFewHeldOut`, or `DataError` where no other way is left."""
+        settings, way, self.is_open = self.manifest["settings"], self.manifest["held_out"], False
+        copied = standing_in([document.lines for document in self.documents], self.training)
+        self.training = array("q")
+        if way == "tails" and all(copied):  # a text that repeats itself
+            copied = [False] * len(copied)
+        kept = [document for document, is_copy in zip(self.documents, copied) if not is_copy]
+        whole, left = sum(d.bytes for d in self.documents), sum(d.bytes for d in kept)
+        if way == "documents" and left < FEWEST * settings["val_fraction"] * (training_bytes + whole):
+            raise TooFewHeldOut
+        if way == "val_source" and left < whole / 2:
+            raise DataError(
+                f"val_source {settings['val_source']!r}: {len(self.documents) - len(kept)} of its {len(self.documents)}"
+                f" documents stand in source {settings['source']!r} too, whole or half of their lines; name other text,"
+                " or leave val_source empty"
+            )
+        seen: set[bytes] = set()
+        for document, is_copy in zip(self.documents, copied):
+            if is_copy:
+                self._set_aside(document)
+                continue
+            if document.smallest in seen:
+                self.manifest["grouped"]["documents"] += 1
+                self.manifest["grouped"]["bytes"] += document.bytes
+            seen.add(document.smallest)
+            self.manifest["end_of_text_spelt"] += document.end_of_text_spelt
+            self.writer.add(document)
+            self.lines.add(document.lines)
+        self.writer.close()
+        self.documents = []
+
+
+def split_documents(ids: np.ndarray, end_of_text: int) -> Iterator[np.ndarray]:
+    """The documents of a shard, without the token that ends each."""
+    start = 0
+    for end in np.flatnonzero(ids == end_of_text):
+        yield ids[start:end]
+        start = end + 1
+
+
+def write_shards(
+    folder: Path,
+    manifest: dict,
+    encoding: tiktoken.Encoding,
+    source: Source,
+    val_source: Source | None,
+    train_tokens: int | None,
+    advance: Callable[[int], object],
+) -> None:
+    """Read on from `manifest["position"]` and close shards until the source or `train_tokens` ends.
+
+    Calls `advance` with the bytes of every document. Raises `DataError`.
+    """
+    with contextlib.suppress(TooFewHeldOut):
+        return _write_shards(folder, manifest, encoding, source, val_source, train_tokens, advance)
+    # A handful of documents, or much alike: hold out the end of each instead
+    manifest = new_manifest(manifest["settings"], encoding) | {"held_out": "tails"}
+    return _write_shards(folder, manifest, encoding, source, val_source, train_tokens, advance)
+
+
+def _write_shards(folder, manifest, encoding, source, val_source, train_tokens, advance) -> None:
+    settings = manifest["settings"]
+    train, held_out = ShardWriter(folder, "train", manifest), HeldOut(folder, manifest, encoding)
+    manifest["passed_over"] = source.passed_over
+    if val_source and held_out.is_open:
+        documents = (("val", *document) for document in val_source.read("validation"))
+        for document in encode_all(encoding, documents, train.dtype):
+            held_out.add(document)
+            if held_out.tokens >= settings["shard_tokens"]:
+                break
+    position = manifest["position"]
+    documents = _with_sides(source, position, manifest["held_out"], settings["val_fraction"])
+    for document in encode_all(encoding, documents, train.dtype):
+        position = document.position
+        advance(document.bytes)
+        if (document.side or _side(document, settings["val_fraction"])) == "val":
+            if held_out.is_open:
+                held_out.add(document)
+            continue
+        if held_out.takes_apart(document):
+            continue
+        train.add(document)
+        manifest["end_of_text_spelt"] += document.end_of_text_spelt
+        if max(train.tokens, held_out.tokens * held_out.is_open) >= settings["shard_tokens"]:
+            if held_out.is_open:
+                manifest["text"] = ":".join(text.digest() for text in (source, val_source) if text)
+            _close(folder, manifest, train, held_out, position)
+            if train_tokens is not None and manifest["tokens"]["train"] >= train_tokens:
+                return
+    manifest["complete"] = True
+    _close(folder, manifest, train, held_out, position)
+
+
+def _side(document: Encoded, fraction: float) -> str:
+    return "val" if falls_under(document.smallest, fraction) else "train"
+
+
+def _close(folder: Path, manifest: dict, train: ShardWriter, held_out: HeldOut, position: Position) -> None:
+    if held_out.is_open:
+        settings = manifest["settings"]
+        if not (train.documents or held_out.documents):
+            raise DataError(f"source {settings['source']!r} holds no text to train on and validate with")
+        if not train.documents and manifest["held_out"] == "documents":
+            raise TooFewHeldOut
+        held_out.close(train.bytes)
+    train.close()
+    if not (manifest["shards"]["train"] and manifest["shards"]["val"]):
+        empty = "val_source" if not manifest["shards"]["val"] else "source"
+        raise DataError(f"{empty} {manifest['settings'][empty]!r} holds no text; both splits need some")
+    manifest["position"] = position
+    save_manifest(folder, manifest)
+
+
+def _with_sides(source: Source, start: Position, held_out: str, fraction: float) -> Iterator[tuple[str, str, Position]]:
+    """(side, text, position) of every document; the side is "" where the lines of the document decide."""
+    for text, position in source.read("train", start):
+        if held_out != "tails":
+            yield ("" if held_out == "documents" else "train"), text, position
+        else:
+            head, tail = cut_tail(text, fraction)
+            yield "val", tail, position
+            if head:
+                yield "train", head, position

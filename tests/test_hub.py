@@ -32,7 +32,7 @@ def run(hub, tmp_path, program, **env):
     return json.loads(result.stdout.splitlines()[-1])
 
 
-READ = "import json; from machinery import sources; print(json.dumps(list(sources.iter_documents('owner/name'))))"
+READ = "import json; from machinery.sources import *; print(json.dumps(list(iter_documents('owner/name'))))"
 
 
 @pytest.mark.parametrize("fault", ["none", "drop", "refuse", "stall"])
@@ -57,7 +57,7 @@ def test_a_hub_stream_goes_on_from_a_position(folder, tmp_path):
 
 
 def test_held_out_text_is_the_validation_split_where_there_is_one(folder, tmp_path):
-    program = "import json; from machinery import sources; print(json.dumps(list(sources.iter_documents('owner/name', split='validation'))))"
+    program = READ.replace("'owner/name'", "'owner/name', split='validation'")
     table = pyarrow.table({"text": ["held out"]})
     with Hub(folder) as hub:
         pyarrow.parquet.write_table(table, tmp_path / "validation-00000.parquet")
@@ -68,8 +68,9 @@ def test_held_out_text_is_the_validation_split_where_there_is_one(folder, tmp_pa
 
 def test_the_same_data_set_cannot_be_both(folder, tmp_path):
     program = (
-        "import json, data_utils\n"
-        "try: data_utils.prepare_data('owner/name', val_source='owner/name', tokenizer='bytes', vocab_size=257)\n"
+        "import json, data_utils\nfrom tests.text_config import TextConfig\n"
+        "config = TextConfig(source='owner/name', val_source='owner/name')\n"
+        "try: data_utils.prepare_data(config)\n"
         "except data_utils.DataError as error: print(json.dumps(str(error)))"
     )
     with Hub(folder) as hub:
@@ -78,10 +79,10 @@ def test_the_same_data_set_cannot_be_both(folder, tmp_path):
 
 def test_an_interrupted_hub_tokenization_goes_on_and_gives_the_same_shards(folder, tmp_path):
     prepare = (
-        "import json, sys, time, data_utils\n"
+        "import json, sys, time, data_utils\nfrom tests.text_config import TextConfig\n"
         "data_utils.SHARD_TOKENS = 20_000\n"
-        "options = {'tokenizer': 'bytes', 'vocab_size': 257, 'val_fraction': 0.1, 'progress': False}\n"
-        "data = data_utils.prepare_data('owner/name', data_dir=sys.argv[1], **options)\n"
+        "config = TextConfig(source='owner/name', data_dir=sys.argv[1], val_fraction=0.1)\n"
+        "data = data_utils.prepare_data(config, progress=False)\n"
     )
     finish = prepare + "data.wait(shards=10**9)\nprint(json.dumps(data.manifest['shards']))"
     with Hub(folder) as hub:
@@ -111,3 +112,36 @@ def test_a_hub_that_is_gone_is_one_line(folder, tmp_path):
     assert (
         message.startswith("data set 'owner/other' could not be read from the Hugging Face hub") and "\n" not in message
     )
+
+
+JSON_LINES = [
+    {"text": "one", "meta": None},
+    {"text": "2024-01-01", "meta": {"a": 1}},
+    {"meta": [1.5], "text": "a\u2028b"},
+]
+
+
+def test_json_of_a_hub_is_read_by_its_text_column_alone(tmp_path):
+    """Another column changes its type after more rows than `datasets` looks at."""
+    rows = [JSON_LINES[0] | {"text": f"{i} " * 500} for i in range(12_000)] + JSON_LINES
+    served = tmp_path / "served"
+    served.mkdir()
+    (served / "train.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
+    program = (
+        "import json, itertools; from machinery.sources import *\n"
+        "source = open_source('owner/name', split_on='11999 ')\n"
+        "*_, before, last = itertools.pairwise(source.read())\n"
+        "rest = [text for text, _ in source.read(start=json.loads(json.dumps(before[0][1])))]\n"
+        "print(json.dumps([rest, sum(1 for _ in iter_documents('owner/name'))]))"
+    )
+    with Hub(served) as hub:
+        rest, count = run(hub, tmp_path, program)
+        assert rest == ["2024-01-01", "a\u2028b"] and count == len(rows)
+        hub.files["train.jsonl"] += b'{"body": "no text"}\n'
+        wrong = (
+            "import json; from machinery.sources import *\n"
+            "try: list(iter_documents('owner/name'))\n"
+            "except DataError as error: print(json.dumps(str(error)))"
+        )
+        message = run(hub, tmp_path, wrong, HF_HOME=str(tmp_path / "other"))
+        assert f"row {len(rows) + 1}: no column 'text'; there are 'body'" in message

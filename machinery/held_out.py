@@ -1,0 +1,75 @@
+"""Held-out text: which documents it is, and that none of them has a near-copy in the training text.
+
+Documents are compared by their longer lines, blank space and line ends aside. The side of a document is that of its
+smallest line, by a hash: a function of its content alone, in which near-copies mostly agree, since two documents have
+the same smallest line as often as they have lines in common (MinHash; Broder 1997). What then still stands on both
+sides is set aside.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import zlib
+from array import array
+from collections import Counter
+from collections.abc import Iterable
+
+LONG_LINE = 16  # bytes of a line that tells one document from another, blank space aside: some 20 with it
+NEAR_COPY = 0.5  # share of a document's longer lines that makes a near-copy
+
+
+def long_lines(content: bytes) -> list[bytes]:
+    """The longer lines of a text, without blank space; of a text that has none, all of it as one."""
+    dense = content.translate(None, b" \t\v\f")
+    return [line for line in dense.splitlines() if len(line) >= LONG_LINE] or [dense.translate(None, b"\r\n")]
+
+
+def smallest_line(lines: Iterable[bytes]) -> bytes:
+    """The line that stands for a document: the smallest by a hash that is the same in every process."""
+    return min(lines, key=zlib.crc32)
+
+
+def is_held_out(text: str, fraction: float) -> bool:
+    """Whether a document belongs to the held-out text: a function of its content, and alike for near-copies."""
+    return falls_under(smallest_line(long_lines(text.encode("utf-8", "surrogatepass"))), fraction)
+
+
+def falls_under(line: bytes, fraction: float) -> bool:
+    digest = hashlib.blake2b(line, digest_size=8, person=b"val").digest()
+    return int.from_bytes(digest, "big") < fraction * 2**64
+
+
+def cut_tail(text: str, fraction: float) -> tuple[str, str]:
+    """A text without its end, and the end: about `fraction` of it, from a line on where one begins nearby."""
+    size = max(1, int(len(text) * fraction))
+    cut = len(text) - size
+    cut = text.rfind("\n", max(0, cut - size // 2), cut) + 1 or cut
+    return text[:cut], text[cut:]
+
+
+class HeldOutLines:
+    """The lines of held-out documents, to find near-copies of them in text that comes later."""
+
+    def __init__(self) -> None:
+        self._documents: dict[int, list[int]] = {}  # hash of a line to the numbers of the documents that hold it
+        self._sizes: list[int] = []  # how many lines each document has, repetitions aside
+
+    def add(self, lines: array) -> None:
+        """Take in a document by the hashes of its lines."""
+        distinct = set(lines)
+        for line in distinct:
+            self._documents.setdefault(line, []).append(len(self._sizes))
+        self._sizes.append(len(distinct))
+
+    def are_in(self, lines: array) -> bool:
+        """Whether a document with these lines holds half of those of a held-out one."""
+        if self._documents.keys().isdisjoint(lines):
+            return False
+        shared = Counter(number for line in set(lines) for number in self._documents.get(line, ()))
+        return any(count >= NEAR_COPY * self._sizes[number] for number, count in shared.items())
+
+
+def standing_in(documents: list[array], training: array) -> list[bool]:
+    """Whether half of the lines of each document stand in the training text; both are hashes of lines."""
+    shared = {line for lines in documents for line in lines}.intersection(training)
+    return [sum(line in shared for line in lines) >= NEAR_COPY * len(lines) for lines in documents]

@@ -1,0 +1,75 @@
+"""From a source to shards: what a process does that tokenizes, this one or one in the background.
+
+A *task* says what to tokenize, as JSON values: the settings, the folders apart from the text, the tokens wanted.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import tiktoken
+from filelock import FileLock
+from tqdm import tqdm
+
+from machinery.files import write_atomic
+from machinery.held_out import is_held_out
+from machinery.shards import load_tokenizer, new_manifest, read_manifest, write_shards
+from machinery.sources import SOURCES, Source, open_source, source_kind
+from machinery.text_files import file_digest, telling_os_errors
+from machinery.tokenizers import tokenizer_to_dict
+from machinery.vocabularies import get_tokenizer
+
+
+def open_sources(task: dict) -> tuple[Source, Source | None]:
+    """The source to train on, and the held-out one where it is named."""
+    settings = task["settings"]
+    options = (settings["text_column"], settings["split_on"], [Path(folder) for folder in task["apart"]])
+    val_source = settings["val_source"]
+    return open_source(settings["source"], *options), open_source(val_source, *options) if val_source else None
+
+
+def is_known(settings: dict) -> bool:
+    """Whether another process knows these sources: a class that was added to `SOURCES` later stands in this one."""
+    names = [name for name in (settings["source"], settings["val_source"]) if name]
+    return all(SOURCES[source_kind(name)].__module__ == "machinery.sources" for name in names)
+
+
+def tokenize(folder: Path, task: dict, progress: bool, source: Source, val_source: Source | None) -> tiktoken.Encoding:
+    """Tokenize what is still wanted of `task`, in this process."""
+    # Two runs on the same text: the second waits, then goes on or has nothing to do
+    with telling_os_errors(folder, "written"), FileLock(folder / ".lock"):
+        manifest = read_manifest(folder)
+        encoding = _make_tokenizer(folder, task["settings"], source)
+        manifest = manifest or new_manifest(task["settings"], encoding)
+        if manifest["complete"]:
+            return encoding
+        with tqdm(desc="tokenizing", unit="B", unit_scale=True, disable=not progress, file=sys.stdout) as bar:
+            read = sum(manifest["bytes"].values())
+
+            def advance(size: int) -> None:
+                nonlocal read
+                read += size
+                bar.update(size)
+                if read >> 22 != (read - size) >> 22:  # every 4 MB, for a process that waits
+                    (folder / ".bytes_read").write_text(str(read))
+
+            write_shards(folder, manifest, encoding, source, val_source, task["train_tokens"], advance)
+    return encoding
+
+
+def _make_tokenizer(folder: Path, settings: dict, source: Source) -> tiktoken.Encoding:
+    path = folder / "tokenizer.json"
+    if not path.exists():
+        held_out = 0.0 if settings["val_source"] else settings["val_fraction"]
+        training = (text for text, _ in source.read() if not is_held_out(text, held_out))
+        encoding = get_tokenizer(settings["tokenizer"], settings["vocab_size"], training)
+        write_atomic(path, json.dumps(tokenizer_to_dict(encoding)).encode())
+    return load_tokenizer(folder)
+
+
+def tokenizer_digest(name: str) -> str:
+    """Changes with the content of a tokenizer's folder; "" for a tokenizer that is none."""
+    path = Path(name).expanduser() / "tokenizer.json"
+    return file_digest(path) if path.is_file() else ""

