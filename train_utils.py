@@ -90,10 +90,7 @@ class Budget:
 
 
 class Run:
-    """runs/<run_name> while this process trains in it: what a run needs around its steps.
-
-    Within `with Run(config, machine) as run` its folder is locked. The local files are the truth; the loggers are told.
-    """
+    """runs/<run_name> while this process trains in it, locked: what a run needs around its steps."""
 
     def __init__(self, config, machine: Machine) -> None:
         self.config, self.machine = config, machine
@@ -128,10 +125,8 @@ class Run:
             raise lost from None
 
     def check(self, model: torch.nn.Module, optimizers: list) -> None:
-        """Raise `UserError` before anything is allocated or written, where the run cannot go on as configured.
-
-        `model` and `optimizers` are shapes without memory. The newest checkpoint has to be of this configuration, and
-        one sequence at a time has to fit the memory, a checkpoint the disk.
+        """Raise `UserError` before anything is made or written, where the newest checkpoint is of another configuration,
+        or the memory does not hold one sequence at a time. `model` and `optimizers` are shapes without memory.
         """
         config = self.config
         self.machine.forget_peak()
@@ -145,10 +140,9 @@ class Run:
         refuse_what_does_not_fit(needed, self.machine, self.folder.path)
 
     def resume(self, at, data: TokenData, model: torch.nn.Module, optimizers: list, scaler):
-        """Bring all to where the run of this name stopped; without a checkpoint, to its beginning. Returns `at`.
+        """Bring all to where the run of this name stopped; returns `at`. Without a checkpoint its files are set aside.
 
-        Raises `UserError` when the run was begun with another tokenizer or other text. What an earlier run without
-        a checkpoint left is set aside.
+        Raises `UserError` when the run was begun with another tokenizer or other text.
         """
         config, tokenizer = self.config, tokenizer_to_dict(data.encoding)
         self.at, self.data, self.model, self.optimizers, self.scaler = at, data, model, optimizers, scaler

@@ -39,7 +39,7 @@ def read_manifest(folder: Path) -> dict:
     path = folder / "manifest.json"
     try:
         manifest = json.loads(path.read_bytes())
-        if manifest.pop("digest") != _digest(manifest):
+        if manifest.pop("digest") != _manifest_digest(manifest):
             raise ValueError("it was changed after it was written")
     except FileNotFoundError:
         return {}
@@ -50,10 +50,12 @@ def read_manifest(folder: Path) -> dict:
 
 
 def save_manifest(folder: Path, manifest: dict) -> None:
-    write_atomic(folder / "manifest.json", json.dumps(manifest | {"digest": _digest(manifest)}, indent=1).encode())
+    write_atomic(
+        folder / "manifest.json", json.dumps(manifest | {"digest": _manifest_digest(manifest)}, indent=1).encode()
+    )
 
 
-def _digest(manifest: dict) -> str:
+def _manifest_digest(manifest: dict) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 

@@ -150,7 +150,7 @@ def json_text(line: str | bytes, text_column: str, where: str) -> str:
     except RecursionError:
         raise DataError(f"{where}: nested too deeply; mend or remove it") from None
     if not isinstance(row, dict):
-        raise DataError(f"{where}: holds {_kind(row)}, not an object; a row is one object on one line")
+        raise DataError(f"{where}: holds {_type_of(row)}, not an object; a row is one object on one line")
     return row_text(row, text_column, where)
 
 
@@ -162,7 +162,7 @@ def row_text(row: dict, text_column: str, where: str) -> str:
     if text is None:
         return ""
     if not isinstance(text, str):
-        raise DataError(f"{where}: column {text_column!r} holds {_kind(text)}, not text; set text_column")
+        raise DataError(f"{where}: column {text_column!r} holds {_type_of(text)}, not text; set text_column")
     if not text.isascii():
         try:
             text.encode()
@@ -174,7 +174,7 @@ def row_text(row: dict, text_column: str, where: str) -> str:
     return text
 
 
-def _kind(value: object) -> str:
+def _type_of(value: object) -> str:
     names = {int: "a number", float: "a number", bool: "true or false", str: "text", list: "a list", dict: "an object"}
     return names.get(type(value), "null" if value is None else type(value).__name__)
 
