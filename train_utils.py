@@ -125,7 +125,7 @@ class Run:
             raise lost from None
 
     def check(self, model: torch.nn.Module, optimizers: list) -> None:
-        """Raise `UserError` before anything is made or written, where the newest checkpoint is of another configuration,
+        """Raise `UserError` before anything is made or written, where the newest checkpoint is of another model
         or the memory does not hold one sequence at a time. `model` and `optimizers` are shapes without memory.
         """
         config = self.config

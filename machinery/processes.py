@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -76,10 +76,12 @@ def parallelize(model: nn.Module, device: torch.device, dtype: torch.dtype, proc
             return DistributedDataParallel(model, devices, broadcast_buffers=False, gradient_as_bucket_view=True)
     if dtype == torch.float16:
         raise UserError("parallel is 'fsdp' but this device computes in float16; use parallel='ddp' or dtype='float32'")
-    mesh = init_device_mesh(device.type, (processes,))
+    mesh, policy = init_device_mesh(device.type, (processes,)), MixedPrecisionPolicy()
+    if dtype == torch.bfloat16:  # half the bytes on the wire; gradients are added in float32
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     for block in model.blocks:
-        fully_shard(block, mesh=mesh)
-    return fully_shard(model, mesh=mesh).to(device)
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    return fully_shard(model, mesh=mesh, mp_policy=policy).to(device)
 
 
 def gather(value, keep: bool = True):

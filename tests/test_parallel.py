@@ -119,6 +119,47 @@ def test_compiled_processes_train_the_run_of_one(lm, settings, tmp_path):
     check_losses(lm, together)
 
 
+def test_fsdp_in_bfloat16_has_the_losses_of_one_process_within_its_precision(lm, settings, tmp_path):
+    """Weights are gathered in 16 bits and gradients added in 32: checkpoints and weights stay in 32."""
+    short = STEADY | {"max_steps": 12, "eval_every": 6, "sample_every": 12, "dtype": "bfloat16"}
+    lm.train(settings(run_name="alone", **short))
+    train_together(2, [settings(run_name="fsdp", parallel="fsdp", **short)], tmp_path)
+    for ours, alone in zip(losses(settings(run_name="fsdp")), losses(settings(run_name="alone"))):
+        assert ours == pytest.approx(alone, rel=1e-2)
+    weights = lm.load_run(tmp_path / "runs" / "fsdp")[1].state_dict()
+    assert {weight.dtype for weight in weights.values()} == {torch.float32}
+
+
+GRADIENTS = """
+import sys, torch
+from machinery.notebook import load_definitions
+lm = load_definitions()
+real = torch.compile
+torch.compile = lambda model, **options: real(model, backend="eager")  # traced, and not made into kernels
+from machinery import Machine
+from machinery.machine import compile_or_eager
+config, machine = lm.Config.from_preset("smoke"), Machine.find("cpu", "float32")
+tokens = torch.arange(128).view(2, 64) % config.vocab_size
+norms = []
+for compiled in (False, True):
+    runner = machine.parallelize(lm.build_model(config), "fsdp")
+    if compiled:
+        runner, note = compile_or_eager(runner, tokens, tokens, machine)
+        assert note.startswith("compiled"), note
+    runner(tokens, tokens).backward()
+    norms.append([round(p.grad.full_tensor().norm().item(), 5) for p in runner.parameters()])
+assert norms[0] == norms[1], [(a, b) for a, b in zip(*norms) if a != b]
+print("equal")
+"""
+
+
+def test_compiling_leaves_no_gradients_behind_under_fsdp(tmp_path):
+    (tmp_path / "program.py").write_text(GRADIENTS)
+    job = torchrun(2, str(tmp_path / "program.py"))
+    printed, _ = job.communicate(timeout=300)
+    assert job.returncode == 0 and "equal" in printed, printed[-3000:]
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_a_run_goes_on_with_another_number_of_processes(lm, settings, tmp_path, parallel):
