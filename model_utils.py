@@ -1,4 +1,4 @@
-"""Around the model: counting, memory, what a run will take, the fused loss, attention kernels, and looking inside.
+"""Around the model: counting, memory, what a run will take, the fused loss, and looking inside.
 
 `config` is the notebook's Config, or any object with the same fields.
 """
@@ -14,7 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from machinery.attention import SHORT, attend, short_attention
 from machinery.machine import Machine
+
+__all__ = [
+    "attend", "attention_maps", "cache_bytes_per_token", "choose_micro_batch", "compute_optimal", "count_parameters",
+    "cross_entropy", "evaluation_mode", "expected_loss", "flops_per_token", "loss_rows", "multiplying_parameters",
+    "predict", "short_attention", "training_memory",
+]  # fmt: skip
+
 
 # -------------------------------------------------------------------------------------------- counting
 
@@ -59,12 +67,12 @@ E, A, ALPHA, B, BETA = 1.8172, 482.01, 0.3478, 2085.43, 0.3658
 
 
 def expected_loss(parameters: float, tokens: float) -> float:
-    """Nats per token that a model of this size reaches on this many tokens of web text."""
+    """Nats per token of web text, for so many parameters and tokens."""
     return E + A / parameters**ALPHA + B / tokens**BETA
 
 
 def compute_optimal(flops: float) -> tuple[float, float]:
-    """Parameters and tokens for which the law expects the lowest loss, where 6 · parameters · tokens = `flops`."""
+    """Parameters and tokens of the lowest expected loss, where 6 · parameters · tokens = `flops`."""
     balance = (ALPHA * A / (BETA * B)) ** (1 / (ALPHA + BETA))
     parameters = balance * (flops / 6) ** (BETA / (ALPHA + BETA))
     return parameters, flops / 6 / parameters
@@ -210,55 +218,6 @@ def cross_entropy(x: Tensor, table: Tensor, targets: Tensor) -> Tensor:
     (V, C). What `F.cross_entropy(x @ table.T, targets)` is, with a part of the logits at a time.
     """
     return LinearCrossEntropy.apply(x, table, targets, loss_rows(len(x)))
-
-
-# ------------------------------------------------------------------------------------------- attention
-
-# Most tokens at which plain products beat PyTorch's attention kernel on a CPU
-SHORT = 256
-
-
-def short_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention in two plain products: q (B, H, T, D) and k, v (B, K, T, D) give (B, H, T, D).
-
-    Query heads that share keys stand below one another as rows, so that no key is copied. Compiled for a CPU, it
-    takes a third of the kernel's time at T = 256 in bfloat16 (`python -m tools.bench.bench --parts attention`). It
-    keeps (T, T) weights for backward. In bfloat16 scores and weights are rounded, which the kernel does not do.
-    """
-    B, H, T, D = q.shape
-    K = k.size(1)
-    later = q.new_full((T, T), -math.inf).triu(diagonal=1)
-    scores = q.reshape(B * K, H // K * T, D) @ k.reshape(B * K, T, D).mT
-    scores = scores.view(B, K, H // K, T, T) * D**-0.5 + later
-    weights = scores.softmax(dim=-1).view(B * K, H // K * T, T)
-    return (weights @ v.reshape(B * K, T, D)).view(B, H, T, D)
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-    """`scaled_dot_product_attention` by the fastest way on this device: q (B, H, T, D), k and v (B, K, S, D), where
-    H / K query heads share each key/value head; returns (B, H, T, D).
-    """
-    if is_causal and torch.compiler.is_compiling() and q.device.type == "cpu" and q.size(2) <= SHORT:
-        return short_attention(q, k, v)
-    if k.size(1) < q.size(1) and not takes_groups(q):  # a kernel that wants a copy for each query head
-        k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))  # (B, H, S, D)
-    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, enable_gqa=k.size(1) < q.size(1))
-
-
-def takes_groups(q: Tensor) -> bool:
-    """Whether PyTorch's attention kernel for q (B, H, T, D) lets query heads share keys; others want a copy for each.
-
-    FlashAttention does, in 16 bits from compute capability 8.0 up, and so does the kernel for CPUs. Where it is not
-    to be had (older cards, float32), asking for groups would fall back to products that keep (T, T) weights.
-    """
-    if q.device.type == "cuda":
-        return q.dtype != torch.float32 and _has_flash(q.device.index)
-    return q.device.type == "cpu"
-
-
-@torch.compiler.assume_constant_result
-def _has_flash(index: int) -> bool:
-    return torch.backends.cuda.is_flash_attention_available() and torch.cuda.get_device_capability(index) >= (8, 0)
 
 
 # ----------------------------------------------------------------------------------------- looking in

@@ -53,7 +53,8 @@ def row(name: str, gpus: int, parallel: str) -> dict:
         return cells | {"memory per GPU": f"{memory / 1e9:.0f} GB: does not fit"}
     micro_steps = own.batch_tokens // BLOCK // micro_batch
     once = 4 * parameters * (gpus - 1) / gpus  # bytes of float32 that a rank sends to gather or reduce all weights
-    sent = 2 * once if parallel == "ddp" else 3 * micro_steps * once
+    # ddp reduces gradients once; fsdp gathers weights in 16 bits twice a micro-batch, and scatters gradients in 32
+    sent = 2 * once if parallel == "ddp" else (0.5 + 0.5 + 1) * micro_steps * once
     compute = BATCH * flops / (gpus * PEAK * USED)
     wire = sent / (NVLINK if gpus <= 8 else NETWORK)
     tokens = 86400 / max(compute, wire) * BATCH  # communication overlaps with computation at best
