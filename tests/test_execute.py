@@ -54,3 +54,10 @@ def test_the_program_has_the_knobs_and_no_cells_that_show(tmp_path, monkeypatch)
     assert 'preset = "demo"' in program and 'overrides = "{n_layer: 2, prompt: it\'s}"' in program
     assert "summary = train(config)" in program and "from tools" not in program
     compile(program, "LMHarness.py", "exec")
+
+
+def test_a_day_is_announced_and_an_hour_offered(capsys):
+    for preset, offered in [("day", True), ("demo", False)]:
+        execute.announce(execute.knobs_config({"preset": preset, "overrides": ""}))
+        printed = capsys.readouterr().out
+        assert "hours on" in printed and ("PRESET=hour" in printed) == offered
