@@ -214,6 +214,8 @@ def work() -> None:
         os._exit(1)
 
     plain_errors()
+    if hasattr(os, "nice"):
+        os.nice(10)  # training comes first
     threading.Thread(target=watch, daemon=True).start()
     task = json.loads(sys.argv[2])
     tokenize(Path(sys.argv[1]), task, False, *open_sources(task))
