@@ -1,7 +1,7 @@
 """Figures told in words, and controls that are there only where somebody can use them."""
 
 import json
-from pathlib import Path
+import re
 
 import matplotlib.pyplot as plt
 import pytest
@@ -10,6 +10,7 @@ from machinery import drawings, figures
 from machinery.errors import UserError
 from machinery.figures import coloured_tokens, describe, plot_runs
 from machinery.huggingface.families import families_table
+from machinery.notebook import NOTEBOOK
 
 nbformat = pytest.importorskip("nbformat")
 start_new_kernel = pytest.importorskip("jupyter_client.manager").start_new_kernel
@@ -96,8 +97,18 @@ def test_runs_are_compared_in_one_figure_and_a_folder_that_is_no_run_is_named(tm
         plot_runs(tmp_path / "one", tmp_path / "three")
 
 
+def test_links_within_the_notebook_lead_to_headings_and_those_out_of_it_to_files():
+    cells = json.loads(NOTEBOOK.read_text("utf-8"))["cells"]
+    text = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+    headings = {heading.replace(" ", "-") for heading in re.findall(r"^#+ (.+)$", text, re.MULTILINE)}  # Jupyter's ids
+    links = re.findall(r"\]\(((?!https?:)[^)]+)\)", text)
+    assert len(links) >= 10
+    for link in links:
+        assert link[1:] in headings if link.startswith("#") else (NOTEBOOK.parent / link).exists(), link
+
+
 def test_the_docs_hold_the_table_of_families():
-    assert families_table() in (Path(__file__).parents[1] / "docs" / "huggingface.md").read_text("utf-8")
+    assert families_table() in (NOTEBOOK.parent / "docs" / "huggingface.md").read_text("utf-8")
 
 
 CELL = """
