@@ -38,8 +38,8 @@ def arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float], text
 
 
 def shared_heads(config) -> int:
-    """K, the key/value heads of a layer."""
-    return config.n_head if config.attention == "mha" else config.n_kv_head
+    """K, the key/value heads of a layer. An attention other than "gqa" has as many as query heads."""
+    return config.n_kv_head if config.attention == "gqa" else config.n_head
 
 
 def draw_model(config) -> Figure:
@@ -114,9 +114,10 @@ def draw_targets(config, pieces: list[str]) -> Figure:
         axes.text(0.55, y, f"{text}\n(T = {T:,})", ha="center", va="center", fontsize=9)
         for i, piece in enumerate(row):
             box(axes, 1.6 + i, y, "", TABLE if y > 1 else FFN, 0.9, 0.4)
-            letters = repr(piece)[1:-1]  # a line end as \n
+            letters = repr(piece)[1:-1].replace(" ", "·")  # and a line end as \n
             axes.text(1.6 + i, y, letters[:10], ha="center", va="center", fontsize=8, parse_math=False)
         axes.text(1.6 + len(row), y, "…", ha="center", va="center")
+    axes.text(9.9, 0.06, "· is a space", ha="right", fontsize=8)
     for i in range(len(shown) - 1):
         arrow(axes, (1.6 + i, 1.15), (1.6 + i, 0.65))
     return figure
@@ -136,7 +137,8 @@ def draw_cache(config, prompt: int = 4, new: int = 5) -> Figure:
             axes.texts[-1].set_fontsize(6.5)
         arrow(axes, (1.55 + 0.62 * (prompt + row - 1), y), (1.85 + 0.62 * (prompt + row - 1), y))
         axes.text(1.9 + 0.62 * (prompt + row - 1), y, "next token", va="center", fontsize=8)
-    title = f"of each token: 2 × {config.n_layer} layers × {K} × {D} = {2 * config.n_layer * K * D:,} numbers"
+    sizes = f"2 (key, value) × {config.n_layer} layers × {K} heads × {D}"
+    title = f"kept of each token: {sizes} = {2 * config.n_layer * K * D:,} numbers"
     axes.text(0.9, 0.36 * new + 0.5, title, fontsize=9)
     return figure
 
