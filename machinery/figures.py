@@ -7,10 +7,14 @@ import html
 import inspect
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+
+from machinery.errors import UserError
+from machinery.files import read_jsonl
 
 
 def show(*pictures) -> None:
@@ -84,6 +88,26 @@ def play(draw: Callable, **controls) -> None:
     from IPython.display import display
 
     display(picture | widget._repr_mimebundle_(), metadata=metadata, raw=True)
+
+
+def plot_runs(*folders: str | Path) -> Figure:
+    """Held-out bits per byte against training tokens, a line for each run folder.
+
+    Raises `UserError` for a folder without an evaluation.
+    """
+    figure, axes = plt.subplots(figsize=(6, 3), layout="constrained")
+    for folder in map(Path, folders):
+        evaluations = [line for line in read_jsonl(folder / "metrics.jsonl") if line.get("val_bpb") is not None]
+        if not evaluations:
+            plt.close(figure)
+            raise UserError(
+                f"{folder} has no evaluation in metrics.jsonl: give the folder of a run, like runs/demo-123abc"
+            )
+        tokens = [line["tokens"] / 1e6 for line in evaluations]
+        axes.plot(tokens, [line["val_bpb"] for line in evaluations], "o-", label=folder.name)
+    axes.set(xlabel="training tokens (millions)", ylabel="held-out bits per byte", title="Runs on held-out text")
+    axes.legend()
+    return figure
 
 
 def coloured_tokens(pieces: list[tuple[str, float, str]], width: int = 88):

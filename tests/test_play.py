@@ -1,10 +1,18 @@
 """Figures told in words, and controls that are there only where somebody can use them."""
 
+import json
+import re
+
 import matplotlib.pyplot as plt
 import pytest
 
-from machinery import figures
-from machinery.figures import coloured_tokens, describe
+from machinery import drawings, figures
+from machinery.errors import UserError
+from machinery.figures import coloured_tokens, describe, plot_runs
+from machinery.huggingface.families import families_table
+from machinery.machine import DATASHEET_TFLOPS, Machine
+from machinery.notebook import NOTEBOOK
+from model_utils import count_parameters, expected_loss, flops_per_token
 
 nbformat = pytest.importorskip("nbformat")
 start_new_kernel = pytest.importorskip("jupyter_client.manager").start_new_kernel
@@ -39,6 +47,81 @@ def test_tokens_are_a_figure_where_nobody_is_there_and_html_where_somebody_is(mo
     monkeypatch.setattr(figures, "attended", lambda: True)
     page = coloured_tokens(PIECES)
     assert isinstance(page, HTML) and "&lt;b&gt;" in page.data and "0.1%; a &quot;quoted&quot; guess" in page.data
+
+
+PIECES_OF_TEXT = ["import", " os", "\n", "def", " f", "()", ":", "$x$", " return", " 1"]
+DRAWINGS = {
+    "model": (drawings.draw_model, {"n_layer": 3}, "3 blocks", "2 blocks"),
+    "position": (drawings.draw_model, {"position": "absolute"}, "+ position", "T = 64"),
+    "block": (drawings.draw_block, {"n_ffn": 96}, "64 → 96", "64 → 128"),
+    "heads": (drawings.draw_heads, {"n_kv_head": 1}, "K = 1", "K = 2"),
+    "attention": (drawings.draw_heads, {"attention": "mha"}, "K = 4", "K = 2"),
+    "targets": (lambda c: drawings.draw_targets(c, PIECES_OF_TEXT), {"block_size": 32}, "T = 32", "T = 64"),
+    "cache": (drawings.draw_cache, {"n_layer": 3}, "= 192 numbers", "= 128 numbers"),
+    "step": (lambda c: drawings.draw_step(c, 2), {"batch_tokens": 768}, "12 sequences in 6", "8 sequences in 4"),
+}
+
+
+@pytest.mark.parametrize("name", DRAWINGS)
+def test_drawings_change_with_the_configuration_and_stay_within_their_figure(lm, name):
+    draw, overrides, changed, default = DRAWINGS[name]
+    for values, words, others in (({}, default, changed), (overrides, changed, None)):
+        figure = draw(lm.Config.from_preset("smoke", **values))
+        texts = figure.axes[0].texts
+        told = "\n".join(text.get_text() for text in texts)
+        assert words in told and (others is None or others not in told)
+        assert len(describe(figure)) > 10
+        width, height = figure.canvas.get_width_height()
+        renderer = figure.canvas.get_renderer()
+        boxes = [text.get_window_extent(renderer) for text in texts if text.get_text()]
+        assert all(box.x0 >= 0 and box.y0 >= 0 and box.x1 <= width and box.y1 <= height for box in boxes)
+        plt.close(figure)
+
+
+def test_heads_are_joined_to_the_keys_they_share(lm):
+    figure = drawings.draw_heads(lm.Config.from_preset("smoke", n_head=8, n_kv_head=2))
+    ends = [round(float(line.get_xdata()[1]), 3) for line in figure.axes[0].lines]
+    assert len(ends) == 8 and [ends.count(x) for x in sorted(set(ends))] == [4, 4]
+    plt.close(figure)
+
+
+def test_runs_are_compared_in_one_figure_and_a_folder_that_is_no_run_is_named(tmp_path):
+    for name, scores in (("one", [3.0, 2.0]), ("two", [3.0, 1.5])):
+        (tmp_path / name).mkdir()
+        lines = [{"step": i, "tokens": i * 10**6, "val_bpb": score} for i, score in enumerate(scores)]
+        text = "".join(json.dumps(line) + "\n" for line in [*lines, {"step": 2, "train_loss": 1.0}])
+        (tmp_path / name / "metrics.jsonl").write_text(text)
+    figure = plot_runs(tmp_path / "one", str(tmp_path / "two"))
+    assert [list(line.get_ydata()) for line in figure.axes[0].lines] == [[3.0, 2.0], [3.0, 1.5]]
+    assert describe(figure).endswith("for one, two")
+    plt.close(figure)
+    with pytest.raises(UserError, match="three has no evaluation"):
+        plot_runs(tmp_path / "one", tmp_path / "three")
+
+
+def test_links_within_the_notebook_lead_to_headings_and_those_out_of_it_to_files():
+    cells = json.loads(NOTEBOOK.read_text("utf-8"))["cells"]
+    text = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+    headings = {heading.replace(" ", "-") for heading in re.findall(r"^#+ (.+)$", text, re.MULTILINE)}  # Jupyter's ids
+    links = re.findall(r"\]\(((?!https?:)[^)]+)\)", text)
+    assert len(links) >= 10
+    for link in links:
+        assert link[1:] in headings if link.startswith("#") else (NOTEBOOK.parent / link).exists(), link
+
+
+def test_the_losses_quoted_for_day_are_those_of_the_scaling_law(lm):
+    config, machine = lm.Config.from_preset("day"), Machine.find("cpu", "float32")
+    model, _ = lm.outline(config, machine)
+    per_hour = 0.4e12 * DATASHEET_TFLOPS["RTX 4090"] * 3600 / flops_per_token(model, config)
+    losses = [expected_loss(count_parameters(model)["total"], hours * per_hour) for hours in (1, 6, 12, 24)]
+    text = " ".join("".join(cell["source"]) for cell in json.loads(NOTEBOOK.read_text("utf-8"))["cells"])
+    assert "{:.1f}, {:.1f}, {:.1f} and {:.1f} for runs of 1, 6, 12 and 24".format(*losses) in " ".join(text.split())
+    benchmarks = (NOTEBOOK.parent / "docs" / "benchmarks.md").read_text("utf-8")
+    assert all(f"| {loss:.2f} |\n" in benchmarks for loss in losses)
+
+
+def test_the_docs_hold_the_table_of_families():
+    assert families_table() in (NOTEBOOK.parent / "docs" / "huggingface.md").read_text("utf-8")
 
 
 CELL = """
