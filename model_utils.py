@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from machinery.attention import SHORT, attend, short_attention
 from machinery.machine import Machine
+from machinery.settings import kv_heads
 
 __all__ = [
     "attend", "attention_maps", "cache_bytes_per_token", "choose_micro_batch", "compute_optimal", "count_parameters",
@@ -58,8 +59,8 @@ def flops_per_token(model: nn.Module, config) -> float:
 
 def cache_bytes_per_token(config, bytes_per_value: int = 2) -> int:
     """Bytes that one token keeps in the key/value cache, over all layers (bfloat16 unless told)."""
-    n_kv_head = config.n_head if config.attention == "mha" else config.n_kv_head
-    return 2 * config.n_layer * n_kv_head * (config.n_embd // config.n_head) * bytes_per_value
+    heads = kv_heads(config.attention, config.n_head, config.n_kv_head)
+    return 2 * config.n_layer * heads * (config.n_embd // config.n_head) * bytes_per_value
 
 
 # The Chinchilla law as corrected by Besiroglu et al. 2024 (arXiv 2404.10102), for web text and 50M to 16B parameters

@@ -37,11 +37,6 @@ def arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float], text
     axes.text((start[0] + end[0]) / 2, (start[1] + end[1]) / 2 + 0.08, text, ha="center", va="bottom", fontsize=8)
 
 
-def shared_heads(config) -> int:
-    """K, the key/value heads of a layer. An attention other than "gqa" has as many as query heads."""
-    return config.n_kv_head if config.attention == "gqa" else config.n_head
-
-
 def draw_model(config) -> Figure:
     """From tokens (B, T) to logits (B, T, V), with the shape of what flows and the size of every part."""
     T, C, V = config.block_size, config.n_embd, config.vocab_size

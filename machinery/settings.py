@@ -69,6 +69,11 @@ class Settings:
         return asdict(self)
 
 
+def kv_heads(attention: str, n_head: int, n_kv_head: int) -> int:
+    """K, key/value heads: one for each query head, whatever `n_kv_head` says, but for "gqa"."""
+    return n_kv_head if attention == "gqa" else n_head
+
+
 def parse_overrides(overrides) -> dict:
     """The two forms of the notebook's `overrides` as one: a dictionary, or text such as "{n_layer: 2, wandb: off}".
 

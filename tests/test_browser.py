@@ -205,7 +205,7 @@ def test_run_all_cells_to_the_last_line(executed):
 def report(executed, tmp_path_factory):
     """The HTML page that nbconvert makes of the executed notebook."""
     path = tmp_path_factory.mktemp("report") / "LMHarness.html"
-    exporter = HTMLExporter(template_file=str(NOTEBOOK.parent / "templates" / "report.html.j2"))
+    exporter = HTMLExporter(template_file=str(NOTEBOOK.parent / "tools" / "report.html.j2"))
     path.write_text(exporter.from_filename(str(executed[1]))[0], encoding="utf-8")
     return path
 

@@ -154,7 +154,7 @@ ATTENTIONS["window"] = WindowAttention
 
 @pytest.fixture(scope="module")
 def extended(tmp_path_factory):
-    """The notebook with one more cell: a class and its line in the table, as section 7 says to do it."""
+    """The notebook with one more cell: a class and its line in the table, as section 8 says to do it."""
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     after = max(i for i, cell in enumerate(notebook.cells) if "class GroupedQueryAttention" in cell.source)
     cell = nbformat.v4.new_code_cell(VARIANT_CELL, metadata={"tags": ["define"]})
