@@ -11,6 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 
+from machinery.settings import kv_heads
+
 TABLE, NORM, ATTENTION, FFN, STREAM = "C0", "C7", "C1", "C2", "0.55"
 
 
@@ -62,7 +64,7 @@ def draw_model(config) -> Figure:
 
 def draw_block(config) -> Figure:
     """The residual stream through one block: two branches read it, and each adds to it."""
-    D, K = config.n_embd // config.n_head, shared_heads(config)
+    D, K = config.n_embd // config.n_head, kv_heads(config.attention, config.n_head, config.n_kv_head)
     turned = ", rope" if config.position == "rope" else ""
     branches = [
         (f"attention{turned}", f"{config.n_head} × {D} query\n{K} × {D} key, value", ATTENTION),
@@ -86,7 +88,7 @@ def draw_block(config) -> Figure:
 
 def draw_heads(config) -> Figure:
     """Which query heads read which key/value heads."""
-    H, K = config.n_head, shared_heads(config)
+    H, K = config.n_head, kv_heads(config.attention, config.n_head, config.n_kv_head)
     figure, axes = canvas(8, 1.9, f"{H} query heads share {K} key/value heads, {H // K} each")
     step = 6.4 / H
     for head in range(H):
@@ -120,7 +122,7 @@ def draw_targets(config, pieces: list[str]) -> Figure:
 
 def draw_cache(config, prompt: int = 4, new: int = 5) -> Figure:
     """What each pass of generation computes, and what the cache keeps of the passes before."""
-    D, K = config.n_embd // config.n_head, shared_heads(config)
+    D, K = config.n_embd // config.n_head, kv_heads(config.attention, config.n_head, config.n_kv_head)
     figure, axes = canvas(8, 0.36 * new + 0.8, f"{new} passes: all of the prompt first, then one new token in each")
     for row in range(new):
         y = 0.36 * (new - row) + 0.1

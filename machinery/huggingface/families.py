@@ -9,7 +9,7 @@ from pathlib import Path
 
 from machinery.errors import UserError, told
 from machinery.files import read_json
-from machinery.settings import LIMITS
+from machinery.settings import LIMITS, kv_heads
 
 
 class ExportError(UserError):
@@ -145,8 +145,8 @@ def positions_of(config: dict) -> int:
 
 
 def kv_heads_of(config: dict) -> int:
-    """K, key/value heads: "mha" has one for each query head whatever n_kv_head says."""
-    return config["n_head"] if config["attention"] == "mha" else config["n_kv_head"]
+    """K, key/value heads of a config as a dictionary."""
+    return kv_heads(config["attention"], config["n_head"], config["n_kv_head"])
 
 
 def _check_size(ours: str, value: object, name: str) -> None:
