@@ -144,9 +144,11 @@ def read_state(path: Path) -> dict:
             if sha256(path / name) != files[name]:
                 raise CheckpointError(f"{path / name}: content does not match its checksum")
         numbers = [state.get("step"), state.get("tokens", 0), state.get("micro_batch") or 0]
-        if not all(type(number) is int and number >= 0 for number in numbers):
+        if not all(type(number) is int and 0 <= number < 1 << 62 for number in numbers):
             raise CheckpointError(f"{path / 'state.json'}: step, tokens and micro_batch are {numbers}, not counts")
-        if not (0 <= state.get("seconds", 0) < math.inf and isinstance(state.get("scores", {}), dict)):
+        scores = state.get("scores", {})
+        good = all(type(value) in (int, float) for value in scores.values()) and type(scores.get("best_step", 0)) is int
+        if not (0 <= state.get("seconds", 0) < math.inf and good):
             raise CheckpointError(f"{path / 'state.json'}: seconds or scores are not what they should be")
     return state
 

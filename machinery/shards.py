@@ -19,7 +19,7 @@ import numpy as np
 import tiktoken
 
 from machinery.errors import DataError
-from machinery.files import write_atomic
+from machinery.files import regular_file, write_atomic
 from machinery.held_out import HeldOutLines, cut_tail, falls_under, long_lines, smallest_line, standing_in
 from machinery.sources import Position, Source
 from machinery.tokenizers import END_OF_TEXT, tokenizer_from_dict, tokenizer_hash
@@ -38,13 +38,13 @@ def read_manifest(folder: Path) -> dict:
     """The manifest of a folder of shards, {} where there is none. Raises `DataError` unless it is as it was written."""
     path = folder / "manifest.json"
     try:
-        manifest = json.loads(path.read_bytes())
+        manifest = json.loads(regular_file(path).read_bytes())
         if manifest.pop("digest") != _digest(manifest):
             raise ValueError("it was changed after it was written")
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is damaged, or was changed by hand"
+        reason = getattr(error, "strerror", "") or "it is damaged, or was changed by hand"
         raise DataError(f"{path}: not usable ({reason}); remove the folder to tokenize again") from None
     return manifest
 
@@ -111,7 +111,7 @@ def load_tokenizer(folder: Path) -> tiktoken.Encoding:
     """The tokenizer of a folder of shards. Raises `DataError` where it is not the one that the manifest names."""
     path, manifest = folder / "tokenizer.json", read_manifest(folder)
     try:
-        encoding = tokenizer_from_dict(json.loads(path.read_bytes()))
+        encoding = tokenizer_from_dict(json.loads(regular_file(path).read_bytes()))
     except (OSError, ValueError, RecursionError) as error:
         if isinstance(error, DataError):
             raise

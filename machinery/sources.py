@@ -118,6 +118,8 @@ class FileSource(Source):
         """Name to path of every file; names are relative to the folder that is searched."""
         root, parts = _existing_part(self.name)
         alone = not parts and root.is_file()
+        if not parts and not alone and not root.is_dir():
+            raise DataError(f"source {self.name!r} is a device, a pipe or a socket; name a file or a folder")
         files = {root.name: root} if alone else self._search(root, parts or ["**"])
         known = {name: path for name, path in files.items() if path.suffix in SUFFIXES}
         self.passed_over.update(_kind(path) for name, path in files.items() if name not in known)
