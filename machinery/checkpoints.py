@@ -101,10 +101,15 @@ def _remove_older(newest: Path, keep: int, keep_step: int | None) -> None:
 
 
 def checkpoint_folders(run: Path) -> list[Path]:
-    """The checkpoints of a run, whole or not, oldest first. Raises `CheckpointError` for a linked folder of them."""
+    """The checkpoints of a run, whole or not, oldest first.
+
+    Raises `CheckpointError` where the folder of them is a link or cannot be read: that is not to have none.
+    """
     folder = run / "checkpoints"
-    _refuse_link(folder)
-    named = [(NAME.fullmatch(path.name), path) for path in folder.glob("step_*") if path.is_symlink() or path.is_dir()]
+    with told(folder, CheckpointError, "cannot be read", "check its permissions"):
+        _refuse_link(folder)
+        found = [folder / name for name in os.listdir(folder)] if os.path.lexists(folder) else []
+        named = [(NAME.fullmatch(path.name), path) for path in found if path.is_symlink() or path.is_dir()]
     ages = {path: (int(match[1]), int(match[2] or 1 << 62)) for match, path in named if match}
     return sorted(ages, key=ages.get)
 
@@ -133,9 +138,9 @@ def newest_checkpoint(run: Path) -> Path | None:
 
 def read_state(path: Path) -> dict:
     """The contents of state.json. Raises `CheckpointError` unless all three files match their checksums."""
-    for part in (path, *(path / name for name in (*FILES, "state.json"))):
-        _refuse_link(part)
     with told(path, CheckpointError, "not a whole checkpoint"):
+        for part in (path, *(path / name for name in (*FILES, "state.json"))):
+            _refuse_link(part)
         state = read_json(path / "state.json")
         expected, files = state.pop("sha256"), state["files"]
         if expected != _digest(state) or set(files) != set(FILES):

@@ -80,7 +80,7 @@ def write_atomic(path: Path, content: str | bytes) -> None:
     Raises `FileError` with what the system says; what was there before stays.
     """
     beside = path.with_name(path.name + ".part")
-    with told(beside, problem="cannot be replaced", advice="remove it"):
+    with told(beside, problem="cannot be replaced", advice="remove it, or check the permissions"):
         beside.unlink(missing_ok=True)  # of an interrupted write, or a link that somebody put there
     with told(path, problem="not written"):
         try:

@@ -80,10 +80,13 @@ class RunFolder:
             return
         names = (self.path.with_name(f"{self.path.name}.{n}") for n in itertools.count(1))
         aside = next(path for path in names if not path.exists())
-        with told(aside, problem="the earlier run cannot be moved there"):
+        with told(aside, problem="the earlier run cannot be moved there"), contextlib.ExitStack() as undo:
             aside.mkdir()
+            undo.callback(aside.rmdir)
             for path in found:
                 path.rename(aside / path.name)
+                undo.callback((aside / path.name).rename, path)
+            undo.pop_all()  # all of it, or nothing
         print(f"starting over; the earlier run is now in {aside}")
 
     def compare(self, config: dict, fixed: Iterable[str]) -> set[str]:
@@ -121,7 +124,9 @@ class RunFolder:
         """Write config.json and the other `files`. Lines after `at_step`, of a run cut off later, are dropped."""
         if not self.writes:
             return
-        with told(self.path / "summary.json", problem="cannot be replaced", advice="remove it"):
+        with told(
+            self.path / "summary.json", problem="cannot be replaced", advice="remove it, or check the permissions"
+        ):
             (self.path / "summary.json").unlink(missing_ok=True)  # of an earlier part of this run
         for name, value in {"config": _portable(config), **files}.items():
             write_json(self.path / f"{name}.json", value)

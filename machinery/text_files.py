@@ -18,7 +18,7 @@ from machinery.errors import DataError, first_line
 
 
 @contextlib.contextmanager
-def telling_os_errors(path: Path, doing: str = "read") -> Iterator[None]:
+def telling_os_errors(path: Path) -> Iterator[None]:
     """An error of the operating system as a `DataError` with the path: it is no fault of the text."""
     try:
         yield
@@ -26,10 +26,9 @@ def telling_os_errors(path: Path, doing: str = "read") -> Iterator[None]:
         if error.errno is None:  # some libraries raise it about content
             raise
         where = error.filename or path
-        if doing == "read" and isinstance(error, FileNotFoundError):
+        if isinstance(error, FileNotFoundError):
             raise DataError(f"{where}: is gone or was moved since the source was listed; run this again") from None
-        advice = "check its permissions and the disk"
-        raise DataError(f"{where}: cannot be {doing} ({error.strerror}); {advice}") from None
+        raise DataError(f"{where}: cannot be read ({error.strerror}); check its permissions and the disk") from None
 
 
 def file_digest(path: Path, samples: bool = False) -> str:
@@ -118,7 +117,7 @@ def _wide_encoding(head: bytes) -> str | None:
     more different high bytes, which name the script.
     """
     printing = sum(32 <= byte < 127 for byte in head)
-    if len(head) < 2 or printing > 0.7 * len(head):
+    if printing > 0.7 * len(head) or len(head) < (2 if _controls(head) else 64):  # too short to tell
         return None
     high = {encoding: head[position::2] for encoding, position in zip(WIDE[2:], (1, 0))}
     for encoding in (*WIDE[:2], *sorted(high, key=lambda name: (len(set(high[name])), sum(high[name])))):
