@@ -11,7 +11,6 @@ Only whole ones count, and only whole ones are ever removed. One that is damaged
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import math
 import os
@@ -25,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from machinery.errors import UserError, first_line, told
-from machinery.files import make_folder, publish, read_json, regular_file, remove, sha256
+from machinery.files import json_digest, make_folder, publish, read_json, regular_file, remove, sha256
 from machinery.processes import gather, shard_like
 
 FILES = ("model.safetensors", "training.pt")
@@ -83,7 +82,9 @@ def _write(target: Path, weights: dict[str, Tensor], training: dict, state: dict
         save_file({name: tensor.contiguous() for name, tensor in weights.items()}, beside / "model.safetensors")
         torch.save(training, beside / "training.pt")
         state = state | {"files": {name: sha256(beside / name) for name in FILES}}
-        (beside / "state.json").write_text(json.dumps(state | {"sha256": _digest(state)}, indent=1), encoding="utf-8")
+        (beside / "state.json").write_text(
+            json.dumps(state | {"sha256": json_digest(state)}, indent=1), encoding="utf-8"
+        )
         publish(beside, target)
     finally:
         remove(beside)
@@ -143,7 +144,7 @@ def read_state(path: Path) -> dict:
             _refuse_link(part)
         state = read_json(path / "state.json")
         expected, files = state.pop("sha256"), state["files"]
-        if expected != _digest(state) or set(files) != set(FILES):
+        if expected != json_digest(state) or set(files) != set(FILES):
             raise CheckpointError(f"{path / 'state.json'}: content does not match its checksum")
         for name in FILES:
             if sha256(path / name) != files[name]:
@@ -239,7 +240,3 @@ def _bytes_needed(weights: dict[str, Tensor], optimizers: list) -> int:
 def _refuse_link(path: Path) -> None:
     if path.is_symlink():
         raise CheckpointError(f"{path} is a link, which could lead anywhere; put the folder or file itself there")
-
-
-def _digest(state: dict) -> str:
-    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()

@@ -155,6 +155,11 @@ def remove(path: Path) -> None:
             path.unlink()
 
 
+def json_digest(value: object) -> str:
+    """A checksum of JSON values, whatever the order of their keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
 def sha256(path: Path) -> str:
     """A file's checksum; of one that this process has read and that has rested since, from memory."""
     found = regular_file(path).stat()

@@ -19,7 +19,7 @@ import numpy as np
 import tiktoken
 
 from machinery.errors import DataError, told
-from machinery.files import regular_file, write_atomic
+from machinery.files import json_digest, regular_file, write_atomic
 from machinery.held_out import (
     HeldOutLines,
     common_lines,
@@ -49,17 +49,13 @@ def read_manifest(folder: Path) -> dict:
         return {}
     with told(path, DataError, "not usable", "check its permissions, or remove the folder to tokenize again"):
         manifest = json.loads(regular_file(path).read_bytes())
-        if manifest.pop("digest") != _digest(manifest):
+        if manifest.pop("digest") != json_digest(manifest):
             raise ValueError("it is damaged, or was changed by hand")
     return manifest
 
 
 def save_manifest(folder: Path, manifest: dict) -> None:
-    write_atomic(folder / "manifest.json", json.dumps(manifest | {"digest": _digest(manifest)}, indent=1).encode())
-
-
-def _digest(manifest: dict) -> str:
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    write_atomic(folder / "manifest.json", json.dumps(manifest | {"digest": json_digest(manifest)}, indent=1).encode())
 
 
 def new_manifest(settings: dict, encoding: tiktoken.Encoding) -> dict:

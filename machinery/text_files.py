@@ -160,18 +160,31 @@ _DECODER = json.JSONDecoder(parse_int=float)  # numbers are never text; of int, 
 
 def json_text(line: str | bytes, text_column: str, where: str) -> str:
     """The text of one row of JSON lines; "" for null. No other column is looked at. Raises `DataError`."""
+    row = _decode_json(line, where, "a row is one object on one line")
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: holds {_kind(row)}, not an object; a row is one object on one line")
+    return row_text(row, text_column, where)
+
+
+def array_texts(content: str, text_column: str, where: str) -> list[str]:
+    """The texts of the rows of a JSON array, which has to be read as a whole."""
+    rows = _decode_json(content.removeprefix("\ufeff"), where, "a file is one array of objects")
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict):
+            raise DataError(f"{where}, row {number}: holds {_kind(row)}, not an object")
+    return [row_text(row, text_column, f"{where}, row {number}") for number, row in enumerate(rows, 1)]
+
+
+def _decode_json(content: str | bytes, where: str, expected: str) -> object:
     try:
-        row = _DECODER.decode(line if isinstance(line, str) else line.decode("utf-8"))
+        return _DECODER.decode(content if isinstance(content, str) else content.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise DataError(f"{where}: not UTF-8 at byte {error.start} of the line; convert the file") from None
     except json.JSONDecodeError as error:
         found = f"{error.msg.removesuffix(' at')} at character {error.pos + 1}"
-        raise DataError(f"{where}: not JSON ({found}); mend it: a row is one object on one line") from None
+        raise DataError(f"{where}: not JSON ({found}); mend it: {expected}") from None
     except RecursionError:
         raise DataError(f"{where}: nested too deeply; mend or remove it") from None
-    if not isinstance(row, dict):
-        raise DataError(f"{where}: holds {_kind(row)}, not an object; a row is one object on one line")
-    return row_text(row, text_column, where)
 
 
 def row_text(row: dict, text_column: str, where: str) -> str:
