@@ -26,9 +26,9 @@ import tiktoken
 import torch
 from tqdm import tqdm
 
-from machinery.errors import DataError, UserError, plain_errors
+from machinery.errors import DataError, UserError, plain_errors, told
 from machinery.machine import Machine, is_out_of_memory
-from machinery.preparation import is_known, open_sources, tokenize, tokenizer_digest
+from machinery.preparation import ADVICE, is_known, open_sources, tokenize, tokenizer_digest
 from machinery.shards import MANIFEST_VERSION, load_tokenizer, read_manifest, report, split_documents
 from machinery.sources import refuse_overlap
 from machinery.text_files import telling_os_errors
@@ -71,7 +71,7 @@ def prepare_data(config, progress: bool = True) -> TokenData:
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
     slug = re.sub(r"[^A-Za-z0-9]+", "-", f"{config.source}-{config.tokenizer}-{config.vocab_size}").strip("-")[-60:]
     data = TokenData(data_dir / f"{slug}-{key}", task, config.block_size)
-    with telling_os_errors(data.folder, "written"):
+    with told(data.folder, DataError, "cannot be written", ADVICE):
         data.folder.mkdir(parents=True, exist_ok=True)
     encoding = None
     if not data.is_enough():
@@ -169,10 +169,13 @@ class TokenData:
         running = _background.get(self.folder)
         if running is None or running.poll() is not None:
             path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+            log = self.folder / "work.log"
+            with told(log, DataError, "cannot be written", ADVICE):
+                log.unlink(missing_ok=True)  # of an earlier one, or a link that somebody put there
             _background[self.folder] = subprocess.Popen(
                 [sys.executable, "-c", "import data_utils; data_utils.work()", str(self.folder), json.dumps(self.task)],
                 env=os.environ | {"PYTHONPATH": path}, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
-                stderr=(self.folder / "work.log").open("w"),
+                stderr=log.open("x"),
                 start_new_session=True,  # a Ctrl-C is for the process that trains
             )  # fmt: skip
 
@@ -298,7 +301,7 @@ class TokenWindows:
                     f"{path}: expected {entry['tokens'] * self.dtype.itemsize} bytes, found {found}; remove the folder"
                     " to tokenize again"
                 )
-            with path.open("rb") as file:
+            with telling_os_errors(path), path.open("rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
                     raise DataError(
                         f"{path}: content does not match the manifest's checksum; remove the folder to tokenize again"

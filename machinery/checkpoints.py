@@ -11,7 +11,6 @@ Only whole ones count, and only whole ones are ever removed. One that is damaged
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import math
 import os
@@ -25,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from machinery.errors import UserError, first_line, told
-from machinery.files import make_folder, publish, read_json, regular_file, remove, sha256
+from machinery.files import json_digest, make_folder, publish, read_json, regular_file, remove, sha256
 from machinery.processes import gather, shard_like
 
 FILES = ("model.safetensors", "training.pt")
@@ -83,7 +82,9 @@ def _write(target: Path, weights: dict[str, Tensor], training: dict, state: dict
         save_file({name: tensor.contiguous() for name, tensor in weights.items()}, beside / "model.safetensors")
         torch.save(training, beside / "training.pt")
         state = state | {"files": {name: sha256(beside / name) for name in FILES}}
-        (beside / "state.json").write_text(json.dumps(state | {"sha256": _digest(state)}, indent=1), encoding="utf-8")
+        (beside / "state.json").write_text(
+            json.dumps(state | {"sha256": json_digest(state)}, indent=1), encoding="utf-8"
+        )
         publish(beside, target)
     finally:
         remove(beside)
@@ -101,10 +102,15 @@ def _remove_older(newest: Path, keep: int, keep_step: int | None) -> None:
 
 
 def checkpoint_folders(run: Path) -> list[Path]:
-    """The checkpoints of a run, whole or not, oldest first. Raises `CheckpointError` for a linked folder of them."""
+    """The checkpoints of a run, whole or not, oldest first.
+
+    Raises `CheckpointError` where the folder of them is a link or cannot be read: that is not to have none.
+    """
     folder = run / "checkpoints"
-    _refuse_link(folder)
-    named = [(NAME.fullmatch(path.name), path) for path in folder.glob("step_*") if path.is_symlink() or path.is_dir()]
+    with told(folder, CheckpointError, "cannot be read", "check its permissions"):
+        _refuse_link(folder)
+        found = [folder / name for name in os.listdir(folder)] if os.path.lexists(folder) else []
+        named = [(NAME.fullmatch(path.name), path) for path in found if path.is_symlink() or path.is_dir()]
     ages = {path: (int(match[1]), int(match[2] or 1 << 62)) for match, path in named if match}
     return sorted(ages, key=ages.get)
 
@@ -133,20 +139,22 @@ def newest_checkpoint(run: Path) -> Path | None:
 
 def read_state(path: Path) -> dict:
     """The contents of state.json. Raises `CheckpointError` unless all three files match their checksums."""
-    for part in (path, *(path / name for name in (*FILES, "state.json"))):
-        _refuse_link(part)
     with told(path, CheckpointError, "not a whole checkpoint"):
+        for part in (path, *(path / name for name in (*FILES, "state.json"))):
+            _refuse_link(part)
         state = read_json(path / "state.json")
         expected, files = state.pop("sha256"), state["files"]
-        if expected != _digest(state) or set(files) != set(FILES):
+        if expected != json_digest(state) or set(files) != set(FILES):
             raise CheckpointError(f"{path / 'state.json'}: content does not match its checksum")
         for name in FILES:
             if sha256(path / name) != files[name]:
                 raise CheckpointError(f"{path / name}: content does not match its checksum")
         numbers = [state.get("step"), state.get("tokens", 0), state.get("micro_batch") or 0]
-        if not all(type(number) is int and number >= 0 for number in numbers):
+        if not all(type(number) is int and 0 <= number < 1 << 62 for number in numbers):
             raise CheckpointError(f"{path / 'state.json'}: step, tokens and micro_batch are {numbers}, not counts")
-        if not (0 <= state.get("seconds", 0) < math.inf and isinstance(state.get("scores", {}), dict)):
+        scores = state.get("scores", {})
+        good = all(type(value) in (int, float) for value in scores.values()) and type(scores.get("best_step", 0)) is int
+        if not (0 <= state.get("seconds", 0) < math.inf and good):
             raise CheckpointError(f"{path / 'state.json'}: seconds or scores are not what they should be")
     return state
 
@@ -232,7 +240,3 @@ def _bytes_needed(weights: dict[str, Tensor], optimizers: list) -> int:
 def _refuse_link(path: Path) -> None:
     if path.is_symlink():
         raise CheckpointError(f"{path} is a link, which could lead anywhere; put the folder or file itself there")
-
-
-def _digest(state: dict) -> str:
-    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()

@@ -81,10 +81,12 @@ def told(where: object, kind: type[UserError] = UserError, problem: str = "", ad
 def _print_error(kind: type[BaseException], error: BaseException, trace: types.TracebackType | None) -> None:
     if issubclass(kind, UserError):
         print(*error._render_traceback_(), file=sys.stderr)
+    elif issubclass(kind, KeyboardInterrupt):
+        print("\ninterrupted; the same command goes on from what is finished", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)
 
 
 def plain_errors() -> None:
-    """Have a program print a `UserError` as one line, as a notebook does by itself."""
+    """Have a program print a `UserError` as one line, as a notebook does by itself, and so Ctrl-C."""
     sys.excepthook = _print_error

@@ -51,9 +51,15 @@ def read_jsonl(path: str | Path) -> list[dict]:
         for text in content.splitlines():
             with contextlib.suppress(ValueError, RecursionError):
                 line = json.loads(text)
-                if isinstance(line, dict) and isinstance(line.get("step"), int):
+                if isinstance(line, dict) and type(line.get("step")) is int and _is_line_of_a_run(line):
                     lines.append(line)
     return lines
+
+
+def _is_line_of_a_run(line: dict) -> bool:
+    """Whether all values are numbers or missing, but for the text of a sample: others may have been at the file."""
+    kinds = {"prompt": str, "text": str}
+    return all(isinstance(value, kinds.get(name, int | float | None)) for name, value in line.items())
 
 
 def write_json(path: Path, value: dict) -> None:
@@ -74,8 +80,9 @@ def write_atomic(path: Path, content: str | bytes) -> None:
     Raises `FileError` with what the system says; what was there before stays.
     """
     beside = path.with_name(path.name + ".part")
-    with told(path, problem="not written"):
+    with told(beside, problem="cannot be replaced", advice="remove it, or check the permissions"):
         beside.unlink(missing_ok=True)  # of an interrupted write, or a link that somebody put there
+    with told(path, problem="not written"):
         try:
             with open(beside, "xb", opener=no_links) as file:
                 file.write(content.encode() if isinstance(content, str) else content)
@@ -146,6 +153,11 @@ def remove(path: Path) -> None:
     else:
         with contextlib.suppress(OSError):
             path.unlink()
+
+
+def json_digest(value: object) -> str:
+    """A checksum of JSON values, whatever the order of their keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def sha256(path: Path) -> str:

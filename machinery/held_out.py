@@ -12,15 +12,17 @@ import hashlib
 import zlib
 from array import array
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 
+BLANKS = b" \t\v\f"
 LONG_LINE = 16  # bytes of a line that tells one document from another, blank space aside: some 20 with it
 NEAR_COPY = 0.5  # share of a document's longer lines that makes a near-copy
+COMMON = 0.25  # share of the documents that a line stands in which tells none of them from another
 
 
 def long_lines(content: bytes) -> list[bytes]:
     """The longer lines of a text, without blank space; of a text that has none, all of it as one."""
-    dense = content.translate(None, b" \t\v\f")
+    dense = content.translate(None, BLANKS)
     return [line for line in dense.splitlines() if len(line) >= LONG_LINE] or [dense.translate(None, b"\r\n")]
 
 
@@ -39,12 +41,40 @@ def falls_under(line: bytes, fraction: float) -> bool:
     return int.from_bytes(digest, "big") < fraction * 2**64
 
 
-def cut_tail(text: str, fraction: float) -> tuple[str, str]:
-    """A text without its end, and the end: about `fraction` of it, from a line on where one begins nearby."""
-    size = max(1, int(len(text) * fraction))
-    cut = len(text) - size
+def common_lines(texts: Iterable[str], enough: int = 16 << 20) -> set[bytes]:
+    """The longer lines that stand in many texts, as headers and footers do; of the first `enough` characters."""
+    counts, documents = Counter(), 0
+    for text in texts:
+        counts.update({*long_lines(text.encode("utf-8", "surrogatepass"))})
+        documents, enough = documents + 1, enough - len(text)
+        if enough <= 0:
+            break
+    return {line for line, count in counts.items() if count >= max(2, COMMON * documents)}
+
+
+def cut_tail(text: str, fraction: float, common: Container[bytes] = ()) -> tuple[str, str]:
+    """A text without its tail, and the tail: about `fraction` of it, from a line on where one begins nearby.
+
+    The tail ends before the `common` lines at the end: a footer, the same in many texts, measures nothing.
+    """
+    end = _before_footer(text, common) if common else len(text)
+    size = max(1, int(end * fraction))
+    cut = end - size
     cut = text.rfind("\n", max(0, cut - size // 2), cut) + 1 or cut
-    return text[:cut], text[cut:]
+    return text[:cut] + text[end:], text[cut:end]
+
+
+def _before_footer(text: str, common: Container[bytes]) -> int:
+    """Where the common lines at the end of a text begin; its length where there are no others."""
+    end = start = len(text)
+    for line in reversed(text.splitlines(keepends=True)):
+        start -= len(line)
+        dense = line.encode("utf-8", "surrogatepass").translate(None, BLANKS + b"\r\n")
+        if dense in common:
+            end = start
+        elif len(dense) >= LONG_LINE:
+            return end
+    return len(text)
 
 
 class HeldOutLines:

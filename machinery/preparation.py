@@ -5,29 +5,39 @@ A *task* says what to tokenize, as JSON values: the settings, the folders apart 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import tiktoken
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from machinery.files import write_atomic
+from machinery.errors import DataError, told
+from machinery.files import no_links, write_atomic
 from machinery.held_out import is_held_out
 from machinery.shards import load_tokenizer, new_manifest, read_manifest, write_shards
 from machinery.sources import SOURCES, Source, open_source, source_kind
-from machinery.text_files import file_digest, telling_os_errors
+from machinery.text_files import file_digest
 from machinery.tokenizers import tokenizer_to_dict
-from machinery.vocabularies import get_tokenizer
+from machinery.vocabularies import get_tokenizer, tokenizer_file
+
+ADVICE = "check data_dir, its permissions and the disk"
+SAY_AFTER = 20  # seconds between two lines about a wait
 
 
 def open_sources(task: dict) -> tuple[Source, Source | None]:
     """The source to train on, and the held-out one where it is named."""
     settings = task["settings"]
     options = (settings["text_column"], settings["split_on"], [Path(folder) for folder in task["apart"]])
-    val_source = settings["val_source"]
-    return open_source(settings["source"], *options), open_source(val_source, *options) if val_source else None
+    source = open_source(settings["source"], *options)
+    if not settings["val_source"]:
+        return source, None
+    with told("val_source", DataError):
+        return source, open_source(settings["val_source"], *options)
 
 
 def is_known(settings: dict) -> bool:
@@ -39,7 +49,7 @@ def is_known(settings: dict) -> bool:
 def tokenize(folder: Path, task: dict, progress: bool, source: Source, val_source: Source | None) -> tiktoken.Encoding:
     """Tokenize what is still wanted of `task`, in this process."""
     # Two runs on the same text: the second waits, then goes on or has nothing to do
-    with telling_os_errors(folder, "written"), FileLock(folder / ".lock"):
+    with _alone_in(folder):
         manifest = read_manifest(folder)
         encoding = _make_tokenizer(folder, task["settings"], source)
         manifest = manifest or new_manifest(task["settings"], encoding)
@@ -52,11 +62,34 @@ def tokenize(folder: Path, task: dict, progress: bool, source: Source, val_sourc
                 nonlocal read
                 read += size
                 bar.update(size)
-                if read >> 22 != (read - size) >> 22:  # every 4 MB, for a process that waits
-                    (folder / ".bytes_read").write_text(str(read))
+                if read >> 22 != (read - size) >> 22:  # every 4 MB
+                    _note_bytes_read(folder, read)
 
             write_shards(folder, manifest, encoding, source, val_source, task["train_tokens"], advance)
     return encoding
+
+
+def _note_bytes_read(folder: Path, size: int) -> None:
+    """Leave word of how far the reading is, for a process that waits."""
+    path = folder / ".bytes_read"
+    with told(path, DataError, "cannot be written", ADVICE), open(path, "w", opener=no_links) as file:
+        file.write(str(size))
+
+
+@contextlib.contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Hold the lock of a folder of shards; while another process does, say so, and now and then for how long."""
+    lock, started = FileLock(folder / ".lock"), time.monotonic()
+    while not lock.is_locked:
+        waited = round(time.monotonic() - started)
+        with told(folder / ".lock", DataError, "cannot be locked", ADVICE), contextlib.suppress(Timeout):
+            if waited:
+                print(f"waiting for another process that tokenizes this text, in {folder}: {waited} s", flush=True)
+            lock.acquire(timeout=SAY_AFTER if waited else 1)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _make_tokenizer(folder: Path, settings: dict, source: Source) -> tiktoken.Encoding:
@@ -71,5 +104,5 @@ def _make_tokenizer(folder: Path, settings: dict, source: Source) -> tiktoken.En
 
 def tokenizer_digest(name: str) -> str:
     """Changes with the content of a tokenizer's folder; "" for a tokenizer that is none."""
-    path = Path(name).expanduser() / "tokenizer.json"
-    return file_digest(path) if path.is_file() else ""
+    path = tokenizer_file(name)
+    return file_digest(path) if path else ""

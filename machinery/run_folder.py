@@ -80,10 +80,13 @@ class RunFolder:
             return
         names = (self.path.with_name(f"{self.path.name}.{n}") for n in itertools.count(1))
         aside = next(path for path in names if not path.exists())
-        with told(aside, problem="the earlier run cannot be moved there"):
+        with told(aside, problem="the earlier run cannot be moved there"), contextlib.ExitStack() as undo:
             aside.mkdir()
+            undo.callback(aside.rmdir)
             for path in found:
                 path.rename(aside / path.name)
+                undo.callback((aside / path.name).rename, path)
+            undo.pop_all()  # all of it, or nothing
         print(f"starting over; the earlier run is now in {aside}")
 
     def compare(self, config: dict, fixed: Iterable[str]) -> set[str]:
@@ -111,7 +114,9 @@ class RunFolder:
             raise UserError(f"run {name!r} was begun with another tokenizer, learned from other text; {advice}")
         if read_json(self.path / "data.json", missing={"key": key}).get("key") != key:
             raise UserError(f"run {name!r} was begun with other text: what its source holds has changed; {advice}")
-        before = read_json(self.path / "environment.json", missing={}).get("dtype", dtype)  # a mere note
+        before = dtype
+        with contextlib.suppress(UserError):  # a mere note
+            before = read_json(self.path / "environment.json").get("dtype", dtype)
         if before != dtype:
             print(f"matrix products were in {before} until here, and go on in {dtype}")
 
@@ -119,7 +124,10 @@ class RunFolder:
         """Write config.json and the other `files`. Lines after `at_step`, of a run cut off later, are dropped."""
         if not self.writes:
             return
-        (self.path / "summary.json").unlink(missing_ok=True)  # of an earlier part of this run
+        with told(
+            self.path / "summary.json", problem="cannot be replaced", advice="remove it, or check the permissions"
+        ):
+            (self.path / "summary.json").unlink(missing_ok=True)  # of an earlier part of this run
         for name, value in {"config": _portable(config), **files}.items():
             write_json(self.path / f"{name}.json", value)
         for name in ("metrics.jsonl", "samples.jsonl"):
@@ -267,7 +275,7 @@ def show_run(folder: str | Path) -> None:
 
 def as_sample(sample: dict) -> str:
     """A line of samples.jsonl as text for a screen: prompt and continuation."""
-    return printable(f"{sample['prompt']}{sample['text']}", keep="\n\t\u200d")
+    return printable(sample.get("prompt", "") + sample.get("text", ""), keep="\n\t\u200d")
 
 
 def duration(seconds: float) -> str:

@@ -2,11 +2,40 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import os
 import sys
+from collections.abc import Callable
 
 from tqdm import tqdm
 
 from machinery.run_folder import duration
+
+
+def keep_printing() -> None:
+    """Have no line that is printed end the program: what a terminal lacks is written as "?", a stdout that is closed,
+    or full, is told on stderr and left.
+    """
+    stdout = sys.stdout
+    if not hasattr(stdout, "reconfigure"):  # a notebook's, or none at all
+        return
+    stdout.reconfigure(errors="replace")
+
+    def careful(call: Callable) -> Callable:
+        @functools.wraps(call)
+        def attempt(*arguments):
+            try:
+                return call(*arguments)
+            except OSError as error:
+                with contextlib.suppress(OSError):
+                    print(f"stdout: {error.strerror}; going on without it", file=sys.stderr)
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stdout.fileno())  # also for what is still in its buffer
+
+        return attempt
+
+    if not hasattr(stdout.write, "__wrapped__"):
+        stdout.write, stdout.flush = careful(stdout.write), careful(stdout.flush)
 
 
 class Screen:

@@ -18,9 +18,17 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 
-from machinery.errors import DataError
-from machinery.files import write_atomic
-from machinery.held_out import HeldOutLines, cut_tail, falls_under, long_lines, smallest_line, standing_in
+from machinery.errors import DataError, told
+from machinery.files import json_digest, regular_file, write_atomic
+from machinery.held_out import (
+    HeldOutLines,
+    common_lines,
+    cut_tail,
+    falls_under,
+    long_lines,
+    smallest_line,
+    standing_in,
+)
 from machinery.sources import Position, Source
 from machinery.tokenizers import END_OF_TEXT, tokenizer_from_dict, tokenizer_hash
 
@@ -28,7 +36,7 @@ MANIFEST_VERSION = 2  # part of the settings: shards of an earlier way are not m
 PIECE = 1 << 18  # characters that a thread encodes at a time; more at once is not faster
 PIECE_DOCUMENTS = 1 << 12
 AHEAD = 4 << 20  # characters that are encoded, or wait for it, while more is read
-FEWEST = 0.25  # share of the wanted held-out text below which the ends of documents are held out instead
+FEWEST, MOST = 0.25, 2.0  # of the wanted held-out text: with less or more, ends of documents are held out instead
 
 
 # ------------------------------------------------------------------------------------------- manifest
@@ -37,26 +45,17 @@ FEWEST = 0.25  # share of the wanted held-out text below which the ends of docum
 def read_manifest(folder: Path) -> dict:
     """The manifest of a folder of shards, {} where there is none. Raises `DataError` unless it is as it was written."""
     path = folder / "manifest.json"
-    try:
-        manifest = json.loads(path.read_bytes())
-        if manifest.pop("digest") != _manifest_digest(manifest):
-            raise ValueError("it was changed after it was written")
-    except FileNotFoundError:
+    if not os.path.lexists(path):
         return {}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is damaged, or was changed by hand"
-        raise DataError(f"{path}: not usable ({reason}); remove the folder to tokenize again") from None
+    with told(path, DataError, "not usable", "check its permissions, or remove the folder to tokenize again"):
+        manifest = json.loads(regular_file(path).read_bytes())
+        if manifest.pop("digest") != json_digest(manifest):
+            raise ValueError("it is damaged, or was changed by hand")
     return manifest
 
 
 def save_manifest(folder: Path, manifest: dict) -> None:
-    write_atomic(
-        folder / "manifest.json", json.dumps(manifest | {"digest": _manifest_digest(manifest)}, indent=1).encode()
-    )
-
-
-def _manifest_digest(manifest: dict) -> str:
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    write_atomic(folder / "manifest.json", json.dumps(manifest | {"digest": json_digest(manifest)}, indent=1).encode())
 
 
 def new_manifest(settings: dict, encoding: tiktoken.Encoding) -> dict:
@@ -101,6 +100,11 @@ def report(manifest: dict) -> list[str]:
         f" {manifest['grouped']['documents']:,} of them are near-copies of others;"
         f" set aside for a near-copy in the other split: {apart['documents']:,}, {apart['bytes'] / 1e6:,.2f} MB"
     ]
+    if not manifest["complete"]:
+        lines.append(
+            "more text is read later: a document with half of the lines of a held-out one is set aside; a held-out one"
+            " whose lines are spread over several of them is not noticed"
+        )
     if spelt:
         lines.append(
             f"{END_OF_TEXT!r} stands {spelt:,} times in the texts, as text like any other; if it separates documents,"
@@ -112,12 +116,8 @@ def report(manifest: dict) -> list[str]:
 def load_tokenizer(folder: Path) -> tiktoken.Encoding:
     """The tokenizer of a folder of shards. Raises `DataError` where it is not the one that the manifest names."""
     path, manifest = folder / "tokenizer.json", read_manifest(folder)
-    try:
-        encoding = tokenizer_from_dict(json.loads(path.read_bytes()))
-    except (OSError, ValueError, RecursionError) as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError(f"{path}: not readable ({type(error).__name__}); remove the folder") from None
+    with told(path, DataError, "not readable", "remove the folder to tokenize again"):
+        encoding = tokenizer_from_dict(json.loads(regular_file(path).read_bytes()))
     if manifest and manifest["tokenizer"]["sha256"] != tokenizer_hash(encoding):
         raise DataError(f"{folder}: shards and tokenizer.json do not belong together; remove the folder")
     return encoding
@@ -266,8 +266,8 @@ class ShardWriter:
         self._clear()
 
 
-class TooFewHeldOut(Exception):
-    """The sides of whole documents leave too little to validate with, or to train on."""
+class UnevenSides(Exception):
+    """The sides of whole documents leave too little to validate with, or to train on: they are few, or much alike."""
 
 
 class HeldOut:
@@ -310,7 +310,7 @@ class HeldOut:
         self.manifest["set_aside"]["bytes"] += document.bytes
 
     def close(self, training_bytes: int) -> None:
-        """Write what is held out. Raises `TooFewHeldOut`, or `DataError` where no other way is left."""
+        """Write what is held out. Raises `UnevenSides`, or `DataError` where no other way is left."""
         settings, way, self.is_open = self.manifest["settings"], self.manifest["held_out"], False
         copied = standing_in([document.lines for document in self.documents], self.training)
         self.training = array("q")
@@ -318,8 +318,9 @@ class HeldOut:
             copied = [False] * len(copied)
         kept = [document for document, is_copy in zip(self.documents, copied) if not is_copy]
         whole, left = sum(d.bytes for d in self.documents), sum(d.bytes for d in kept)
-        if way == "documents" and left < FEWEST * settings["val_fraction"] * (training_bytes + whole):
-            raise TooFewHeldOut
+        share, fraction = left / max(1, training_bytes + whole), settings["val_fraction"]
+        if way == "documents" and not FEWEST * fraction <= share <= min(MOST * fraction, (1 + fraction) / 2):
+            raise UnevenSides
         if way == "val_source" and left < whole / 2:
             raise DataError(
                 f"val_source {settings['val_source']!r}: {len(self.documents) - len(kept)} of its {len(self.documents)}"
@@ -363,7 +364,7 @@ def write_shards(
 
     Calls `advance` with the bytes of every document. Raises `DataError`.
     """
-    with contextlib.suppress(TooFewHeldOut):
+    with contextlib.suppress(UnevenSides):
         return _write_shards(folder, manifest, encoding, source, val_source, train_tokens, advance)
     # A handful of documents, or much alike: hold out the end of each instead
     manifest = new_manifest(manifest["settings"], encoding) | {"held_out": "tails"}
@@ -413,23 +414,28 @@ def _close(folder: Path, manifest: dict, train: ShardWriter, held_out: HeldOut, 
         if not (train.documents or held_out.documents):
             raise DataError(f"source {settings['source']!r} holds no text to train on and validate with")
         if not train.documents and manifest["held_out"] == "documents":
-            raise TooFewHeldOut
+            raise UnevenSides
         held_out.close(train.bytes)
     train.close()
     if not (manifest["shards"]["train"] and manifest["shards"]["val"]):
-        empty = "val_source" if not manifest["shards"]["val"] else "source"
-        raise DataError(f"{empty} {manifest['settings'][empty]!r} holds no text; both splits need some")
+        named = manifest["held_out"] == "val_source" and not manifest["shards"]["val"]
+        empty = "val_source" if named else "source"
+        problem = (
+            "holds no text" if manifest["settings"]["val_source"] else "has too little text: both splits need some"
+        )
+        raise DataError(f"{empty} {manifest['settings'][empty]!r} {problem}")
     manifest["position"] = position
     save_manifest(folder, manifest)
 
 
 def _with_sides(source: Source, start: Position, held_out: str, fraction: float) -> Iterator[tuple[str, str, Position]]:
     """(side, text, position) of every document; the side is "" where the lines of the document decide."""
+    common = common_lines(text for text, _ in source.read()) if held_out == "tails" else ()
     for text, position in source.read("train", start):
         if held_out != "tails":
             yield ("" if held_out == "documents" else "train"), text, position
         else:
-            head, tail = cut_tail(text, fraction)
+            head, tail = cut_tail(text, fraction, common)
             yield "val", tail, position
             if head:
                 yield "train", head, position

@@ -32,6 +32,7 @@ from types import ModuleType
 
 from machinery.errors import DataError, first_line
 from machinery.text_files import (
+    array_texts,
     file_digest,
     json_text,
     jsonl_texts,
@@ -118,9 +119,11 @@ class FileSource(Source):
         """Name to path of every file; names are relative to the folder that is searched."""
         root, parts = _existing_part(self.name)
         alone = not parts and root.is_file()
+        if not parts and not alone and not root.is_dir():
+            raise DataError(f"source {self.name!r} is a device, a pipe or a socket; name a file or a folder")
         files = {root.name: root} if alone else self._search(root, parts or ["**"])
         known = {name: path for name, path in files.items() if path.suffix in SUFFIXES}
-        self.passed_over.update(_kind(path) for name, path in files.items() if name not in known)
+        self.passed_over.update(path.suffix or "without a suffix" for name, path in files.items() if name not in known)
         if not known:
             raise DataError(
                 f"source {self.name!r}: no {', '.join(SUFFIXES)} file matches (found"
@@ -219,10 +222,6 @@ def _identity(path: Path) -> tuple[int, int] | None:
         return stat.st_dev, stat.st_ino
 
 
-def _kind(path: Path) -> str:
-    return path.suffix or "without a suffix"
-
-
 def _listed(counts: Counter[str], prefix: str = "") -> str:
     """Counts as words, the most frequent first."""
     counts = +counts
@@ -292,12 +291,12 @@ class HubSource(Source):
         failures, position, reached = 0, start or {"stream": None, "rows": 0, "taken": 0}, False
         while True:
             try:
-                rows, text_of = self._open(split)
+                rows, texts_of = self._open(split)
                 if position["stream"]:
                     rows.load_state_dict(position["stream"])
                 taken = position["taken"]
                 for number, row in enumerate(rows, position["rows"] + 1):
-                    documents = split_text(text_of(row, number), self.split_on)
+                    documents = [part for text in texts_of(row, number) for part in split_text(text, self.split_on)]
                     for at, text in enumerate(documents[taken:], taken + 1):
                         if at == len(documents):
                             position = {"stream": rows.state_dict(), "rows": number, "taken": 0}
@@ -320,7 +319,7 @@ class HubSource(Source):
                 time.sleep(2 ** (failures - 1))
 
     def _open(self, split: str):
-        """The rows of a split, and what gives the text of one. Of JSON lines and Parquet, only that column is read."""
+        """The rows of a split, and what gives the texts of one. Of JSON and Parquet, only that column is read."""
         datasets = _datasets()
         name, _, config = self.name.partition(":")
         split = self.split(split)
@@ -328,22 +327,25 @@ class HubSource(Source):
         builder = datasets.load_dataset_builder(name, config or None)
         if type(builder).__module__.startswith("datasets.packaged_modules.json"):
             # `datasets` gives each column the type that its first rows have, and fails where later ones differ
-            files = {"train": builder.config.data_files[split]}
-            lines = datasets.load_dataset("text", data_files=files, split="train", streaming=True)
-            if next((row["text"] for row in lines if row["text"].strip()), "").lstrip("\ufeff \t").startswith("{"):
-
-                def text_of_line(row: dict, number: int) -> str:
-                    line = row["text"].removeprefix("\ufeff")
-                    return json_text(line, self.text_column, f"{where}, row {number}") if line.strip() else ""
-
-                return lines, text_of_line
+            options = {"data_files": {"train": builder.config.data_files[split]}, "split": "train", "streaming": True}
+            lines = datasets.load_dataset("text", **options)
+            first = next((row["text"] for row in lines if row["text"].strip()), "").lstrip("\ufeff \t")
+            if first.startswith("{"):
+                return lines, lambda row, number: self._texts_of_line(row["text"], f"{where}, row {number}")
+            if first.startswith("["):  # a file is one array of rows
+                files = datasets.load_dataset("text", sample_by="document", **options)
+                return files, lambda row, number: array_texts(row["text"], self.text_column, f"{where}, file {number}")
         rows = builder.as_streaming_dataset(split=split)
         names = rows.column_names
         if names and self.text_column not in names:
             raise no_column(where, self.text_column, names)
         if names:
             rows = rows.select_columns([self.text_column])
-        return rows, lambda row, number: row_text(row, self.text_column, f"{where}, row {number}")
+        return rows, lambda row, number: [row_text(row, self.text_column, f"{where}, row {number}")]
+
+    def _texts_of_line(self, line: str, where: str) -> list[str]:
+        line = line.removeprefix("\ufeff")
+        return [json_text(line, self.text_column, where)] if line.strip() else []
 
     def split(self, wanted: str) -> str:
         """The split to read: for held-out text the validation or test split, where there is one."""

@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections import Counter
+import unicodedata
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from machinery.errors import DataError, first_line
 
 
 @contextlib.contextmanager
-def telling_os_errors(path: Path, doing: str = "read") -> Iterator[None]:
+def telling_os_errors(path: Path) -> Iterator[None]:
     """An error of the operating system as a `DataError` with the path: it is no fault of the text."""
     try:
         yield
@@ -26,10 +26,9 @@ def telling_os_errors(path: Path, doing: str = "read") -> Iterator[None]:
         if error.errno is None:  # some libraries raise it about content
             raise
         where = error.filename or path
-        if doing == "read" and isinstance(error, FileNotFoundError):
+        if isinstance(error, FileNotFoundError):
             raise DataError(f"{where}: is gone or was moved since the source was listed; run this again") from None
-        advice = "check its permissions and the disk"
-        raise DataError(f"{where}: cannot be {doing} ({error.strerror}); {advice}") from None
+        raise DataError(f"{where}: cannot be read ({error.strerror}); check its permissions and the disk") from None
 
 
 def file_digest(path: Path, samples: bool = False) -> str:
@@ -50,63 +49,84 @@ MAX_LINE_BYTES = 1 << 20  # how much further a line end is looked for
 ROWS_BYTES = 8 << 20  # of a Parquet column, read at a time
 
 FORMATS = {  # first bytes, what they are of, and how to get at the text
-    b"\x1f\x8b": ("gzip", "unpack it: gunzip"),
-    b"BZh": ("bzip2", "unpack it: bunzip2"),
-    b"\xfd7zXZ": ("xz", "unpack it: unxz"),
-    b"\x28\xb5\x2f\xfd": ("zstd", "unpack it: unzstd"),
-    b"\x04\x22\x4d\x18": ("lz4", "unpack it: unlz4"),
-    b"7z\xbc\xaf\x27\x1c": ("7-Zip", "unpack it: 7z x"),
+    b"\x1f\x8b": ("gzip", "unpack it with gunzip"),
+    b"\x1f\x9d": ("compress", "unpack it with uncompress"),
+    b"BZh": ("bzip2", "unpack it with bunzip2"),
+    b"\xfd7zXZ": ("xz", "unpack it with unxz"),
+    b"\x5d\0\0": ("lzma", "unpack it with unlzma"),
+    b"\x28\xb5\x2f\xfd": ("zstd", "unpack it with unzstd"),
+    b"\x04\x22\x4d\x18": ("lz4", "unpack it with unlz4"),
+    b"7z\xbc\xaf\x27\x1c": ("7-Zip", "unpack it with 7z x"),
+    b"Rar!": ("RAR", "unpack it with unrar x"),
     b"PK\x03\x04": ("zip (or a .docx, .xlsx, .epub)", "unpack it or export its text"),
-    b"%PDF-": ("PDF", "export its text, for example: pdftotext"),
+    b"PK\x05\x06": ("an empty zip", "remove it"),
+    b"%PDF-": ("PDF", "export its text, for example with pdftotext"),
+    b"{\\rtf": ("RTF", "export its text"),
+    b"\xd0\xcf\x11\xe0": ("an old Office document", "export its text"),
+    b"version https://git-lfs": ("a pointer of Git LFS and not the file itself", "fetch it with git lfs pull"),
     b"PAR1": ("Parquet", "give it the suffix .parquet"),
+    b"ARROW1": ("Arrow", "convert it to Parquet"),
+    b"Obj\x01": ("Avro", "convert it to Parquet"),
+    b"\x89HDF": ("HDF5", "export its text"),
     b"\x89PNG": ("PNG", "remove it"),
     b"\xff\xd8\xff": ("JPEG", "remove it"),
+    b"GIF8": ("GIF", "remove it"),
     b"SQLite format 3\0": ("SQLite", "export its text"),
     b"\x7fELF": ("a program", "remove it"),
-    codecs.BOM_UTF32_LE: ("UTF-32", "convert it, for example: iconv -f utf-32 -t utf-8"),
-    codecs.BOM_UTF32_BE: ("UTF-32", "convert it, for example: iconv -f utf-32 -t utf-8"),
-    codecs.BOM_UTF16_LE: ("UTF-16", "convert it, for example: iconv -f utf-16 -t utf-8"),
-    codecs.BOM_UTF16_BE: ("UTF-16", "convert it, for example: iconv -f utf-16 -t utf-8"),
+    codecs.BOM_UTF32_LE: ("UTF-32", "convert it, for example with iconv -f utf-32 -t utf-8"),
+    codecs.BOM_UTF32_BE: ("UTF-32", "convert it, for example with iconv -f utf-32 -t utf-8"),
+    codecs.BOM_UTF16_LE: ("UTF-16", "convert it, for example with iconv -f utf-16 -t utf-8"),
+    codecs.BOM_UTF16_BE: ("UTF-16", "convert it, for example with iconv -f utf-16 -t utf-8"),
 }
+WIDE = ("utf-32-le", "utf-32-be", "utf-16-le", "utf-16-be")
+CONTROLS = bytes(byte for byte in range(32) if byte not in b"\b\t\n\v\f\r\x1b")  # which text does not hold
+FEW_CONTROLS = 0.1  # share of them, beyond which a file is no text
 
 
-def _check_format(path: Path, head: bytes) -> None:
-    """Raise `DataError`, naming the format, where the first bytes of a file are of no UTF-8 text."""
+def _check_format(path: Path, head: bytes, expected: str = "UTF-8 text") -> None:
+    """Raise `DataError`, naming the format, where the first bytes of a file are of something else."""
     name, advice = next((known for start, known in FORMATS.items() if head.startswith(start)), (None, None))
-    if name is None and (wide := _wide_encoding(head)):
-        name, advice = wide.upper(), f"convert it, for example: iconv -f {wide} -t utf-8"
+    if expected != "UTF-8 text":
+        name = None if name == expected else name
+    elif name is None and (b"\0" in head or not _is_utf8(head)):
+        if wide := _wide_encoding(head):
+            name, advice = wide.upper(), f"convert it, for example with iconv -f {wide} -t utf-8"
+        elif (found := _controls(head)) > FEW_CONTROLS * len(head) and len(head) >= 64:
+            name, advice = f"binary data ({found} control characters in its first {len(head)} bytes)", "remove it"
     if name:
-        raise DataError(f"{path}: holds {name}, not UTF-8 text; {advice} {path.name}")
+        raise DataError(f"{path}: holds {name}, not {expected}; {advice}")
+
+
+def _is_utf8(head: bytes) -> bool:
+    """Whether the first bytes of a file are UTF-8 and more than control characters."""
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(head)  # the last character may be cut
+    except UnicodeDecodeError:
+        return False
+    return _controls(head) <= FEW_CONTROLS * len(head)
+
+
+def _controls(content: bytes) -> int:
+    return len(content) - len(content.translate(None, CONTROLS))
 
 
 def _wide_encoding(head: bytes) -> str | None:
-    """The encoding of text whose characters take two or four bytes each, without a mark; None for other text."""
-    head = head[: len(head) // 4 * 4] if len(head) > 4 else head
-    for encoding in ("utf-32-le", "utf-32-be") if len(head) >= 4 and b"\0" in head else ():
-        with contextlib.suppress(UnicodeDecodeError):
-            head.decode(encoding)  # few byte sequences are valid
-            return encoding
-    if len(head) < 2:
+    """The encoding of text whose characters take two or four bytes each, without a mark; None for other content.
+
+    Text of 8 bits a character is mostly ASCII, or no text in a wide encoding. In the wrong order of bytes, text has
+    more different high bytes, which name the script.
+    """
+    printing = sum(32 <= byte < 127 for byte in head)
+    if printing > 0.7 * len(head) or len(head) < (2 if _controls(head) else 64):  # too short to tell
         return None
-    # The high bytes of a script are few and much alike: control characters, or one small range
-    even, odd = Counter(head[::2]), Counter(head[1::2])
-    for encoding, high, low in (("utf-16-le", odd, even), ("utf-16-be", even, odd)):
-        if _controls(high) > 0.7 * high.total() and _controls(low) < 0.3 * low.total():
-            return encoding
-        if high[0] and not low[0] and high[0] >= 0.005 * high.total():
-            return encoding  # its spaces and line ends have a high byte of 0
-    if len(head) >= 64 and (even - odd).total() > 0.6 * even.total():
-        try:
-            head.decode("utf-8")
-        except UnicodeDecodeError as error:
-            if error.end < len(head):  # not just cut off
-                return "utf-16-le" if len(odd) < len(even) else "utf-16-be"
+    high = {encoding: head[position::2] for encoding, position in zip(WIDE[2:], (1, 0))}
+    for encoding in (*WIDE[:2], *sorted(high, key=lambda name: (len(set(high[name])), sum(high[name])))):
+        with contextlib.suppress(UnicodeDecodeError):
+            text = codecs.getincrementaldecoder(encoding)().decode(head)
+            no_text = sum(c not in "\t\n\r" and unicodedata.category(c) in ("Cc", "Cn", "Co", "Cs") for c in text)
+            if text and no_text <= 0.05 * len(text):
+                return encoding
     return None
-
-
-def _controls(counts: Counter[int]) -> int:
-    """How many bytes are control characters that text does not hold."""
-    return sum(count for byte, count in counts.items() if byte < 32 and byte not in b"\t\n\r")
 
 
 def texts(path: Path, separator: str, lenient: bool) -> Iterator[str]:
@@ -130,8 +150,8 @@ def texts(path: Path, separator: str, lenient: bool) -> Iterator[str]:
             if not lenient:
                 at = file.tell() - len(error.object) + error.start
                 raise DataError(
-                    f"{path}: not UTF-8 at byte {at} (0x{error.object[error.start]:02x}); convert it, for example:"
-                    f" iconv -f latin1 -t utf-8 {path.name}"
+                    f"{path}: not UTF-8 at byte {at} (0x{error.object[error.start]:02x}); convert it from the"
+                    " encoding that it is in, for example with iconv -f latin1 -t utf-8"
                 ) from None
 
 
@@ -140,18 +160,31 @@ _DECODER = json.JSONDecoder(parse_int=float)  # numbers are never text; of int, 
 
 def json_text(line: str | bytes, text_column: str, where: str) -> str:
     """The text of one row of JSON lines; "" for null. No other column is looked at. Raises `DataError`."""
-    try:
-        row = _DECODER.decode(line if isinstance(line, str) else line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise DataError(f"{where}: not UTF-8 at byte {error.start} of the line; convert the file") from None
-    except json.JSONDecodeError as error:
-        found = f"{error.msg} at character {error.pos + 1}"
-        raise DataError(f"{where}: not JSON ({found}); mend it: a row is one object on one line") from None
-    except RecursionError:
-        raise DataError(f"{where}: nested too deeply; mend or remove it") from None
+    row = _decode_json(line, where, "a row is one object on one line")
     if not isinstance(row, dict):
         raise DataError(f"{where}: holds {_type_of(row)}, not an object; a row is one object on one line")
     return row_text(row, text_column, where)
+
+
+def array_texts(content: str, text_column: str, where: str) -> list[str]:
+    """The texts of the rows of a JSON array, which has to be read as a whole."""
+    rows = _decode_json(content.removeprefix("\ufeff"), where, "a file is one array of objects")
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict):
+            raise DataError(f"{where}, row {number}: holds {_kind(row)}, not an object")
+    return [row_text(row, text_column, f"{where}, row {number}") for number, row in enumerate(rows, 1)]
+
+
+def _decode_json(content: str | bytes, where: str, expected: str) -> object:
+    try:
+        return _DECODER.decode(content if isinstance(content, str) else content.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where}: not UTF-8 at byte {error.start} of the line; convert the file") from None
+    except json.JSONDecodeError as error:
+        found = f"{error.msg.removesuffix(' at')} at character {error.pos + 1}"
+        raise DataError(f"{where}: not JSON ({found}); mend it: {expected}") from None
+    except RecursionError:
+        raise DataError(f"{where}: nested too deeply; mend or remove it") from None
 
 
 def row_text(row: dict, text_column: str, where: str) -> str:
@@ -188,11 +221,11 @@ def no_column(where: str, text_column: str, names: Iterable[str]) -> DataError:
 def jsonl_texts(path: Path, text_column: str) -> Iterator[str]:
     """The text of every row of a JSON-lines file. Raises `DataError` naming the line."""
     with path.open("rb") as file:
-        head = file.read(4096)
-        _check_format(path, head)
-        file.seek(len(codecs.BOM_UTF8) if head.startswith(codecs.BOM_UTF8) else 0)
+        _check_format(path, file.read(4096))
+        file.seek(0)
         for number, line in enumerate(file, 1):
-            if not line.isspace():
+            line = line.removeprefix(codecs.BOM_UTF8)  # each of several files that were put together may have one
+            if line and not line.isspace():
                 text = json_text(line, text_column, f"{path}, line {number}")
                 del line  # a row may be large
                 yield text
@@ -206,6 +239,8 @@ def parquet_texts(path: Path, text_column: str) -> Iterator[str]:
     if path.stat().st_size == 0:
         return
     try:
+        with path.open("rb") as content:
+            _check_format(path, content.read(4096), "Parquet")
         with path.open("rb") as content, ParquetFile(content, buffer_size=1 << 20) as file:
             if file.metadata.num_rows:
                 _check_column(file.schema_arrow, text_column, path)
@@ -219,7 +254,9 @@ def parquet_texts(path: Path, text_column: str) -> Iterator[str]:
 def _check_column(schema, text_column: str, path: Path) -> None:
     from pyarrow import types
 
-    if schema.names.count(text_column) != 1:
+    if schema.names.count(text_column) > 1:
+        raise DataError(f"{path}: two columns are called {text_column!r}; rename one")
+    if text_column not in schema.names:
         raise no_column(str(path), text_column, schema.names)
     kind = schema.field(text_column).type
     kind = kind.value_type if types.is_dictionary(kind) else kind

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -33,10 +34,10 @@ def get_tokenizer(name: str, vocab_size: int, documents: Iterable[str] = ()) -> 
                 f"tokenizer {name!r}: its vocabulary could not be downloaded ({type(error).__name__});"
                 " check the network, point TIKTOKEN_CACHE_DIR to a copy, or use tokenizer='bpe'"
             ) from None
-    elif (Path(name).expanduser() / "tokenizer.json").is_file():
+    elif path := tokenizer_file(name):
         from machinery.huggingface.tokenizers import read_tokenizer
 
-        encoding = read_tokenizer(Path(name).expanduser())
+        encoding = read_tokenizer(path.parent)
     else:
         names = ", ".join(["bytes", "bpe", *tiktoken.list_encoding_names()])
         raise DataError(f"tokenizer {name!r} is not known; there are {names}, or the folder of a tokenizer.json")
@@ -46,6 +47,12 @@ def get_tokenizer(name: str, vocab_size: int, documents: Iterable[str] = ()) -> 
             f" set vocab_size to {-(-encoding.n_vocab // 64) * 64} (a multiple of 64 suits GPUs)"
         )
     return encoding
+
+
+def tokenizer_file(name: str) -> Path | None:
+    """The tokenizer.json of a folder; None where there is none under that name."""
+    path = os.path.join(os.path.expanduser(name), "tokenizer.json")
+    return Path(path) if os.path.isfile(path) else None
 
 
 def _encoding(name: str, ranks: dict[bytes, int], pattern: str) -> tiktoken.Encoding:

@@ -53,7 +53,7 @@ def refuse_what_does_not_fit(prediction: dict, machine: Machine, folder: Path) -
         )
     if p["checkpoint (GB)"] > free:
         raise UserError(
-            f"no go: a checkpoint takes {p['checkpoint (GB)']:.2f} GB and {free:.2f} GB are free in {folder.parent};"
+            f"no go: a checkpoint takes {p['checkpoint (GB)']:,.4f} GB and {free:,.4f} GB are free in {folder.parent};"
             " make room or set runs_dir"
         )
 

@@ -401,5 +401,7 @@ def test_a_pattern_that_the_engine_panics_on_is_one_line():
 
 
 def test_lines_that_a_crash_cut_short_are_left_out(tmp_path):
-    (tmp_path / "a.jsonl").write_bytes(b'{"step": 1}\n{"step": 2, "x": "\xff"}\n[1]\n' + b"[" * 10**5 + b'\n{"step": 3')
+    (tmp_path / "a.jsonl").write_bytes(
+        b'{"step": 1}\n{"step": 2, "text": "\xff"}\n[1]\n' + b"[" * 10**5 + b'\n{"step": 3'
+    )
     assert [line["step"] for line in read_jsonl(tmp_path / "a.jsonl")] == [1, 2]

@@ -16,14 +16,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data_utils
-from data_utils import Batches, get_tokenizer, prepare_data
+from data_utils import get_tokenizer, prepare_data
 from machinery import text_files
 from machinery.errors import DataError
 from machinery.held_out import is_held_out
 from machinery.shards import new_manifest
 from machinery.sources import iter_documents, open_source, read_documents
 from machinery.tokenizers import token_byte_counts, tokenizer_from_dict, tokenizer_to_dict
-from tests.text_config import TextConfig
+from tests.text_config import TextConfig, batches_at
 
 GPT2_VOCABULARY = Path(__file__).parents[2] / "shared" / "tiktoken"  # tiktoken's cache files, where a machine has them
 SAMPLE = ["def main():\n    return 1\n", "Größe 🙂 naïve\r\n\r\n\ttabs   spaces\n", "0123456789" * 3]
@@ -392,10 +392,10 @@ def test_windows_are_the_text_in_order(texts, tmp_path):
 def test_two_processes_read_the_same_batches(texts, tmp_path):
     pattern, _ = texts
     program = (
-        "import sys, hashlib, torch\nfrom data_utils import Batches, prepare_data\n"
-        "from tests.text_config import TextConfig\n"
-        f"data = prepare_data(TextConfig(source={pattern!r}, data_dir=sys.argv[1]))\n"
-        "batches = Batches(data.windows('train', 16, 5), 4, torch.device('cpu'), position=777)\n"
+        "import sys, hashlib\nfrom data_utils import prepare_data\n"
+        "from tests.text_config import TextConfig, batches_at\n"
+        f"config = TextConfig(source={pattern!r}, data_dir=sys.argv[1], seed=5)\n"
+        "batches = batches_at(prepare_data(config), config, 'cpu', position=777)\n"
         "digest = hashlib.sha256()\n"
         "for _ in range(300):\n"
         "    for part in batches.next(): digest.update(part.contiguous().numpy().tobytes())\n"
@@ -412,8 +412,9 @@ def test_two_processes_read_the_same_batches(texts, tmp_path):
 
 
 def test_batches_are_inputs_and_the_same_shifted(texts, tmp_path):
-    windows = prepare(texts[0], tmp_path).windows("train", 16, 0)
-    batches = Batches(windows, 4, torch.device("cpu"), position=3)
+    config = TextConfig(source=texts[0], data_dir=str(tmp_path))
+    data = prepare_data(config)
+    batches, windows = batches_at(data, config, "cpu", position=3), data.windows("train", 16, config.seed)
     tokens, targets = batches.next()
     assert tokens.shape == targets.shape == (4, 16) and tokens.dtype == torch.int64
     rows = torch.from_numpy(windows.read(3, 4))
@@ -439,6 +440,8 @@ def test_checksums_in_the_manifest_are_of_the_files(texts, tmp_path):
 
 @pytest.mark.cuda
 def test_batches_arrive_on_cuda(texts, tmp_path):
-    windows = prepare(texts[0], tmp_path).windows("train", 16, 0)
-    tokens, targets = Batches(windows, 4, torch.device("cuda")).next()
+    config = TextConfig(source=texts[0], data_dir=str(tmp_path))
+    data = prepare_data(config)
+    windows = data.windows("train", 16, config.seed)
+    tokens, targets = batches_at(data, config, "cuda", position=0).next()
     assert tokens.is_cuda and torch.equal(tokens.cpu(), torch.from_numpy(windows.read(0, 4))[:, :-1])

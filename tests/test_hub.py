@@ -145,3 +145,18 @@ def test_json_of_a_hub_is_read_by_its_text_column_alone(tmp_path):
         )
         message = run(hub, tmp_path, wrong, HF_HOME=str(tmp_path / "other"))
         assert f"row {len(rows) + 1}: no column 'text'; there are 'body'" in message
+
+
+def test_a_json_array_of_a_hub_is_read_by_its_text_column_alone(tmp_path):
+    rows = [*JSON_LINES, {"text": None, "meta": "a word"}, {"text": "last", "meta": 5}]
+    (tmp_path / "served").mkdir()
+    (tmp_path / "served" / "train.json").write_text(json.dumps(rows, indent=1), "utf-8")
+    program = (
+        "import json; from machinery.sources import *\n"
+        "read = list(open_source('owner/name').read())\n"
+        "rest = [text for text, _ in open_source('owner/name').read(start=json.loads(json.dumps(read[1][1])))]\n"
+        "print(json.dumps([[text for text, _ in read], rest]))"
+    )
+    with Hub(tmp_path / "served") as hub:
+        texts, rest = run(hub, tmp_path, program)
+    assert texts == ["one", "2024-01-01", "a\u2028b", "last"] and rest == texts[2:]

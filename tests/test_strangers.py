@@ -1,0 +1,257 @@
+"""What strangers have: files that are something else, folders that others were at, a screen that is gone."""
+
+import codecs
+import gzip
+import json
+import lzma
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from filelock import FileLock
+
+from data_utils import prepare_data
+from machinery import preparation
+from machinery.checkpoints import CheckpointError, newest_checkpoint
+from machinery.errors import DataError, UserError
+from machinery.files import read_jsonl, write_atomic
+from machinery.held_out import common_lines, cut_tail, is_held_out
+from machinery.run_folder import RunFolder
+from machinery.sources import iter_documents
+from tests.text_config import TextConfig
+
+RECORDS = "jumps über the lazy dog\nThe quick brown fox\n" * 50  # of an even length, as tables have
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (RECORDS.encode("latin1"), "not UTF-8 at byte 6 (0xfc)"),
+        ("café\n".encode("latin1"), "not UTF-8 at byte 3 (0xe9)"),
+        ("smart “quotes”\n".encode("cp1252"), "not UTF-8 at byte 6 (0x93)"),
+        ("你好世界，今天天气\n".encode("gbk") * 9, "not UTF-8 at byte 0"),
+        ("नमस्ते दुनिया\n".encode("utf-16-le") * 9, "holds UTF-16-LE, not UTF-8 text"),
+        ("नमस्ते दुनिया\n".encode("utf-16-be") * 9, "holds UTF-16-BE, not UTF-8 text"),
+        (b"\0" * 5000, "holds binary data"),
+        (os.urandom(9) + bytes(range(32)) * 9, "holds binary data"),
+        (lzma.compress(b"text", format=lzma.FORMAT_ALONE), "holds lzma, not UTF-8 text; unpack it with unlzma"),
+        (b"Rar!\x1a\x07\x01\0" + bytes(range(200)), "holds RAR"),
+        (b"{\\rtf1\\ansi hello}", "holds RTF"),
+        (LFS, "holds a pointer of Git LFS"),
+    ],
+)
+def test_what_a_file_holds_is_named_and_no_other_thing(tmp_path, content, said):
+    (tmp_path / "a.txt").write_bytes(content)
+    with pytest.raises(DataError) as error:
+        list(iter_documents(str(tmp_path)))
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize("content", [b"hello\0world\n" * 20, b"\x1b[1m\b" * 40, b"name;\xc3\xa9\r\n" * 99])
+def test_text_with_odd_characters_is_text(tmp_path, content):
+    (tmp_path / "a.txt").write_bytes(content)
+    assert [text.encode() for text in iter_documents(str(tmp_path))] == [content]
+
+
+@pytest.mark.parametrize(("content", "said"), [(gzip.compress(b"x"), "gzip"), (LFS, "Git LFS")])
+def test_what_is_no_parquet_is_named(tmp_path, content, said):
+    (tmp_path / "a.parquet").write_bytes(content)
+    with pytest.raises(DataError, match=f"holds .*{said}.*, not Parquet"):
+        list(iter_documents(str(tmp_path)))
+
+
+def test_tables_put_together_and_columns_of_one_name(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(2 * (codecs.BOM_UTF8 + b'{"text": "a"}\n') + codecs.BOM_UTF8)
+    assert list(iter_documents(str(tmp_path))) == ["a", "a"]
+    pq.write_table(
+        pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"]), tmp_path / "b.parquet"
+    )
+    with pytest.raises(DataError, match="two columns are called 'text'"):
+        list(iter_documents(str(tmp_path / "b.parquet")))
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"source": "pipe.txt"}, "'pipe.txt' is a device, a pipe or a socket"),
+        ({"val_source": "nosuch"}, "val_source: source 'nosuch'"),
+        ({"tokenizer": "x" * 300}, "is not known"),
+        ({"data_dir": "a\0b"}, "cannot be written"),
+        ({"data_dir": "texts/0.txt/x"}, "cannot be written"),
+    ],
+)
+def test_names_that_lead_nowhere_are_told(corpus, settings, said):
+    os.mkfifo("pipe.txt")
+    with pytest.raises(DataError) as error:
+        prepare_data(TextConfig(**({"source": "texts"} | settings)), progress=False)
+    assert said in str(error.value)
+
+
+@pytest.fixture
+def corpus(tmp_path, monkeypatch):
+    """A working folder with 40 short texts in texts/."""
+    monkeypatch.chdir(tmp_path)
+    Path("texts").mkdir()
+    for number in range(40):
+        Path(f"texts/{number}.txt").write_text("".join(f"line {i} of the text {number * 7919}\n" for i in range(20)))
+    return tmp_path
+
+
+# ------------------------------------------------------------------------------------------- held out
+
+
+def _licence(held_out: bool) -> str:
+    """Forty lines of which the smallest, by its hash, puts a document into the held-out text, or does not."""
+    licences = ("".join(f"// {n}: you may copy it, line {i}\n" for i in range(40)) for n in range(1000))
+    return next(text for text in licences if is_held_out(text, 0.2) == held_out)
+
+
+@pytest.mark.parametrize("held_out", [True, False])
+@pytest.mark.parametrize("where", ["header", "footer", "both"])
+def test_what_all_documents_share_neither_decides_nor_is_held_out(corpus, held_out, where):
+    licence = _licence(held_out)
+    for path in Path("texts").iterdir():
+        text = path.read_text()
+        header, footer = licence * (where != "footer"), licence.replace("//", "##") * (where != "header")
+        path.write_text(header + text + footer)
+    data = prepare_data(TextConfig(source="texts"), progress=False)
+    texts = {split: [data.encoding.decode(ids.tolist()) for ids in data.documents(split)] for split in ("train", "val")}
+    size = {split: sum(map(len, texts[split])) for split in texts}
+    assert 0.05 < size["val"] / (size["train"] + size["val"]) < 0.45
+    own = sum(line.startswith("line ") for text in texts["val"] for line in text.splitlines())
+    assert own > 0.2 * sum(len(text.splitlines()) for text in texts["val"])
+    assert len(set(texts["val"])) == len(texts["val"])
+
+
+def test_a_tail_ends_before_the_footer_and_nothing_is_lost():
+    footer = "the licence of all of them\n\nits second line, of them all\n"
+    texts = [f"line one of the text {i}\n" * 9 + f"the last own line, of {i}\n" + footer for i in range(5)]
+    common = common_lines(texts)
+    assert len(common) == 2
+    rest, tail = cut_tail(texts[0], 0.3, common)
+    assert tail.endswith("the last own line, of 0\n") and rest == texts[0].replace(tail, "") and footer in rest
+    assert cut_tail(footer, 0.3, common) == cut_tail(footer, 0.3)  # all of it is common
+    assert common_lines(texts[:1]) == set()
+
+
+# ---------------------------------------------------------------------------- folders others were at
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "tokenizer.json"])
+@pytest.mark.parametrize("damage", ["pipe", "folder", "list", "empty", "broken link"])
+def test_damaged_shards_end_in_a_line_that_names_the_file(corpus, name, damage):
+    config = TextConfig(source="texts")
+    path = prepare_data(config, progress=False).folder / name
+    path.unlink()
+    {
+        "pipe": lambda: os.mkfifo(path),
+        "folder": path.mkdir,
+        "list": lambda: path.write_text("[1, 2]"),
+        "empty": path.touch,
+        "broken link": lambda: path.symlink_to("nowhere"),
+    }[damage]()
+    with pytest.raises(DataError) as error:
+        prepare_data(config, progress=False)
+    assert str(path) in str(error.value)
+    assert "remove" in str(error.value) or "not a regular file" in str(error.value)
+
+
+def test_no_link_is_written_through(corpus):
+    folder = prepare_data(TextConfig(source="texts"), progress=False).folder
+    Path("mine").write_text("mine")
+    (folder / ".bytes_read").symlink_to(corpus / "mine")
+    with pytest.raises(DataError, match="bytes_read is a link"):
+        preparation._note_bytes_read(folder, 7)
+    assert Path("mine").read_text() == "mine"
+
+
+def test_who_waits_for_another_process_says_so(corpus, capsys):
+    config = TextConfig(source="texts")
+    folder = prepare_data(config, progress=False).folder
+    (folder / "manifest.json").unlink()
+    lock = FileLock(folder / ".lock", thread_local=False)
+    lock.acquire()
+    threading.Timer(1.6, lock.release).start()
+    started = time.monotonic()
+    assert prepare_data(config, progress=False).manifest["complete"] and time.monotonic() - started > 1.5
+    assert f"waiting for another process that tokenizes this text, in {folder}: 1 s" in capsys.readouterr().out
+
+
+def _a_run(folder: Path) -> RunFolder:
+    run = RunFolder(folder, "r")
+    run.begin({"seed": 0}, tokenizer={"a": 1}, data={"key": "k"}, environment={"dtype": "float32"})
+    run.append("metrics.jsonl", {"step": 1, "train_loss": 2.0})
+    return run
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"\xff", b"[" * 10**5, None])
+def test_a_damaged_note_does_not_forbid_to_resume(tmp_path, content):
+    run = _a_run(tmp_path)
+    (run.path / "environment.json").unlink()
+    (run.path / "environment.json").mkdir() if content is None else (run.path / "environment.json").write_bytes(content)
+    run.same_text({"a": 1}, "k", "float32")
+
+
+@pytest.mark.parametrize("name", ["summary.json", "config.json.part", "metrics.jsonl.part"])
+def test_a_folder_in_the_way_is_named_and_stays(tmp_path, name):
+    run = _a_run(tmp_path)
+    (run.path / "summary.json").unlink(missing_ok=True)
+    (run.path / name).mkdir()
+    with pytest.raises(UserError, match=f"{name}: cannot be replaced"):
+        run.begin({"seed": 0})
+    assert (run.path / name).is_dir()
+
+
+def test_a_run_is_set_aside_whole_or_not_at_all(tmp_path, monkeypatch):
+    run = _a_run(tmp_path)
+    before, rename = sorted(os.listdir(run.path)), Path.rename
+
+    def fail_for_metrics(path, target):
+        if path.name == "metrics.jsonl" and path.parent == run.path:
+            raise PermissionError(13, "Permission denied")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", fail_for_metrics)
+    with pytest.raises(UserError, match="cannot be moved there"):
+        run.set_aside()
+    assert sorted(os.listdir(run.path)) == before and os.listdir(tmp_path) == ["r"]
+
+
+def test_checkpoints_that_cannot_be_read_are_not_none(tmp_path):
+    (tmp_path / "checkpoints").write_text("a file")
+    with pytest.raises(CheckpointError, match="checkpoints: cannot be read"):
+        newest_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("line", "is_read"),
+    [
+        ({"step": 1, "tokens_per_second": 2.5, "mfu": None}, True),
+        ({"step": 1, "prompt": "a", "text": "b"}, True),
+        ({"step": 1, "tokens_per_second": "2.5"}, False),
+        ({"step": 1, "tokens_per_second": [2.5]}, False),
+        ({"step": 1, "prompt": None, "text": 3}, False),
+        ({"step": True}, False),
+        ({"step": 1.5}, False),
+    ],
+)
+def test_lines_of_a_run_are_numbers(tmp_path, line, is_read):
+    write_atomic(tmp_path / "metrics.jsonl", json.dumps(line) + "\n")
+    assert read_jsonl(tmp_path / "metrics.jsonl") == [line] * is_read
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full here")
+def test_a_screen_that_is_gone_does_not_end_a_program(tmp_path):
+    program = "from machinery.screen import keep_printing\nkeep_printing(); keep_printing()\n"
+    program += "for _ in range(9): print('🙂' * 9999, flush=True)\nopen('done', 'w').close()"
+    options = {"cwd": tmp_path, "env": os.environ | {"PYTHONIOENCODING": "ascii"}}
+    with open("/dev/full", "w") as stdout:
+        done = subprocess.run([sys.executable, "-c", program], stdout=stdout, stderr=subprocess.PIPE, **options)
+    assert done.returncode == 0 and done.stderr.count(b"going on without it") == 1 and (tmp_path / "done").exists()
