@@ -171,7 +171,7 @@ def array_texts(content: str, text_column: str, where: str) -> list[str]:
     rows = _decode_json(content.removeprefix("\ufeff"), where, "a file is one array of objects")
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict):
-            raise DataError(f"{where}, row {number}: holds {_kind(row)}, not an object")
+            raise DataError(f"{where}, row {number}: holds {_type_of(row)}, not an object")
     return [row_text(row, text_column, f"{where}, row {number}") for number, row in enumerate(rows, 1)]
 
 
