@@ -58,7 +58,7 @@ def read_jsonl(path: str | Path) -> list[dict]:
 
 def _is_line_of_a_run(line: dict) -> bool:
     """Whether all values are numbers or missing, but for the text of a sample: others may have been at the file."""
-    kinds = {"prompt": str, "text": str}
+    kinds = {"tokens": int, "prompt": str, "text": str}
     return all(isinstance(value, kinds.get(name, int | float | None)) for name, value in line.items())
 
 

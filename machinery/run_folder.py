@@ -227,6 +227,8 @@ def run_state(folder: str | Path) -> dict:
 
 def _is_locked(path: Path) -> bool:
     """Whether another process holds the lock; needs no right to write where the system has `flock`."""
+    if not path.is_file():  # none, or a pipe, which would be waited for
+        return False
     try:
         import fcntl
 
@@ -251,7 +253,7 @@ def show_run(folder: str | Path) -> None:
 
     state = run_state(folder)
     last, left = state["last"], state["seconds_left"]
-    print(f"{Path(folder).name}: {state['status']}, {state['progress']:.1%} of the budget", end="")
+    print(f"{Path(folder).name}: {printable(str(state['status']))}, {state['progress']:.1%} of the budget", end="")
     print(f", {duration(left)} left" if state["status"] == "running" and left is not None else "")
     numbers = [
         ("step", ",d"),
@@ -265,10 +267,11 @@ def show_run(folder: str | Path) -> None:
         print(f"──── sample of step {sample['step']:,}\n{as_sample(sample)}")
     plt.figure(figsize=(7, 3))
     for name, style in [("train_loss", "-"), ("val_loss", "o-")]:
-        points = [(line["tokens"] / 1e6, line[name]) for line in state["metrics"] if line.get(name) is not None]
+        lines = [line for line in state["metrics"] if line.get(name) is not None and "tokens" in line]
+        points = [(line["tokens"] / 1e6, line[name]) for line in lines]
         plt.plot(*zip(*points), style, label=name) if points else None
     plt.gca().set(xlabel="tokens (millions)", ylabel="nats per token", title=Path(folder).name)
-    if last:
+    if plt.gca().lines:
         plt.legend()
     plt.show()
 

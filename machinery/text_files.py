@@ -224,8 +224,9 @@ def jsonl_texts(path: Path, text_column: str) -> Iterator[str]:
         _check_format(path, file.read(4096))
         file.seek(0)
         for number, line in enumerate(file, 1):
-            line = line.removeprefix(codecs.BOM_UTF8)  # each of several files that were put together may have one
-            if line and not line.isspace():
+            if line[0] == 0xEF:  # each of several files that were put together may have a mark
+                line = line.removeprefix(codecs.BOM_UTF8) or b"\n"
+            if not line.isspace():
                 text = json_text(line, text_column, f"{path}, line {number}")
                 del line  # a row may be large
                 yield text

@@ -22,7 +22,7 @@ from machinery.checkpoints import CheckpointError, newest_checkpoint
 from machinery.errors import DataError, UserError
 from machinery.files import read_jsonl, write_atomic
 from machinery.held_out import common_lines, cut_tail, is_held_out
-from machinery.run_folder import RunFolder
+from machinery.run_folder import RunFolder, show_run
 from machinery.sources import iter_documents
 from tests.text_config import TextConfig
 
@@ -238,6 +238,7 @@ def test_checkpoints_that_cannot_be_read_are_not_none(tmp_path):
         ({"step": 1, "tokens_per_second": "2.5"}, False),
         ({"step": 1, "tokens_per_second": [2.5]}, False),
         ({"step": 1, "prompt": None, "text": 3}, False),
+        ({"step": 1, "tokens": 1.5}, False),
         ({"step": True}, False),
         ({"step": 1.5}, False),
     ],
@@ -245,6 +246,19 @@ def test_checkpoints_that_cannot_be_read_are_not_none(tmp_path):
 def test_lines_of_a_run_are_numbers(tmp_path, line, is_read):
     write_atomic(tmp_path / "metrics.jsonl", json.dumps(line) + "\n")
     assert read_jsonl(tmp_path / "metrics.jsonl") == [line] * is_read
+
+
+@pytest.mark.parametrize(
+    "line", ["", '{"step": 1, "train_loss": 2}', '{"step": 1, "tokens": 1e400, "train_loss": NaN}']
+)
+def test_a_run_that_others_were_at_is_shown(tmp_path, capsys, line):
+    run = _a_run(tmp_path)
+    (run.path / "metrics.jsonl").write_text(line)
+    (run.path / "summary.json").write_text('{"status": "\\u001b[31m"}')
+    (run.path / ".lock").unlink(missing_ok=True)
+    os.mkfifo(run.path / ".lock")
+    show_run(run.path)
+    assert "\x1b" not in capsys.readouterr().out
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full here")
