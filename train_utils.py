@@ -10,7 +10,6 @@ import copy
 import gc
 import math
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -27,7 +26,7 @@ from machinery.loggers import Loggers
 from machinery.machine import Machine, compile_or_eager, measure_matmul_flops, time_per_call
 from machinery.processes import lost_process
 from machinery.run_folder import RunFolder, describe_environment
-from machinery.screen import Screen
+from machinery.screen import Screen, keep_printing
 from machinery.tokenizers import tokenizer_to_dict
 from machinery.watch import Watch, print_ending, print_preflight, refuse_what_does_not_fit
 from model_utils import choose_micro_batch, count_parameters, flops_per_token, predict
@@ -106,8 +105,7 @@ class Run:
         self._repeats, self._rise = False, 0.0  # whether text is read again; held-out loss over the best, at last
 
     def __enter__(self) -> Run:
-        if hasattr(sys.stdout, "reconfigure"):
-            sys.stdout.reconfigure(errors="replace")  # a terminal without a character of ours does not end a run
+        keep_printing()
         self.folder.lock()
         self.machine.barrier()
         return self
