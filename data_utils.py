@@ -239,7 +239,7 @@ class TokenWindows:
 
     def __init__(self, data: TokenData, split: str, block_size: int, seed: int | None) -> None:
         self.data, self.split, self.block_size, self.seed = data, split, block_size, seed
-        self._opened: dict[int, np.ndarray] = {}
+        self._verified: set[int] = set()
         manifest = self._look()
         if self.counts.sum() < 1:
             raise DataError(
@@ -269,8 +269,7 @@ class TokenWindows:
         rows = np.empty((count, self.block_size + 1), dtype=np.int64)
         for row, at in zip(rows, range(position, position + count)):
             shard, index = self._locate(at)
-            start = index * self.block_size
-            row[:] = self._tokens(shard)[start : start + self.block_size + 1]
+            row[:] = self._tokens(shard, index * self.block_size, self.block_size + 1)
         return rows
 
     def _locate(self, position: int) -> tuple[int, int]:
@@ -290,29 +289,26 @@ class TokenWindows:
         order = _permutation(len(self.shards), self.seed, epoch) if shuffled else np.arange(len(self.shards))
         return order, np.cumsum(self.counts[order])
 
-    def _tokens(self, shard: int) -> np.ndarray:
-        """The shard as a memory map, verified against the manifest before its first token is used."""
-        if shard not in self._opened:
-            entry = self.shards[shard]
-            path = self.data.folder / entry["name"]
-            if not path.exists() or path.stat().st_size != entry["tokens"] * self.dtype.itemsize:
-                found = f"{path.stat().st_size} bytes" if path.exists() else "nothing"
-                raise DataError(
-                    f"{path}: expected {entry['tokens'] * self.dtype.itemsize} bytes, found {found}; remove the folder"
-                    " to tokenize again"
-                )
-            with telling_os_errors(path), path.open("rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
-                    raise DataError(
-                        f"{path}: content does not match the manifest's checksum; remove the folder to tokenize again"
-                    )
-            tokens = np.memmap(path, dtype=self.dtype, mode="r")
-            if tokens.max(initial=0) >= self.n_vocab:
-                raise DataError(
-                    f"{path}: holds token {tokens.max()}, but the tokenizer has {self.n_vocab}; remove the folder"
-                )
-            self._opened[shard] = tokens
-        return self._opened[shard]
+    def _tokens(self, shard: int, start: int = 0, count: int = -1) -> np.ndarray:
+        """Tokens of a shard, all without `count`. It is verified before its first token is used.
+
+        Each part is read from the file: a memory map of one that is cut off meanwhile would end the process.
+        """
+        entry = self.shards[shard]
+        path, advice = self.data.folder / entry["name"], "remove the folder to tokenize again"
+        with telling_os_errors(path):
+            if shard not in self._verified:
+                with path.open("rb") as file:
+                    if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
+                        raise DataError(f"{path}: content does not match the manifest's checksum; {advice}")
+                if (largest := np.fromfile(path, self.dtype).max(initial=0)) >= self.n_vocab:
+                    raise DataError(f"{path}: holds token {largest}, but the tokenizer has {self.n_vocab}; {advice}")
+                self._verified.add(shard)
+            tokens = np.fromfile(path, self.dtype, count, offset=start * self.dtype.itemsize)
+        wanted = count if count >= 0 else entry["tokens"]
+        if len(tokens) != wanted:
+            raise DataError(f"{path}: {wanted} tokens were expected at {start}, {len(tokens)} are there; {advice}")
+        return tokens
 
 
 @lru_cache(maxsize=4)

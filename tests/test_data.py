@@ -352,8 +352,24 @@ def test_damaged_shards_are_named_before_a_token_is_used(texts, tmp_path):
     with pytest.raises(DataError, match="train_000000.bin.*checksum"):
         data.windows("train", 16, 0).read(0, 1)
     shard.write_bytes(content[:-2])
-    with pytest.raises(DataError, match="train_000000.bin: expected .* bytes, found"):
+    with pytest.raises(DataError, match="train_000000.bin.*checksum"):
         data.windows("train", 16, 0).read(0, 1)
+
+
+def test_a_shard_cut_off_while_it_is_read_ends_in_a_line(texts, tmp_path):
+    """In a process of its own: a memory map would end it with a signal."""
+    program = (
+        "import os, sys; from text_config import TextConfig; from data_utils import prepare_data\n"
+        "from machinery.errors import DataError\n"
+        "data = prepare_data(TextConfig(sys.argv[1], data_dir=sys.argv[2]), progress=False)\n"
+        "windows = data.windows('train', 16, 0); windows.read(0, 4)\n"
+        "os.truncate(data.folder / 'train_000000.bin', 100)\n"
+        "try: windows.read(4, 2000)\nexcept DataError as error: print(error)"
+    )
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([os.environ["PYTHONPATH"], str(Path(__file__).parent)])}
+    command = [sys.executable, "-c", program, texts[0], str(tmp_path / "cut")]
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert done.returncode == 0 and "17 tokens were expected" in done.stdout, done.stderr
 
 
 def test_narrowest_type_that_holds_the_vocabulary(texts, tmp_path):
