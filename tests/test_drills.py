@@ -17,7 +17,13 @@ SHORT = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("drill", "times"), SHORT, ids=[drill.__name__ for drill, _ in SHORT])
+LONG = {power_cuts}  # 20 seconds, and what it needs is not everywhere
+
+
+@pytest.mark.parametrize(
+    ("drill", "times"),
+    [pytest.param(*case, id=case[0].__name__, marks=pytest.mark.long if case[0] in LONG else ()) for case in SHORT],
+)
 def test_drill(tmp_path, drill, times):
     if drill is power_cuts and not shutil.which("strace"):
         pytest.skip("strace is not installed: it records what a run writes")

@@ -119,6 +119,7 @@ def test_compiled_processes_train_the_run_of_one(lm, settings, tmp_path):
     check_losses(lm, together)
 
 
+@pytest.mark.long
 def test_fsdp_in_bfloat16_has_the_losses_of_one_process_within_its_precision(lm, settings, tmp_path):
     """Weights are gathered in 16 bits and gradients added in 32: checkpoints and weights stay in 32."""
     short = STEADY | {"max_steps": 12, "eval_every": 6, "sample_every": 12, "dtype": "bfloat16"}
