@@ -90,7 +90,8 @@ def prepare_data(config, progress: bool = True) -> TokenData:
 
 def tokens_needed(config) -> int | None:
     """Upper bound on the tokens that a run of `config` reads; None when only the clock limits it."""
-    limits = [config.max_steps * config.batch_tokens, config.max_tokens and config.max_tokens + config.batch_tokens]
+    batch = 2**21 if config.batch_tokens == "auto" else config.batch_tokens  # more than "auto" takes in any day
+    limits = [config.max_steps * batch, config.max_tokens and config.max_tokens + batch]
     return min((limit for limit in limits if limit), default=None)
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from data_utils import Batches, TokenData
+from machinery.budget import settle_batch
 from machinery.checkpoints import CheckpointError, check_weights, load_checkpoint, newest_checkpoint, save_checkpoint
 from machinery.errors import told
 from machinery.files import read_jsonl
@@ -92,6 +93,7 @@ class Run:
     """runs/<run_name> while this process trains in it, locked: what a run needs around its steps."""
 
     def __init__(self, config, machine: Machine) -> None:
+        config = settle_batch(config, machine)
         self.config, self.machine = config, machine
         self.budget = Budget(config.max_steps, config.max_tokens, config.max_hours)
         self.folder = RunFolder(config.runs_dir, config.run_name, writes=machine.rank == 0)

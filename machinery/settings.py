@@ -150,11 +150,15 @@ def _check_shapes(c) -> None:
 
 
 def _check_batch(c) -> None:
+    for name in ("batch_tokens", "micro_batch"):
+        value = getattr(c, name)
+        require(
+            value == "auto" or (type(value) is int and value > 0),
+            f"{name} is {value!r}; it takes a number above 0, or 'auto'",
+        )
+    if c.batch_tokens == "auto":
+        return
     auto = c.micro_batch == "auto"
-    require(
-        auto or (type(c.micro_batch) is int and c.micro_batch > 0),
-        f"micro_batch is {c.micro_batch!r}; it takes a number above 0, or 'auto'",
-    )
     tokens = c.block_size * (1 if auto else c.micro_batch)
     product = "block_size" if auto else f"block_size × micro_batch = {c.block_size} × {c.micro_batch} ="
     near = tokens * max(1, round(c.batch_tokens / tokens))

@@ -110,7 +110,7 @@ def test_links_within_the_notebook_lead_to_headings_and_those_out_of_it_to_files
 
 
 def test_the_losses_quoted_for_day_are_those_of_the_scaling_law(lm):
-    config, machine = lm.Config.from_preset("day"), Machine.find("cpu", "float32")
+    config, machine = lm.Config.from_preset("day", batch_tokens=524288), Machine.find("cpu", "float32")
     model, _ = lm.outline(config, machine)
     per_hour = 0.4e12 * DATASHEET_TFLOPS["RTX 4090"] * 3600 / flops_per_token(model, config)
     losses = [expected_loss(count_parameters(model)["total"], hours * per_hour) for hours in (1, 6, 12, 24)]

@@ -18,7 +18,7 @@ MODELS = {
         "n_layer": 12, "n_embd": 768, "n_head": 12, "n_kv_head": 4, "n_ffn": 2048, "block_size": 256,
         "vocab_size": 32768, "batch_tokens": 1024, "micro_batch": 4,
     },
-    "day": {"micro_batch": 16},
+    "day": {"micro_batch": 16, "batch_tokens": 524288},
     "tiny": {"preset": "smoke", "n_head": 2, "n_kv_head": 1, "micro_batch": 2},  # for the tests
 }  # fmt: skip
 

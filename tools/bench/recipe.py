@@ -1,13 +1,11 @@
-"""Which choices of the recipe earn their place: `demo` trained again and again, one change at a time, at fixed tokens.
+"""The recipe against others on equal text, order and tokens, and one change at a time: results/recipe.md.
 
     python -m tools.bench.recipe                  the next runs that are missing, until none is; stop it at any time
     python -m tools.bench.recipe --summary        results/recipe.md and .png from the runs there are
-    python -m tools.bench.recipe --seconds        seconds per step of both optimizers, on a quiet machine
-    python -m tools.bench.recipe --tokens 2200000 --threads 2 --only recipes
+    python -m tools.bench.recipe --seconds        seconds per step, in turns, on a quiet machine
+    NANOCHAT=../nanochat python -m tools.bench.recipe --jobs 2 --only contest
 
-A run at fixed tokens gives the same loss on a slow or busy machine as on a fast one. Each has one thread, so several
-can go side by side (`--jobs`). Results are lines of results/recipe.jsonl; what is there is not run again, failures
-included.
+Results are lines of results/recipe.jsonl; what is there is not run again, failures included.
 """
 
 from __future__ import annotations
@@ -16,30 +14,27 @@ import argparse
 import json
 import math
 import statistics
-import tempfile
-from collections.abc import Callable
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
 
-from data_utils import prepare_data
 from machinery.errors import UserError, plain_errors
-from machinery.files import read_json, read_jsonl
+from machinery.files import write_atomic
 from machinery.machine import Machine
 from tools.bench.common import benchmark_environment, take_turns
-from tools.common import RESULTS, ROOT, lm, table
-from tools.training import train_apart
+from tools.bench.nanochat import VARIANTS, clone
+from tools.common import RESULTS, lm, table
+from tools.runs import Results, Run, mean_and_error, paired_effect, run_missing, verdict
 
-DATA = ROOT / "data"
 SECONDS = RESULTS / "recipe-seconds.json"
-TOKENS, SEEDS = 500_000, (0, 1, 2)
-SAME = "as it is"  # the default recipe of `demo`
-SHARES = (0.7, 0.5, 0.35)  # of the tokens, with which the recipe may reach what the nanoGPT recipe reaches with all
-NANOGPT = {"optimizer": "adamw", "schedule": "cosine", "weight_decay": 0.1}  # and betas 0.9/0.95, which are the default
+BUDGETS, SEEDS = (500_000, 1_000_000, 2_200_000), (0, 1, 2, 3, 4)  # of the contest
+TEXTS = {"python": {}, "english": {"source": "english", "prompt": "The"}}
+CHOICE_TOKENS, CHOICE_SEEDS = BUDGETS[0], SEEDS[:3]
+SCALES = (0.5, 1.0, 2.0)  # of all rates, tried for those whose rates are not made for this batch
+OURS, NANOGPT_NAME = "the default", "nanoGPT"
+NANOGPT = {"optimizer": "adamw", "schedule": "cosine", "weight_decay": 0.1}  # and AdamW's betas below
+NANOGPT_RATES = (0.001, 0.002, 0.004)
 
 # One change each. Where a change would add or remove parameters, n_ffn makes up for it, unless the name says otherwise.
 CHOICES: dict[str, dict] = {
@@ -68,239 +63,153 @@ CHOICES: dict[str, dict] = {
     "absolute positions": {"position": "absolute"},
 }
 
-# --------------------------------------------------------------------------------------------- one run
+# ------------------------------------------------------------------------------------------- contenders
 
 
-@dataclass(frozen=True)
-class Run:
-    """One training of `demo` with `overrides`, until `tokens`."""
-
-    name: str
-    overrides: dict
-    seed: int
-    tokens: int
-
-    def config(self, runs_dir: str = "runs"):
-        """Scored once: at the end, on all of the held-out text."""
-        never = 10**9
-        return lm.Config.from_preset(
-            "demo", **self.overrides, seed=self.seed, max_tokens=self.tokens, max_hours=0.0, eval_every=never,
-            sample_every=never, sample_tokens=1, checkpoint_every=never, runs_dir=runs_dir, data_dir=str(DATA),
-        )  # fmt: skip
-
-    @property
-    def key(self) -> tuple[str, int]:
-        """What the result depends on: when the recipe changes, so do the keys of all runs that share it."""
-        return self.config().identity, self.tokens
+def ours(seed: int, tokens: int, text: str) -> Run:
+    """The presets' recipe."""
+    return Run(OURS, TEXTS[text], seed, tokens)
 
 
-def train_run(run: Run, threads: int) -> dict:
-    """Train in a process of its own; returns the line for the results, which says so where it failed."""
-    machine = Machine.find()
-    where = {"date": str(date.today()), "device": machine.name, "dtype": str(machine.dtype)[6:], "threads": threads}
-    line = {"identity": run.key[0], **vars(run), **where}
-    with tempfile.TemporaryDirectory() as folder:
-        config = run.config(folder)
-        if error := train_apart(config, threads):
-            return line | {"status": "failed", "error": error}
-        summary = read_json(Path(folder) / config.run_name / "summary.json")
-        metrics = read_jsonl(Path(folder) / config.run_name / "metrics.jsonl")
-    scores = [{name: line[name] for name in ("val_bpb", "val_loss")} for line in metrics if line.get("val_bpb")]
-    kept = {name: summary[name] for name in ("status", "parameters", "train_seconds", "tokens_per_second")}
-    return line | kept | (scores[-1] if scores else {})
+def nanogpt(rate: float, seed: int, tokens: int, text: str) -> Run:
+    """nanoGPT's: AdamW with one rate for everything, weight decay and a cosine."""
+    return Run(f"{NANOGPT_NAME}, lr {rate:g}", TEXTS[text] | NANOGPT | {"lr": rate, "embedding_lr": rate}, seed, tokens)
 
 
-# ------------------------------------------------------------------------------------------- the queue
+def nanochat(variant: str, scale: float, seed: int, tokens: int, text: str) -> Run:
+    """nanochat whole, or its optimizer on the notebook's model."""
+    return Run(f"nanochat, {variant}, rates × {scale:g}", TEXTS[text], seed, tokens, variant, scale)
 
 
-class Results:
-    """The lines of results/recipe.jsonl, by what they depend on."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-        self.lines = {(line["identity"], line["tokens"]): line for line in lines}
-
-    def add(self, line: dict) -> None:
-        self.lines[line["identity"], line["tokens"]] = line
-        with self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-
-    def loss(self, run: Run) -> float | None:
-        """Bits per byte; infinite for a run that failed or diverged, None for one that is missing."""
-        line = self.lines.get(run.key)
-        return line and line.get("val_bpb", math.inf)
+def best_of(results: Results, runs: list[Run]) -> Run | None:
+    """The run with the lowest loss, or None while one is missing."""
+    losses = [results.loss(run) for run in runs]
+    return None if None in losses else min(zip(losses, range(len(runs)), runs))[2]
 
 
-def nanogpt(lr: float, seed: int, tokens: int) -> Run:
-    return Run(f"nanoGPT recipe, lr {lr:g}", NANOGPT | {"lr": lr, "embedding_lr": lr}, seed, tokens)
+def tuning(text: str) -> list[list[Run]]:
+    """Groups of runs with other rates, at the smallest budget and seed 0: the best of each goes into the contest."""
+    at = (0, BUDGETS[0], text)
+    found = [[nanogpt(rate, *at) for rate in NANOGPT_RATES]]
+    return found + [[nanochat(variant, scale, *at) for scale in SCALES] for variant in VARIANTS]
 
 
-def tune(results: Results, tokens: int) -> tuple[float, bool]:
-    """The learning rate at which the nanoGPT recipe is best, at seed 0, with both neighbours measured, and True.
-
-    Or the one to measure next, and False.
-    """
-    rates = [0.001, 0.002, 0.004]
-    while True:
-        losses = {lr: results.loss(nanogpt(lr, 0, tokens)) for lr in rates}
-        best = None if None in losses.values() else min(losses, key=losses.get)
-        missing = [lr for lr, loss in losses.items() if loss is None] if best is None else []
-        if missing:
-            return missing[0], False
-        neighbours = [lr for lr in (best / 2, best * 2) if lr not in rates]
-        if not neighbours:
-            return best, True
-        rates += neighbours
-
-
-def plan(results: Results, tokens: int, only: str = "all") -> list[Run]:
-    """The runs in the order of their importance, as far as the results tell which.
-
-    First the recipe against the nanoGPT recipe, whose learning rate is tuned first; then with how few tokens the
-    recipe reaches the same loss; then one choice after the other, each with all seeds.
-    """
-    lr, tuned = tune(results, tokens)
-    if not tuned:
-        return [Run(SAME, {}, 0, tokens), nanogpt(lr, 0, tokens)]
-    runs = [run for seed in SEEDS for run in (Run(SAME, {}, seed, tokens), nanogpt(lr, seed, tokens))]
-    if only == "all":
-        runs += [Run(SAME, {}, seed, int(share * tokens)) for seed in SEEDS for share in SHARES]
-        runs += [Run(name, overrides, seed, tokens) for name, overrides in CHOICES.items() for seed in SEEDS]
+def contest(results: Results, text: str, seed: int, tokens: int) -> list[Run]:
+    """The contenders at one seed and budget, as far as their rates are tuned."""
+    runs = [ours(seed, tokens, text)]
+    for group in tuning(text):
+        if best := best_of(results, group):
+            runs.append(lm.replace(best, seed=seed, tokens=tokens))
     return runs
 
 
-def run_missing(results: Results, tokens: int, jobs: int, threads: int, only: str) -> None:
-    """Run what is missing, `jobs` at a time, until nothing is."""
-    prepare_data(Run(SAME, {}, 0, tokens).config())  # once, and not by several at a time
-    running = {}
-    with ThreadPoolExecutor(jobs) as pool:
-        while True:
-            for run in plan(results, tokens, only):
-                if len(running) < jobs and run.key not in results.lines and run.key not in running.values():
-                    running[pool.submit(train_run, run, threads)] = run.key
-            if not running:
-                return
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                del running[future]
-                results.add(future.result())
-                print(json.dumps(future.result(), ensure_ascii=False), flush=True)
+def plan(results: Results, only: str = "all", others: bool = True) -> list[Run]:
+    """The runs in the order of their importance, as far as the results tell which.
+
+    Rates first, then all contenders budget by budget and seed by seed, then one choice after the other.
+    """
+    runs = [run for text in TEXTS for group in tuning(text) for run in group]
+    runs += [
+        run for text in TEXTS for seed in SEEDS for tokens in BUDGETS for run in contest(results, text, seed, tokens)
+    ]
+    if only == "all":
+        runs += [Run(name, values, seed, CHOICE_TOKENS) for name, values in CHOICES.items() for seed in CHOICE_SEEDS]
+    return [run for run in runs if others or not run.by]
 
 
-# ----------------------------------------------------------------------------------------- the summary
+# ------------------------------------------------------------------------------------------ the summary
 
 
-def effects_of_changes(results: Results, tokens: int) -> list[dict]:
-    """A row per choice that has a result: bits per byte less those of the recipe with the same seed, best first."""
+def contest_rows(results: Results, text: str) -> list[dict]:
+    """A row per contender and budget: mean, standard error, and its paired difference to the default."""
     rows = []
-    for name, overrides in CHOICES.items():
-        pairs = {}
-        for seed in SEEDS:
-            ours, changed = (results.loss(Run(n, o, seed, tokens)) for n, o in ((SAME, {}), (name, overrides)))
-            if ours is not None and changed is not None:
-                pairs[seed] = changed - ours
-        if pairs:
-            line = results.lines[Run(name, overrides, next(iter(pairs)), tokens).key]
-            values = list(pairs.values())
+    for tokens in BUDGETS:
+        base = {seed: loss for seed in SEEDS if (loss := results.loss(ours(seed, tokens, text))) is not None}
+        for number, run in enumerate(contest(results, text, 0, tokens)):
+            losses = results.losses(lambda seed, run=run: lm.replace(run, seed=seed, tokens=tokens), SEEDS)
+            if not losses:
+                continue
+            mean, error = mean_and_error(losses.values())
+            line = results.lines[lm.replace(run, seed=next(iter(losses)), tokens=tokens).key]
+            row = {"contender": run.name, "tokens": tokens, "bits per byte": mean, "±": _known(error)}
+            row |= {"seeds": len(losses), "parameters": line.get("parameters")}
+            if number and base.keys() & losses.keys():
+                effect, error, _ = paired_effect(losses, base)
+                row |= {"against the default": effect, "± ": _known(error), "": verdict(effect, error)}
+            rows.append(row)
+    return rows
+
+
+def _known(error: float) -> float | None:
+    return None if math.isnan(error) else error
+
+
+def effects_of_changes(results: Results) -> list[dict]:
+    """A row per choice that has a result: its paired difference to the default, best first."""
+    base = results.losses(lambda seed: ours(seed, CHOICE_TOKENS, "python"), CHOICE_SEEDS)
+    rows = []
+    for name, values in CHOICES.items():
+        losses = results.losses(
+            lambda seed, name=name, values=values: Run(name, values, seed, CHOICE_TOKENS), CHOICE_SEEDS
+        )
+        if shared := sorted(losses.keys() & base.keys()):
+            effect, error, count = paired_effect(losses, base)
+            line = results.lines[Run(name, values, shared[0], CHOICE_TOKENS).key]
             rows.append({
-                "choice": name, "effect": statistics.fmean(values), "values": values, "runs": len(values),
-                "parameters": line.get("parameters"), "spread": statistics.stdev(values) if len(values) > 1 else None,
+                "choice": name, "effect": effect, "±": _known(error), "runs": count, "": verdict(effect, error),
+                "parameters": line.get("parameters"), "values": [losses[seed] - base[seed] for seed in shared],
             })  # fmt: skip
     return sorted(rows, key=lambda row: row["effect"])
 
 
-def verdict(row: dict, noise: float) -> str:
-    """Whether an effect is more than twice the standard error that `noise`, the spread over seeds, gives it."""
-    error = 2 * noise * math.sqrt(2 / row["runs"])
-    return "better" if row["effect"] < -error else "worse" if row["effect"] > error else "no difference seen"
-
-
-def losses_of(results: Results, make: Callable[[int], Run]) -> list[float]:
-    """Bits per byte of the seeds there are."""
-    return [loss for seed in SEEDS if (loss := results.loss(make(seed))) is not None]
-
-
-def scored(losses: list[float]) -> dict:
-    """Mean, standard deviation and number of some bits per byte, as cells of a table."""
-    deviation = statistics.stdev(losses) if len(losses) > 1 else None
-    return {"bits per byte": statistics.fmean(losses), "±": deviation, "seeds": len(losses)}
-
-
-def nanogpt_rates(results: Results, tokens: int) -> dict[float, list[float]]:
-    """Bits per byte of the nanoGPT recipe, by learning rate."""
-    rates = sorted({line["overrides"]["lr"] for line in results.lines.values() if "lr" in line["overrides"]})
-    found = {lr: losses_of(results, lambda seed, lr=lr: nanogpt(lr, seed, tokens)) for lr in rates}
-    return {lr: losses for lr, losses in found.items() if losses}
-
-
-def budgets(results: Results, tokens: int) -> dict[int, list[float]]:
-    """Bits per byte of the recipe, by the tokens that its run had."""
-    sizes = [int(share * tokens) for share in SHARES] + [tokens]
-    found = {size: losses_of(results, lambda seed, size=size: Run(SAME, {}, seed, size)) for size in sorted(sizes)}
-    return {size: losses for size, losses in found.items() if losses}
-
-
-def write_summary(results: Results, tokens: int, folder: Path = RESULTS) -> None:
+def write_summary(results: Results, folder: Path = RESULTS) -> None:
     """recipe.md and recipe.png in `folder`, of the results there are."""
-    ours, theirs, (lr, tuned) = budgets(results, tokens), nanogpt_rates(results, tokens), tune(results, tokens)
-    if len(ours.get(tokens, [])) < 2 or not theirs:
-        raise UserError(
-            f"{results.path}: too few runs of {tokens:,} tokens of the recipe as it is now; `make recipe` makes them"
-        )
-    reached = [
-        size for size, losses in ours.items() if tuned and statistics.fmean(losses) <= statistics.fmean(theirs[lr])
-    ]
-    share = f"{min(reached) / tokens:.2f}× or less" if reached else "more than all"
-    noise, rows = statistics.stdev(ours[tokens]), effects_of_changes(results, tokens)
+    tables = {text: rows for text in TEXTS if (rows := contest_rows(results, text))}
+    if not tables:
+        raise UserError(f"{results.path}: no run of the recipe as it is now; `make recipe` makes them")
+    rows = effects_of_changes(results)
     failed = [line for line in results.lines.values() if line["status"] != "finished"]
-    seconds = json.loads(SECONDS.read_text()) if SECONDS.exists() else {"seconds": None}
     places = {(line["date"], line["device"], line["dtype"]) for line in results.lines.values()}
+    columns = {"contender": "", "tokens": ",d", "bits per byte": ".4f", "±": ".4f", "seeds": "d", "parameters": ",d"}
+    columns |= {"against the default": "+.4f", "± ": ".4f", "": ""}
+    changes = {"choice": "", "effect": "+.4f", "±": ".4f", "runs": "d", "parameters": ",d", "": ""}
     text = TEXT.format(
-        tokens=tokens, about="; ".join("{}, {}, matrix products in {}".format(*place) for place in sorted(places)),
-        recipes=table(
-            [{"recipe": f"nanoGPT, lr {rate:g}", "tokens": tokens} | scored(losses) for rate, losses in theirs.items()]
-            + [{"recipe": "the default", "tokens": size} | scored(losses) for size, losses in ours.items()],
-            {"recipe": "", "tokens": ",d", "bits per byte": ".4f", "±": ".4f", "seeds": "d"},
-        ),
-        share=share, time=time_text(seconds["seconds"], min(reached) / tokens if reached else 1.0), noise=noise,
+        about="; ".join("{}, {}, matrix products in {}".format(*place) for place in sorted(places)),
+        contest="\n\n".join(f"### {text}\n\n{table(rows, columns)}" for text, rows in tables.items()),
+        time=time_text(json.loads(SECONDS.read_text())["seconds"] if SECONDS.exists() else {}),
+        tokens=CHOICE_TOKENS, choices=table(rows, changes),
         failed=", ".join(f"{line['name']} (seed {line['seed']})" for line in failed) or "none",
-        choices=table(
-            [row | {"": verdict(row, noise)} for row in rows],
-            {"choice": "", "effect": "+.4f", "spread": ".4f", "runs": "d", "parameters": ",d", "": ""},
-        ),
         rules=table([dict(zip(("of", "rule", "here", "source"), rule)) for rule in RULES],
                     {"of": "", "rule": "", "here": "", "source": ""}),
     )  # fmt: skip
-    (folder / "recipe.md").write_text(text)
-    draw_recipe(folder / "recipe.png", rows, ours, theirs, noise, tokens)
+    write_atomic(folder / "recipe.md", text)
+    draw_recipe(folder / "recipe.png", rows, tables)
 
 
-def time_text(seconds: dict[str, float] | None, share: float) -> str:
-    """What the share of the tokens is in time, where seconds per step are measured."""
+def time_text(seconds: dict[str, float]) -> str:
+    """What a step of each contender takes, where that is measured."""
     if not seconds:
-        return " Seconds per step of both are not measured yet (`--seconds`)."
-    ratio = seconds[SAME] / seconds["nanoGPT recipe"]
-    return (
-        f" A step takes {ratio:.2f}× the time (measured in turns), so that is {share * ratio:.2f}× of its time or less."
-    )
+        return "Seconds per step are not measured yet (`--seconds`)."
+    listed = ", ".join(f"{name} {value * 1000:.0f} ms" for name, value in seconds.items())
+    return f"A step of 2,048 tokens, measured in turns: {listed}."
 
 
-def draw_recipe(path: Path, rows: list[dict], ours: dict, theirs: dict, noise: float, tokens: int) -> None:
-    """Left: the effect of each choice, a dot for each seed. Right: loss against tokens, beside the nanoGPT recipe's."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 0.26 * len(rows) + 2), width_ratios=(2, 1))
-    left.axvspan(-2 * noise, 2 * noise, color="gray", alpha=0.2, label="twice the spread over seeds")
+def draw_recipe(path: Path, rows: list[dict], tables: dict[str, list[dict]]) -> None:
+    """Left: the effect of each choice, a dot for each seed. Right: loss against tokens of each contender."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 0.26 * len(rows) + 3), width_ratios=(2, 1))
     for place, row in enumerate(reversed(rows)):
         left.plot(row["values"], [place] * row["runs"], "o", color="tab:blue", alpha=0.5)
         left.plot(row["effect"], place, "|", color="tab:red", markersize=14)
+    left.axvline(0, color="gray", linewidth=1)
     left.set_yticks(range(len(rows)), [row["choice"] for row in reversed(rows)], fontsize=8)
-    left.set(xlabel="change in bits per byte (right is worse)", title=f"One change at a time, {tokens:,} tokens")
-    left.legend(fontsize=8)
-    right.plot([n / 1e3 for n in ours], [statistics.fmean(losses) for losses in ours.values()], "o-", label="default")
-    best = min(theirs.values(), key=statistics.fmean)
-    right.axhline(
-        statistics.fmean(best), color="gray", linestyle="--", label=f"nanoGPT recipe, tuned, {tokens:,} tokens"
-    )
-    right.set(xlabel="tokens of a whole run (thousands)", ylabel="bits per byte held out", title="Tokens to a loss")
+    left.set(xlabel="change in bits per byte (right is worse)", title=f"One change at a time, {CHOICE_TOKENS:,} tokens")
+    for name in dict.fromkeys(row["contender"] for row in next(iter(tables.values()))):
+        mine = [row for row in next(iter(tables.values())) if row["contender"] == name]
+        right.errorbar(
+            [row["tokens"] / 1e6 for row in mine], [row["bits per byte"] for row in mine],
+            [row["±"] or 0 for row in mine], fmt="o-", capsize=3, label=name,
+        )  # fmt: skip
+    right.set(xlabel="tokens of a whole run (millions)", ylabel="bits per byte held out", title=next(iter(tables)))
     right.legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=100)
@@ -310,7 +219,7 @@ def draw_recipe(path: Path, rows: list[dict], ours: dict, theirs: dict, noise: f
 def seconds_per_step(machine, rounds: int = 30, **changes) -> dict[str, float]:
     """Seconds of a whole step of `demo`, compiled, under both recipes' optimizers; they take turns."""
     steps = {}
-    for name, overrides in [(SAME, {}), ("nanoGPT recipe", NANOGPT | {"lr": 0.002, "embedding_lr": 0.002})]:
+    for name, overrides in [(OURS, {}), (NANOGPT_NAME, NANOGPT | {"lr": 0.002, "embedding_lr": 0.002})]:
         config = lm.Config.from_preset("demo", **overrides | changes, micro_batch=8)
         model = lm.build_model(config).to(machine.device)
         optimizers, scaler = lm.build_optimizers(model, config, machine), machine.scaler()
@@ -329,27 +238,30 @@ def seconds_per_step(machine, rounds: int = 30, **changes) -> dict[str, float]:
 
 TEXT = """# The recipe
 
-`make recipe`, {about}: `demo`, trained on {tokens:,} tokens, one change at a time. *Bits per byte* is on all of the
-held-out text. Tokens are fixed, so the losses do not depend on the machine's speed.
+`make recipe`, {about}: `demo` under its recipe and under others, at fixed tokens, so that the losses do not depend on the
+machine's speed. *Bits per byte* is on all of the held-out text, none of which has a near-copy in the training text.
 
-## Against the nanoGPT recipe
+## The contest
 
-That of [nanoGPT](https://github.com/karpathy/nanoGPT): AdamW with betas 0.9 and 0.95 and one learning rate for
-everything, weight decay 0.1, and a cosine; on the same model, text and batches, with the same warmup. Its
-learning rate is tuned on seed 0 by factors of two, until both neighbours of the best are worse. The default is
-trained anew for each number of tokens, with its whole schedule; ± is the standard deviation over seeds.
+Equal text, batches, order, depth, width, heads, vocabulary and context. ± is the standard error over seeds;
+differences are between runs with the same seed, and *better* and *worse* are more than two standard errors. The rates of
+the others are the best of three on seed 0 at the smallest budget.
 
-{recipes}
+- **nanoGPT**: the optimizer of [nanoGPT](https://github.com/karpathy/nanoGPT), AdamW with one learning rate for everything,
+  weight decay 0.1 and a cosine, on the notebook's model.
+- **nanochat, llama**: the optimizer, schedules and initial weights of [nanochat](https://github.com/karpathy/nanochat), its own
+  code, on the notebook's model with an untied head.
+- **nanochat, whole**: its model as well: value embeddings, squared ReLU, soft-capped logits, scalars per layer.
 
-The default reaches the loss of the tuned nanoGPT recipe with {share} of its tokens.{time}
+{contest}
+
+{time}
 
 ## One change at a time
 
-Each change against the default with the same seed, so with the same order of the text. *Effect* is in bits per
-byte, and below zero is better; *spread* is its standard deviation over seeds; the default itself varies by
-{noise:.4f} from seed to seed. Better and worse are effects of more than twice the standard error that this
-leaves; with one run, that is not much to go by. Where a change would add or remove parameters, `n_ffn` makes up
-for it, unless the name says otherwise. Failed or diverged: {failed}.
+Each change against the default with the same seed, {tokens:,} tokens of Python. *Effect* is in bits per byte, and below
+zero is better. Where a change would add or remove parameters, `n_ffn` makes up for it, unless the name says otherwise.
+Failed or diverged: {failed}.
 
 ![Effects](recipe.png)
 
@@ -424,27 +336,28 @@ RULES = [
 
 
 def main() -> None:
+    """See the module's docstring."""
     plain_errors()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=TOKENS, help="of a run")
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
-    parser.add_argument("--threads", type=int, default=1, help="of each run")
-    parser.add_argument("--only", choices=["all", "recipes"], default="all", help="recipes: without the single choices")
+    parser.add_argument("--only", choices=["all", "contest"], default="all", help="contest: without the single choices")
     parser.add_argument("--summary", action="store_true", help="write what there is, train nothing")
     parser.add_argument("--seconds", action="store_true", help="measure seconds per step, train nothing")
     parser.add_argument("--results", type=Path, default=RESULTS / "recipe.jsonl")
     options = parser.parse_args()
     if options.seconds:
         machine = Machine.find()
-        SECONDS.write_text(
-            json.dumps({"seconds": seconds_per_step(machine)} | benchmark_environment(machine), indent=1) + "\n"
-        )
+        seconds = {"seconds": seconds_per_step(machine)} | benchmark_environment(machine)
+        write_atomic(SECONDS, json.dumps(seconds, indent=1) + "\n")
         print(SECONDS.read_text())
         return
     results = Results(options.results)
     if not options.summary:
-        run_missing(results, options.tokens, options.jobs, options.threads, options.only)
-    write_summary(results, options.tokens)
+        others = clone() is not None
+        if not others:
+            print("nanochat is left out: set NANOCHAT to a clone of it to compare with its own code")
+        run_missing(results, lambda: plan(results, options.only, others), options.jobs)
+    write_summary(results)
 
 
 if __name__ == "__main__":

@@ -64,6 +64,7 @@ def configured(**values):
     # The learning rate of `demo`'s text and the times of a run of minutes; the model and the batch are `day`'s
     base |= {
         "source": "python+site",
+        "batch_tokens": 524288,
         "eval_every": 40,
         "sample_every": 80,
         "checkpoint_every": 100,

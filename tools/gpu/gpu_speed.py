@@ -24,7 +24,7 @@ from tools.gpu.common import OUT, Report, options, seconds_of, synchronize
 
 
 def day(**values):
-    return lm.Config.from_preset("day", **(SMALL | {"device": DEVICE} | values))
+    return lm.Config.from_preset("day", **({"batch_tokens": 524288} | SMALL | {"device": DEVICE} | values))
 
 
 def pair_for(config, batch: int):

@@ -1,0 +1,58 @@
+"""The dial: from a budget and a machine to the tokens of a step, and their learning rates."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+from machinery.files import read_json
+from machinery.machine import Machine, measure_matmul_flops
+from machinery.settings import kv_heads
+
+# The best batch grows as the tokens of a run to the power 0.383 (Bergsma et al. 2025, arXiv 2505.13738), from what
+# `day` has: 524,288 tokens a step, of 3.7 billion in 24 hours of an RTX 4090 at 40% of its data sheet.
+DAY_TOKENS, DAY_BATCH, POWER = 3.7e9, 524_288, 0.383
+SHARE = 0.5  # of the rate of a large matrix product that training is taken to reach; 2 times off is 1.3 times in batch
+
+
+def best_batch(tokens: float) -> float:
+    """Tokens per step for a run of so many tokens."""
+    return DAY_BATCH * (tokens / DAY_TOKENS) ** POWER
+
+
+def tokens_of_steps(steps: int) -> float:
+    """Tokens of a run of so many steps, each of the batch that is best for so many tokens."""
+    return (steps * best_batch(1.0)) ** (1 / (1 - POWER))
+
+
+def tokens_within(config, machine: Machine) -> float:
+    """About how many tokens the budget of `config` holds on `machine`: the least that one of its limits allows."""
+    heads = kv_heads(config.attention, config.n_head, config.n_kv_head)
+    attention = 2 * config.n_embd**2 * (1 + heads / config.n_head)
+    ffn = (3 if config.ffn == "gated" else 2) * config.n_embd * config.n_ffn
+    multiplying = config.n_layer * (attention + ffn) + config.vocab_size * config.n_embd
+    flops = 6 * multiplying + 12 * config.n_layer * config.n_embd * config.block_size
+    seconds = config.max_hours * 3600
+    by_clock = seconds and SHARE * measure_matmul_flops(machine) * machine.processes / flops * seconds
+    by_steps = config.max_steps and tokens_of_steps(config.max_steps)
+    return min(limit for limit in (config.max_tokens, by_steps, by_clock) if limit)
+
+
+def settle_batch(config, machine: Machine):
+    """`config` with a number for batch_tokens="auto", and learning rates that fit it; others are as they are.
+
+    The rates are those of 524,288 tokens and move with the square root of the batch (Malladi et al. 2022, arXiv
+    2205.10643). The batch is a power of two of sequences in each process. A run that was begun keeps its own.
+    """
+    if config.batch_tokens != "auto":
+        return config
+    unit = config.block_size * machine.processes * (1 if config.micro_batch == "auto" else config.micro_batch)
+    begun = Path(config.runs_dir).expanduser() / config.run_name / "config.json"
+    saved = read_json(begun, missing={}).get("batch_tokens") if config.resume != "never" else None
+    tokens = 0.0 if saved else tokens_within(config, machine)
+    batch = saved or unit * 2 ** max(0, round(math.log2(best_batch(tokens) / unit)))
+    factor = math.sqrt(batch / DAY_BATCH)
+    why = "as this run was begun" if saved else f"for a run of about {tokens:.2g}"
+    print(f"batch_tokens 'auto': {batch:,} tokens a step {why}; learning rates × {factor:.2f}")
+    return replace(config, batch_tokens=batch, lr=config.lr * factor, embedding_lr=config.embedding_lr * factor)

@@ -1,0 +1,70 @@
+"""The dial and the forecast: a batch that follows the budget, a law that finds what made its runs."""
+
+import json
+
+import pytest
+import torch
+
+from machinery import budget, forecast
+from machinery.budget import best_batch, settle_batch, tokens_of_steps
+from machinery.machine import Machine
+
+CPU = Machine.find("cpu", "float32")
+
+
+def test_the_law_of_the_batch():
+    assert best_batch(3.7e9) == 524_288 and best_batch(2 * 3.7e9) / best_batch(3.7e9) == pytest.approx(2**0.383)
+    tokens = tokens_of_steps(1000)
+    assert tokens == pytest.approx(1000 * best_batch(tokens))
+
+
+def test_auto_follows_the_budget_and_moves_the_rates(lm, capsys, monkeypatch):
+    monkeypatch.setattr(budget, "measure_matmul_flops", lambda _: 165e12 * 0.8)
+    settled = {hours: settle_batch(lm.Config.from_preset("day", max_hours=hours), CPU) for hours in (1, 24, 600)}
+    assert [config.batch_tokens for config in settled.values()] == [131072, 524288, 2097152]
+    assert settled[24].lr == 0.02 and settled[1].lr == pytest.approx(0.02 / 2)
+    assert settled[1].embedding_lr == pytest.approx(settled[24].embedding_lr / 2)
+    assert "131,072 tokens a step for a run of about 1.6e+08; learning rates × 0.50" in capsys.readouterr().out
+    limited = settle_batch(lm.Config.from_preset("day", max_tokens=10**8), CPU)  # the limit that is reached first
+    assert limited.batch_tokens == 131072
+    given = lm.Config.from_preset("day", batch_tokens=65536)
+    assert settle_batch(given, CPU) is given and capsys.readouterr().out.count("auto") == 1
+
+
+def test_a_run_keeps_its_batch_when_its_budget_grows(lm, tiny, capsys):
+    config = tiny(batch_tokens="auto", max_tokens=4096)
+    first = lm.train(config)
+    begun = json.loads((lm.Path(config.runs_dir) / config.run_name / "config.json").read_text())
+    again = lm.train(lm.replace(config, max_tokens=4 * begun["batch_tokens"] + first["tokens"]))
+    assert (
+        again["tokens"] >= first["tokens"] + 4 * begun["batch_tokens"]
+        and "as this run was begun" in capsys.readouterr().out
+    )
+    saved = json.loads((lm.Path(config.runs_dir) / config.run_name / "config.json").read_text())
+    assert saved["batch_tokens"] == begun["batch_tokens"] and saved["lr"] == begun["lr"]
+
+
+def test_a_law_is_found_again_and_knows_where_it_ends(lm, monkeypatch, tmp_path):
+    true = {"E": 0.6, "A": 20.0, "alpha": 0.3, "B": 60.0, "beta": 0.4}
+    runs = [
+        {"multiplying": n, "tokens": d, "val_bpb": forecast.expected(true, n, d)}
+        for n in (5e5, 2e6, 5e6) for d in (2e5, 5e5, 1e6)
+    ]  # fmt: skip
+    law = forecast.fit(runs)
+    assert forecast.expected(law, 2e6, 3e6) == pytest.approx(forecast.expected(true, 2e6, 3e6), abs=0.01)
+    law |= {"error": 0.02, "way": [[0.1, 0.3, 0.02], [0.5, 0.2, 0.02], [1.0, 0.0, 0.0]]}
+    monkeypatch.setattr(forecast, "LAWS", tmp_path / "forecast.json")
+    (tmp_path / "forecast.json").write_text(json.dumps({"python": law}))
+    config = lm.Config.from_preset("demo")
+    found = forecast.forecast(config, 2e6, 1e7, 2e6)
+    assert found.high - found.low == pytest.approx(0.08) and found.at(1.0) == pytest.approx((found.low, found.high))
+    assert found.at(0.5)[0] > found.high and found.at(0.01) is None
+    assert forecast.forecast(config, 2e6, 1e7, 1e8) is None  # far beyond the runs
+    assert forecast.forecast(lm.replace(config, source="texts/*.txt"), 2e6, 1e7, 2e6) is None
+    web = forecast.forecast(lm.Config.from_preset("day"), 2.2e8, 1.5e9, 3.7e9)
+    assert 0.8 < web.low < web.high < 0.9 and web.at(0.5) is None
+
+
+def test_the_settled_config_is_that_of_a_machine(lm):
+    config = settle_batch(lm.Config.from_preset("hour", max_hours=0.0, max_steps=1000), CPU)
+    assert config.batch_tokens % config.block_size == 0 and torch.tensor(config.lr).isfinite()
