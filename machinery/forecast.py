@@ -93,5 +93,5 @@ def fit(runs: list[dict]) -> dict:
     _, alpha, beta, e, a, b = (float(value) for value in best)
     return {
         "E": e, "A": a, "alpha": alpha, "B": b, "beta": beta,
-        "parameters": [n.min(), n.max()], "tokens": [d.min(), d.max()],
+        "parameters": [float(n.min()), float(n.max())], "tokens": [float(d.min()), float(d.max())],
     }  # fmt: skip

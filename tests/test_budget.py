@@ -24,7 +24,7 @@ def test_auto_follows_the_budget_and_moves_the_rates(lm, capsys, monkeypatch):
     assert [config.batch_tokens for config in settled.values()] == [131072, 524288, 2097152]
     assert settled[24].lr == 0.02 and settled[1].lr == pytest.approx(0.02 / 2)
     assert settled[1].embedding_lr == pytest.approx(settled[24].embedding_lr / 2)
-    assert "131,072 tokens a step for a run of about 1.6e+08; learning rates × 0.50" in capsys.readouterr().out
+    assert "131,072 tokens a step for a run of about 1.5e+08; learning rates × 0.50" in capsys.readouterr().out
     limited = settle_batch(lm.Config.from_preset("day", max_tokens=10**8), CPU)  # the limit that is reached first
     assert limited.batch_tokens == 131072
     given = lm.Config.from_preset("day", batch_tokens=65536)
@@ -62,7 +62,7 @@ def test_a_law_is_found_again_and_knows_where_it_ends(lm, monkeypatch, tmp_path)
     assert forecast.forecast(config, 2e6, 1e7, 1e8) is None  # far beyond the runs
     assert forecast.forecast(lm.replace(config, source="texts/*.txt"), 2e6, 1e7, 2e6) is None
     web = forecast.forecast(lm.Config.from_preset("day"), 2.2e8, 1.5e9, 3.7e9)
-    assert 0.8 < web.low < web.high < 0.9 and web.at(0.5) is None
+    assert 0.75 < web.low < 0.829 < web.high < 0.9 and web.at(0.5) is None
 
 
 def test_the_settled_config_is_that_of_a_machine(lm):

@@ -159,8 +159,8 @@ misses the longest run of each size, root mean square, when it is fitted without
 
 {laws}
 
-Runs that were not used for the fit. {within} of {count} ended within their band; the largest miss is {worst:.3f} bits per
-byte. *On the way* counts the evaluations during the run that lay within the band drawn for them.
+Runs that were not used for the fit. {within} of {count} ended within their band; the largest miss is {worst:.3f} bits
+per byte. *On the way* counts the evaluations during the run that lay within the band drawn for them.
 
 {rows}
 """

@@ -54,7 +54,7 @@ class Scored(nn.Module):
 
 
 def build_whole(config, scale: float) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """nanochat's GPT of the config's size, with full attention in every layer as the notebook has, and its optimizer."""
+    """nanochat's GPT of the config's size, with full attention in every layer, and its optimizer."""
     gpt = importlib.import_module("nanochat.gpt")
     heads = {"n_head": config.n_head, "n_kv_head": config.n_kv_head, "window_pattern": "L"}
     sizes = {"sequence_len": config.block_size, "vocab_size": config.vocab_size, "n_layer": config.n_layer}

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import statistics
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -125,12 +124,12 @@ def contest_rows(results: Results, text: str) -> list[dict]:
     rows = []
     for tokens in BUDGETS:
         base = {seed: loss for seed in SEEDS if (loss := results.loss(ours(seed, tokens, text))) is not None}
-        for number, run in enumerate(contest(results, text, 0, tokens)):
-            losses = results.losses(lambda seed, run=run: lm.replace(run, seed=seed, tokens=tokens), SEEDS)
+        for number, run in enumerate(contest(results, text, 0, tokens)):  # each at this budget
+            losses = results.losses(lambda seed, run=run: lm.replace(run, seed=seed), SEEDS)
             if not losses:
                 continue
             mean, error = mean_and_error(losses.values())
-            line = results.lines[lm.replace(run, seed=next(iter(losses)), tokens=tokens).key]
+            line = results.lines[lm.replace(run, seed=next(iter(losses))).key]
             row = {"contender": run.name, "tokens": tokens, "bits per byte": mean, "±": _known(error)}
             row |= {"seeds": len(losses), "parameters": line.get("parameters")}
             if number and base.keys() & losses.keys():
@@ -238,19 +237,19 @@ def seconds_per_step(machine, rounds: int = 30, **changes) -> dict[str, float]:
 
 TEXT = """# The recipe
 
-`make recipe`, {about}: `demo` under its recipe and under others, at fixed tokens, so that the losses do not depend on the
-machine's speed. *Bits per byte* is on all of the held-out text, none of which has a near-copy in the training text.
+`make recipe`, {about}: `demo` under its recipe and under others, at fixed tokens, so that the losses do not depend on
+the machine's speed. *Bits per byte* is on all of the held-out text, none of which has a near-copy in the training text.
 
 ## The contest
 
 Equal text, batches, order, depth, width, heads, vocabulary and context. ± is the standard error over seeds;
-differences are between runs with the same seed, and *better* and *worse* are more than two standard errors. The rates of
-the others are the best of three on seed 0 at the smallest budget.
+differences are between runs with the same seed, and *better* and *worse* are more than two standard errors. The rates
+of the others are the best of three on seed 0 at the smallest budget.
 
-- **nanoGPT**: the optimizer of [nanoGPT](https://github.com/karpathy/nanoGPT), AdamW with one learning rate for everything,
-  weight decay 0.1 and a cosine, on the notebook's model.
-- **nanochat, llama**: the optimizer, schedules and initial weights of [nanochat](https://github.com/karpathy/nanochat), its own
-  code, on the notebook's model with an untied head.
+- **nanoGPT**: the optimizer of [nanoGPT](https://github.com/karpathy/nanoGPT), AdamW with one learning rate for
+  everything, weight decay 0.1 and a cosine, on the notebook's model.
+- **nanochat, llama**: the optimizer, schedules and initial weights of [nanochat](https://github.com/karpathy/nanochat),
+  its own code, on the notebook's model with an untied head.
 - **nanochat, whole**: its model as well: value embeddings, squared ReLU, soft-capped logits, scalars per layer.
 
 {contest}

@@ -108,7 +108,8 @@ def rehearse_job(overrides: dict, folder: str) -> None:
     distributed._verify_param_shape_across_processes = lambda *_, **__: None  # compares what comes from the other card
     config = lm.Config.from_preset("day", **{
         "source": "python", "data_dir": f"{folder}/data", "runs_dir": f"{folder}/runs", "run_name": "rehearsal",
-        "resume": "never", "batch_tokens": 524288, "max_hours": 0.0, "max_steps": 2, "eval_every": 1, "eval_tokens": 65536, "sample_every": 1,
+        "resume": "never", "batch_tokens": 524288, "max_hours": 0.0,
+        "max_steps": 2, "eval_every": 1, "eval_tokens": 65536, "sample_every": 1,
         "sample_tokens": 4, "checkpoint_every": 1,
     } | overrides)  # fmt: skip
     said = io.StringIO()
