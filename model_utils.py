@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -15,11 +16,15 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from machinery.attention import SHORT, attend, short_attention
+from machinery.budget import multiplying_and_flops, tokens_within
+from machinery.errors import UserError
+from machinery.forecast import forecast, laws
 from machinery.machine import Machine
 from machinery.settings import kv_heads
 
 __all__ = [
-    "attend", "attention_maps", "cache_bytes_per_token", "choose_micro_batch", "compute_optimal", "count_parameters",
+    "attend", "attention_maps", "best_shape", "cache_bytes_per_token", "choose_micro_batch", "compute_optimal",
+    "count_parameters",
     "cross_entropy", "evaluation_mode", "expected_loss", "flops_per_token", "loss_rows", "multiplying_parameters",
     "predict", "short_attention", "training_memory",
 ]  # fmt: skip
@@ -77,6 +82,36 @@ def compute_optimal(flops: float) -> tuple[float, float]:
     balance = (ALPHA * A / (BETA * B)) ** (1 / (ALPHA + BETA))
     parameters = balance * (flops / 6) ** (BETA / (ALPHA + BETA))
     return parameters, flops / 6 / parameters
+
+
+def best_shape(config, machine: Machine, hours: float, channels: int = 64) -> dict[str, int]:
+    """Overrides of `config` for the depth, at so many channels per layer, that should be best after `hours`.
+
+    Speed is taken to be half the rate of a large matrix product; loss is that of the law for the source, or of
+    `expected_loss`. Prints the candidates near the best. Raises `UserError` where no law covers them.
+    """
+    sized, rows = replace(config, max_hours=hours, max_steps=0, max_tokens=0), []
+    for depth in range(1, 65):
+        width = max(1, round(depth * channels / config.head_size)) * config.head_size
+        heads = width // config.head_size
+        shape = {"n_layer": depth, "n_embd": width, "n_head": heads, "n_ffn": 128 * math.ceil(width / 48)}
+        shape["n_kv_head"] = math.gcd(heads, max(1, heads * config.n_kv_head // config.n_head))
+        one = replace(sized, **shape)
+        parameters, flops = multiplying_and_flops(one)
+        tokens = tokens_within(one, machine)
+        known = forecast(one, parameters, flops, tokens)
+        if known and known.law:
+            rows.append((known.middle, "bits per byte", shape, parameters, tokens))
+        elif parameters > 2e7 and config.source not in laws():  # the published law begins at 5e7
+            rows.append((expected_loss(parameters, tokens), "nats per token", shape, parameters, tokens))
+    if not rows:
+        raise UserError(f"no law covers {hours:g} hours of {config.source!r} on this machine; see results/forecast.md")
+    best = min(rows, key=lambda row: row[0])
+    at = rows.index(best)
+    for loss, unit, shape, parameters, tokens in rows[max(0, at - 2) : at + 3]:
+        sizes = f"{shape['n_layer']:3d} × {shape['n_embd']:<5d}{parameters:14,.0f} weights {tokens:16,.0f} tokens"
+        print(f"{sizes}  {loss:.3f} {unit}{'   <- best' if shape is best[2] else ''}")
+    return best[2]
 
 
 def training_memory(

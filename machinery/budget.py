@@ -26,17 +26,20 @@ def tokens_of_steps(steps: int) -> float:
     return (steps * best_batch(1.0)) ** (1 / (1 - POWER))
 
 
-def tokens_within(config, machine: Machine) -> float:
-    """About how many tokens the budget of `config` holds on `machine`: the least that one of its limits allows."""
+def multiplying_and_flops(config) -> tuple[float, float]:
+    """Weights in matrix products and training FLOPs per token of the notebook's own parts, without making the model."""
     heads = kv_heads(config.attention, config.n_head, config.n_kv_head)
     attention = 2 * config.n_embd**2 * (1 + heads / config.n_head)
     ffn = (3 if config.ffn == "gated" else 2) * config.n_embd * config.n_ffn
     multiplying = config.n_layer * (attention + ffn) + config.vocab_size * config.n_embd
-    flops = 6 * multiplying + 12 * config.n_layer * config.n_embd * config.block_size
-    seconds = config.max_hours * 3600
-    by_clock = seconds and SHARE * measure_matmul_flops(machine) * machine.processes / flops * seconds
+    return multiplying, 6 * multiplying + 12 * config.n_layer * config.n_embd * config.block_size
+
+
+def tokens_within(config, machine: Machine) -> float:
+    """About how many tokens the budget of `config` holds on `machine`: the least that one of its limits allows."""
+    rate = SHARE * measure_matmul_flops(machine) * machine.processes / multiplying_and_flops(config)[1]
     by_steps = config.max_steps and tokens_of_steps(config.max_steps)
-    return min(limit for limit in (config.max_tokens, by_steps, by_clock) if limit)
+    return min(limit for limit in (config.max_tokens, by_steps, config.max_hours * 3600 * rate) if limit)
 
 
 def settle_batch(config, machine: Machine):
