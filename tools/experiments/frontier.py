@@ -165,14 +165,14 @@ def say(table: pd.DataFrame) -> str:
     for point in points.itertuples():
         runs = table[table.budget == point.budget].groupby("parameters")
         losses, times = runs.val_loss.mean(), runs.train_seconds.mean()
-        rows.append(_row(f"{point.budget:.1e} FLOPs, {times.min():,.0f} to {times.max():,.0f} s", point))
+        rows.append(_best_size(f"{point.budget:.1e} FLOPs, {times.min():,.0f} to {times.max():,.0f} s", point))
         rows[-1] |= {"by the published law": compute_optimal(point.budget)[0]}
         rows[-1] |= {
             "smallest model (nats above the best)": losses.iloc[0] - losses.min(),
             "largest model": losses.iloc[-1] - losses.min(),
         }
     if len(timed := at_equal_time(table)):
-        rows += [_row(f"{point.budget:.0f} s, read between these runs", point) for point in fit(timed).itertuples()]
+        rows += [_best_size(f"{p.budget:.0f} s, read between these runs", p) for p in fit(timed).itertuples()]
     columns = {"budget": "", "best size": "", "tokens (M)": ".2f", "by the published law": ",.0f"}
     columns |= {"smallest model (nats above the best)": "+.3f", "largest model": "+.3f"}
     inside = points[points.inside]
@@ -189,7 +189,7 @@ def say(table: pd.DataFrame) -> str:
     )
 
 
-def _row(budget: str, point) -> dict:
+def _best_size(budget: str, point) -> dict:
     """A budget and its best size; a parabola that is lowest outside the sizes tried gives none."""
     size = f"{point.parameters:,.0f}" if point.inside else "outside the sizes tried"
     return {"budget": budget, "best size": size, "tokens (M)": point.tokens / 1e6 if point.inside else None}
