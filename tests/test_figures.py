@@ -84,8 +84,8 @@ QUOTES = [
     (DOCS, "the same, 12 MB | * | # |", BENCH, "| 12 | tiktoken, batch | # |", 1),
     (DOCS, "the same, 12 MB | * | * | # × |", BENCH, "| 12 | LMHarness, * | * | #% |", 0.01),
     (DOCS, "waiting for data, of a training step | #% |", BENCH, "| demo | * | #% |", 1),
-    (DOCS, "nanoGPT recipe after # tokens", RECIPE, "`demo`, trained on # tokens, one change", 1),
-    (DOCS, "reaches with at most # of the tokens", RECIPE, "nanoGPT recipe with #× or less of its tokens", 1),
+    (DOCS, "nanoGPT recipe has after # tokens", RECIPE, "`demo`, trained on # tokens, one change", 1),
+    (DOCS, "tokens with at most # of the tokens", RECIPE, "nanoGPT recipe with #× or less of its tokens", 1),
     (DOCS, "of the tokens and # of the time", RECIPE, "so that is #× of its time or less", 1),
     (DOCS, "on a 4090 # GB, where", REHEARSAL, "RTX 4090 | 1 | {} | bfloat16 | compiled | 16 | * | # |", 1),
     (DOCS, "the preflight predicts #.", REHEARSAL, "RTX 4090 | 1 | {} | bfloat16 | compiled | 16 | # |", 1),
@@ -122,6 +122,7 @@ COMPUTED = [
     (TEXT, "about # million parameters for a day", lambda lm: [round(_millions(lm, "day"), -1)]),
     (TEXT, "Its # blocks of # channels", lambda lm: [lm.Config.n_layer, lm.Config.n_embd]),
     (TEXT, "follow the rule of thumb of # channels per layer", lambda lm: [lm.Config.n_embd / lm.Config.n_layer]),
+    (DOCS, "also has # single changes over three seeds", lambda lm: [_changes()]),
     (DOCS, "n_embd·block_size = # GFLOP", lambda lm: [flops_per_token(*reversed(sized(lm, "day"))) / 1e9]),
     (DOCS, "with N = #M. A 4090 does # TFLOP/s", lambda lm: [_millions(lm, "day"), DATASHEET_TFLOPS["RTX 4090"]]),
     (TEXT, "gives losses of about #, #, # and # for runs of 1, 6, 12 and 24",
@@ -139,6 +140,11 @@ COMPUTED = [
 
 def _millions(lm, preset: str) -> float:
     return count_parameters(sized(lm, preset)[1])["total"] / 1e6
+
+
+def _changes() -> int:
+    """Rows of the recipe's table of single changes with three runs."""
+    return len(re.findall(r"^\| [^|]+ \| [+-][^|]+ \| [^|]* \| 3 \|", (ROOT / RECIPE).read_text("utf-8"), re.MULTILINE))
 
 
 def _gb(overrides: str) -> float:
