@@ -87,6 +87,7 @@ QUOTES = [
     (DOCS, "nanoGPT recipe has after # tokens", RECIPE, "`demo`, trained on # tokens, one change", 1),
     (DOCS, "tokens with at most # of the tokens", RECIPE, "nanoGPT recipe with #× or less of its tokens", 1),
     (DOCS, "of the tokens and # of the time", RECIPE, "so that is #× of its time or less", 1),
+    (DOCS, "the step of Muon, for # times the time", RECIPE, "A step takes #× the time", 1),
     (DOCS, "on a 4090 # GB, where", REHEARSAL, "RTX 4090 | 1 | {} | bfloat16 | compiled | 16 | * | # |", 1),
     (DOCS, "the preflight predicts #.", REHEARSAL, "RTX 4090 | 1 | {} | bfloat16 | compiled | 16 | # |", 1),
     (TEXT, "The speed is a guess: #% of the rate", TEXT, "rate = # * matmul_flops", 100),
