@@ -10,9 +10,7 @@ from machinery import drawings, figures
 from machinery.errors import UserError
 from machinery.figures import coloured_tokens, describe, plot_runs
 from machinery.huggingface.families import families_table
-from machinery.machine import DATASHEET_TFLOPS, Machine
 from machinery.notebook import NOTEBOOK
-from model_utils import count_parameters, expected_loss, flops_per_token
 
 nbformat = pytest.importorskip("nbformat")
 start_new_kernel = pytest.importorskip("jupyter_client.manager").start_new_kernel
@@ -107,17 +105,6 @@ def test_links_within_the_notebook_lead_to_headings_and_those_out_of_it_to_files
     assert len(links) >= 10
     for link in links:
         assert link[1:] in headings if link.startswith("#") else (NOTEBOOK.parent / link).exists(), link
-
-
-def test_the_losses_quoted_for_day_are_those_of_the_scaling_law(lm):
-    config, machine = lm.Config.from_preset("day", batch_tokens=524288), Machine.find("cpu", "float32")
-    model, _ = lm.outline(config, machine)
-    per_hour = 0.4e12 * DATASHEET_TFLOPS["RTX 4090"] * 3600 / flops_per_token(model, config)
-    losses = [expected_loss(count_parameters(model)["total"], hours * per_hour) for hours in (1, 6, 12, 24)]
-    text = " ".join("".join(cell["source"]) for cell in json.loads(NOTEBOOK.read_text("utf-8"))["cells"])
-    assert "{:.1f}, {:.1f}, {:.1f} and {:.1f} for runs of 1, 6, 12 and 24".format(*losses) in " ".join(text.split())
-    benchmarks = (NOTEBOOK.parent / "docs" / "benchmarks.md").read_text("utf-8")
-    assert all(f"| {loss:.2f} |\n" in benchmarks for loss in losses)
 
 
 def test_the_docs_hold_the_table_of_families():

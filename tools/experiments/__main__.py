@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import re
 from pathlib import Path
 
 import matplotlib
@@ -20,7 +19,7 @@ from tools.experiments.findings import FINDINGS, RESULTS, answer
 
 
 def repeat(name: str, scale: str, folder: Path, draw_only: bool = False, **options) -> str:
-    """One finding: its table, its figure, and the paragraph about it, in Markdown."""
+    """One finding: its figure, and a small table and a sentence about it, in Markdown."""
     finding, path = FINDINGS[name], folder / f"{name}.csv"
     folder.mkdir(parents=True, exist_ok=True)
     if not draw_only:
@@ -28,16 +27,17 @@ def repeat(name: str, scale: str, folder: Path, draw_only: bool = False, **optio
         finding.measure(finding.SCALES[scale], **options).to_csv(path, index=False, float_format="%.6g")
     figure, text = answer(name, folder)
     figure.savefig(path.with_suffix(".png"), dpi=110)
-    question = finding.__doc__.strip().splitlines()[0]
+    question = finding.__doc__.splitlines()[0].removeprefix(f"{finding.TITLE}: ")
+    question = question[0].upper() + question[1:]
     return f"## {finding.TITLE}\n\n{question}\n\n![{finding.TITLE}]({folder.name}/{name}.png)\n\n{text}\n"
 
 
-def page_text(scale: str, parts: dict[str, str], measured: str) -> str:
-    """The page that holds the paragraphs, and says when the last table was `measured`."""
+def page_head(scale: str) -> str:
+    """What stands above the answers: what the figures are, and when and on what they were measured."""
     device = torch.cuda.get_device_name() if scale == "gpu" else cpu_name()
-    about = f"{measured}, {device}, torch {torch.__version__.split('+')[0]}. Mean ± standard deviation over"
-    about += " seeds; the data of each figure are in the .csv of the same name. To repeat: `make experiments`."
-    return "\n".join(["# Answers by experiment\n", about + "\n", *parts.values()])
+    about = f"{datetime.date.today()}, {device}, torch {torch.__version__.split('+')[0]}. Mean ± standard deviation"
+    about += " over seeds. The data of each figure are in the .csv of the same name. To repeat: `make experiments`."
+    return f"# Answers by experiment\n\n{about}\n\n"
 
 
 def main() -> None:
@@ -55,15 +55,15 @@ def main() -> None:
     matplotlib.use("agg")
     folder = RESULTS / ("experiments" if chosen.scale == "cpu" else "experiments-gpu")
     device = "cuda" if chosen.scale == "gpu" else "cpu"
-    page, parts, measured = folder.with_suffix(".md"), {}, str(datetime.date.today())
-    if chosen.draw and page.exists():  # nothing is measured: the date that is there
-        measured = re.search(r"^\d{4}-\d\d-\d\d", page.read_text(encoding="utf-8"), re.MULTILINE)[0]
+    page, parts, head = folder.with_suffix(".md"), {}, page_head(chosen.scale)
+    if chosen.draw and page.exists():  # nothing is measured: what is there says when the tables were
+        head = page.read_text(encoding="utf-8").split("## ")[0]
     for name in FINDINGS:
         if name in chosen.findings:
             parts[name] = repeat(name, chosen.scale, folder, chosen.draw, jobs=chosen.jobs, device=device)
         elif (folder / f"{name}.csv").exists():
             parts[name] = repeat(name, chosen.scale, folder, draw_only=True)
-        page.write_text(page_text(chosen.scale, parts, measured), encoding="utf-8")
+        page.write_text(head + "\n".join(parts.values()), encoding="utf-8")
 
 
 if __name__ == "__main__":

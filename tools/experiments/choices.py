@@ -8,6 +8,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
+from tools.common import table as markdown
 from tools.experiments.scales import CPU, GPU
 from tools.experiments.tool import COLOURS, equal_size, sweep
 
@@ -70,17 +71,15 @@ def draw(table: pd.DataFrame) -> plt.Figure:
 
 
 def say(table: pd.DataFrame) -> str:
-    """What was seen, from the numbers."""
+    """A row per choice against the best of its kind, and the best and the last combination."""
+    rows = []
+    for field, of_field in effects(table).groupby("field", sort=False):
+        best = of_field.choice.iloc[0]
+        for row in of_field.iloc[1:].itertuples():
+            cells = {"choice": field, "better": best, "than": row.choice, "by (nats)": row.nats}
+            cells |= {"standard error": row.error, "more than two of them": "yes" if row.nats > 2 * row.error else "no"}
+            rows.append(cells)
+    columns = dict.fromkeys(rows[0], "") | {"by (nats)": ".3f", "standard error": ".3f"}
     ranked = table.groupby("label").val_loss.agg(["mean", "std"]).sort_values("mean")
-    best, worst = ranked.iloc[0], ranked.iloc[-1]
-    text = [
-        f"Best is {ranked.index[0]} with {best['mean']:.3f} ± {best['std']:.3f} nats, last {ranked.index[-1]} with"
-        f" {worst['mean']:.3f} ± {worst['std']:.3f} (mean and standard deviation of {table.seed.nunique()} seeds).",
-        "Effects have their standard error, and are clear above two of them.",
-    ]
-    for field, rows in effects(table).groupby("field", sort=False):
-        first = rows.choice.iloc[0]
-        for row in rows.iloc[1:].itertuples():
-            clear = "clear" if row.nats > 2 * row.error else "not told apart"
-            text.append(f"{field}: {first} beats {row.choice} by {row.nats:.3f} ± {row.error:.3f} ({clear}).")
-    return " ".join(text)
+    ends = [f"{label} ({mean:.3f} ± {std:.3f} nats)" for label, mean, std in ranked.iloc[[0, -1]].itertuples()]
+    return f"{markdown(rows, columns)}\n\nOf the {len(ranked)} combinations, {ends[0]} is best and {ends[1]} is last."

@@ -14,7 +14,7 @@ RESULTS = Path(__file__).parents[2] / "results"
 
 
 def answer(name: str, folder: Path = RESULTS / "experiments") -> list[plt.Figure | str]:
-    """The figure of a finding and what was seen, in Markdown; or a line on how to measure it."""
+    """The figure of a finding, and its table and conclusion in Markdown; or a line on how to measure it."""
     path = folder / f"{name}.csv"
     if not path.exists():
         return [f"Not measured here: there is no results/{folder.name}/{path.name}. `make experiments` writes it."]

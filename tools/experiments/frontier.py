@@ -14,6 +14,7 @@ from matplotlib.ticker import NullFormatter
 
 from machinery.notebook import load_definitions
 from model_utils import compute_optimal, flops_per_token
+from tools.common import table as markdown
 from tools.experiments.scales import CPU, GPU
 from tools.experiments.tool import COLOURS, MARKERS, sweep
 
@@ -159,49 +160,36 @@ def draw(table: pd.DataFrame) -> plt.Figure:
 
 
 def say(table: pd.DataFrame) -> str:
-    """What was seen, from the numbers."""
-    points, noise = fit(table), np.sqrt(table.groupby("label").val_loss.var().mean())
-    inside = points[points.inside]
-    text = []
+    """A row per budget, in compute and in time, with its best size, and how that size grows."""
+    points, rows = fit(table), []
     for point in points.itertuples():
-        published = compute_optimal(point.budget)[0]
-        runs = table[table.budget == point.budget]
-        losses = runs.groupby("parameters").val_loss.mean()
-        times = runs.groupby("parameters").train_seconds.mean()
-        where = (
-            f"{point.parameters:,.0f} parameters on {point.tokens / 1e6:.2f}M tokens"
-            if point.inside
-            else "outside the sizes tried"
-        )
-        text.append(
-            f"With {point.budget:.1e} FLOPs ({times.min():,.0f} to {times.max():,.0f} s) the best size is {where}; the"
-            f" published law says {published:,.0f}. The smallest model, on the most tokens, ends"
-            f" {losses.iloc[0] - losses.min():.3f} nats above the best, the largest"
-            f" {losses.iloc[-1] - losses.min():.3f}."
-        )
-    text.append(f"Two seeds of a run differ by a standard deviation of {noise:.3f} nats.")
-    if len(inside) > 1:
-        power = power_law(inside.budget, inside.parameters)[1]
-        expected = power_law(points.budget, [compute_optimal(budget)[0] for budget in points.budget])[1]
-        text.append(
-            f"The best size grows as compute to the power {power:.2f} ± {spread_of_power(table):.2f}; the published law"
-            f" has {expected:.2f}."
-        )
+        runs = table[table.budget == point.budget].groupby("parameters")
+        losses, times = runs.val_loss.mean(), runs.train_seconds.mean()
+        rows.append(_best_size(f"{point.budget:.1e} FLOPs, {times.min():,.0f} to {times.max():,.0f} s", point))
+        rows[-1] |= {"by the published law": compute_optimal(point.budget)[0]}
+        rows[-1] |= {
+            "smallest model (nats above the best)": losses.iloc[0] - losses.min(),
+            "largest model": losses.iloc[-1] - losses.min(),
+        }
     if len(timed := at_equal_time(table)):
-        found = fit(timed)
-        sizes = [f"{p.parameters:,.0f}" if p.inside else "outside those tried" for p in found.itertuples()]
-        times = [f"{seconds:.0f} s" for seconds in found.budget]
-        text.append(
-            f"At equal training time, read between these runs at {', '.join(times)}, the best sizes are"
-            f" {', '.join(sizes)} parameters."
-        )
-    if len(inside) == len(points) and (inside.parameters.diff().dropna() > 0).all():
-        ratio = np.exp(np.mean(np.log([compute_optimal(p.budget)[0] / p.parameters for p in inside.itertuples()])))
-        text.append(
-            "By the parabolas, the best size lies between those tried, and more compute wants more of both parameters"
-            " and tokens: **the finding holds here.** The published law, made on web text with models of 50M parameters"
-            f" and more, is {ratio:.2f} times these sizes."
-        )
-    else:
-        text.append("A best size that grows with compute, between the sizes tried, **was not seen here.**")
-    return " ".join(text)
+        rows += [_best_size(f"{p.budget:.0f} s, read between these runs", p) for p in fit(timed).itertuples()]
+    columns = {"budget": "", "best size": "", "tokens (M)": ".2f", "by the published law": ",.0f"}
+    columns |= {"smallest model (nats above the best)": "+.3f", "largest model": "+.3f"}
+    inside = points[points.inside]
+    if len(inside) < 2:
+        return f"{markdown(rows, columns)}\n\nA best size between the sizes tried **was not seen at two budgets.**"
+    power = power_law(inside.budget, inside.parameters)[1]
+    published = [compute_optimal(budget)[0] for budget in inside.budget]
+    ratio = np.exp(np.mean(np.log(published) - np.log(inside.parameters)))
+    holds = len(inside) == len(points) and (inside.parameters.diff().dropna() > 0).all()
+    return (
+        f"{markdown(rows, columns)}\n\nThe best size grows as compute to the power {power:.2f} ±"
+        f" {spread_of_power(table):.2f} (the published law: {power_law(inside.budget, published)[1]:.2f}, and"
+        f" {ratio:.2f} times these sizes): **the finding {'holds' if holds else 'was not seen'} here.**"
+    )
+
+
+def _best_size(budget: str, point) -> dict:
+    """A budget and its best size; a parabola that is lowest outside the sizes tried gives none."""
+    size = f"{point.parameters:,.0f}" if point.inside else "outside the sizes tried"
+    return {"budget": budget, "best size": size, "tokens (M)": point.tokens / 1e6 if point.inside else None}

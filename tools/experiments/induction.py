@@ -23,6 +23,7 @@ from machinery.files import read_json
 from machinery.machine import Machine
 from machinery.notebook import load_definitions
 from model_utils import attention_maps
+from tools.common import table as markdown
 from tools.experiments.scales import CPU, GPU
 from tools.experiments.tool import COLOURS, places, plot_sweep, sweep
 from tools.scores.scoring import held_out_losses
@@ -188,42 +189,30 @@ def draw(table: pd.DataFrame) -> plt.Figure:
 
 
 def say(table: pd.DataFrame) -> str:
-    """What was seen, from the numbers."""
-    text, found = ["The bump is how far the loss rises above its lower convex hull."], events(table)
+    """A row per variant, and whether heads, in-context score and bump come together."""
+    found, rows = events(table), []
+    formed, control = found[found.prefix_at.notna()], found[found.prefix_at.isna()]
+    limit = 1.5 * (control.bump.max() if len(control) else 0.0)  # a bump is clear above what other runs have by chance
+    bump = f"bumps above {limit:.3f} nats"
     for label, runs in found.groupby("label", sort=False):
-        text.append(
-            f"{label}: best head {_spread(runs.prefix, '.2f')}, in-context score {_spread(runs.in_context, '.2f')}"
-            f" nats, bump {_spread(runs.bump, '.3f')} nats."
-        )
-    formed = found[found.prefix_at.notna()]
-    counts = [f"{count} of {label}" for label, count in formed.groupby("label", sort=False).size().items()]
-    text.append(
-        f"Induction heads (prefix matching above {FORMED}) formed in {len(formed)} of {len(found)} runs"
-        + (f" ({'; '.join(counts)})." if counts else ".")
-    )
+        having = runs[runs.prefix_at.notna()]
+        row = {"variant": label, "prefix matching of the best head": _spread(runs.prefix, ".2f")}
+        row |= {"in-context score (nats)": _spread(runs.in_context, ".2f"), "bump (nats)": _spread(runs.bump, ".3f")}
+        row |= {"runs with heads": f"{len(having)} of {len(runs)}", bump: (having.bump > limit).sum()}
+        row["heads half formed at (M tokens)"] = _spread(having.prefix_at / 1e6, ".2f") if len(having) > 1 else None
+        rows.append(row)
+    shown, span = markdown(rows, dict.fromkeys(rows[0], "")), table.tokens.max() / 1e6
+    formed_in = f"Induction heads (prefix matching above {FORMED}) formed in {len(formed)} of {len(found)} runs"
     if len(formed) < 2:
-        return " ".join(text) + " Too few to see what comes with them: **the phase change was not seen here.**"
-    gap = (formed.in_context_at - formed.prefix_at) / 1e6
-    span = table.tokens.max() / 1e6
-    text.append(
-        f"There, the head was half formed after {_spread(formed.prefix_at / 1e6, '.2f')}M tokens, and the in-context"
-        f" score half way {abs(gap.mean()):.2f} ± {gap.std():.2f}M tokens {'later' if gap.mean() > 0 else 'earlier'},"
-        f" of {span:.1f}M in all."
-    )
-    together = gap.abs().max() < span / 5
-    text.append(f"**The two come {'together' if together else 'at different times'} here.**")
-    control = found[found.prefix_at.isna()]
-    noise = control.bump.max() if len(control) else 0.0
-    clear = formed[formed.bump > 1.5 * noise]
+        return f"{shown}\n\n{formed_in}, too few to see what comes with them: **the phase change was not seen here.**"
+    gap, clear = (formed.in_context_at - formed.prefix_at) / 1e6, formed[formed.bump > limit]
     away = (clear.bump_at - clear.prefix_at).abs() / 1e6
-    seen = len(clear) == len(formed) and away.max() < span / 5
-    text.append(
-        f"A bump in the loss, more than half higher than the highest of runs without such heads, {noise:.3f} nats, is"
-        f" there in {len(clear)} of the {len(formed)}"
-        + (f", {away.mean():.2f}M tokens from the half-way point on average" if len(clear) else "")
-        + f": **the bump {'coincides' if seen else 'does not show in each'}.**"
+    together = gap.abs().max() < span / 5 and len(clear) == len(formed) and away.max() < span / 5
+    return (
+        f"{shown}\n\n{formed_in}. There, the in-context score was half way {abs(gap.mean()):.2f} ± {gap.std():.2f}M"
+        f" tokens {'later' if gap.mean() > 0 else 'earlier'} (of {span:.1f}M), and {len(clear)} runs have a clear bump:"
+        f" **head, score and bump {'come together' if together else 'do not come together in each run'} here.**"
     )
-    return " ".join(text)
 
 
 def _spread(values: pd.Series, form: str) -> str:

@@ -19,6 +19,7 @@ from machinery.checkpoints import load_weights, newest_checkpoint
 from machinery.files import read_json
 from machinery.machine import Machine
 from machinery.notebook import load_definitions
+from tools.common import table as markdown
 from tools.experiments import choices
 from tools.experiments.tool import COLOURS, MARKERS, equal_size, places, sweep
 from tools.scores.scoring import loss_by_position
@@ -77,16 +78,21 @@ def draw(table: pd.DataFrame) -> plt.Figure:
 
 
 def say(table: pd.DataFrame) -> str:
-    """What was seen, from the numbers."""
-    trained = table.trained.iloc[0]
-    text = [f"Trained on windows of {trained} tokens."]
-    for name, rows in table.groupby("position", sort=False):
-        inside = rows[rows["at"].between(trained / 2, trained)].groupby("seed").loss.mean()
-        next_to = rows[rows["at"].between(trained, 2 * trained)].groupby("seed").loss.mean() - inside
-        far = rows[rows["at"] > (TIMES - 1) * trained].groupby("seed").loss.mean() - inside
-        text.append(
-            f"{name}: {next_to.mean():+.3f} ± {next_to.std():.3f} nats in the second {trained} tokens and"
-            f" {far.mean():+.3f} ± {far.std():.3f} in the last, against the second half of the trained length"
-            f" ({inside.mean():.3f})."
-        )
-    return " ".join(text)
+    """A row per kind of position: its loss, and how much higher it is beyond the trained length."""
+    trained, rows, rise = table.trained.iloc[0], [], {}
+    inside, second, last = "trained length, second half (nats)", f"second {trained} tokens", f"last {trained} tokens"
+    for name, runs in table.groupby("position", sort=False):
+        near = runs[runs["at"].between(trained / 2, trained)].groupby("seed").loss.mean()
+        beyond = {
+            second: runs[runs["at"].between(trained, 2 * trained)].groupby("seed").loss.mean() - near,
+            last: runs[runs["at"] > (TIMES - 1) * trained].groupby("seed").loss.mean() - near,
+        }
+        spread = {key: f"{losses.mean():+.3f} ± {losses.std():.3f}" for key, losses in beyond.items()}
+        rows.append({"position": name, inside: near.mean()} | spread)
+        rise[name] = beyond[last].mean()
+    least, most = min(rise, key=rise.get), max(rise, key=rise.get)
+    return (
+        f"{markdown(rows, {'position': '', inside: '.3f', second: '', last: ''})}\n\n"
+        f"Beyond the trained {trained} tokens, the loss rises least with {least} ({rise[least]:+.3f} nats in the last"
+        f" {trained} of {TIMES * trained}) and most with {most} ({rise[most]:+.3f})."
+    )

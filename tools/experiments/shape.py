@@ -9,6 +9,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
+from tools.common import table as markdown
 from tools.experiments.scales import CPU, GPU
 from tools.experiments.tool import COLOURS, curves, equal_size, plot_sweep, sweep
 
@@ -83,36 +84,32 @@ def draw(table: pd.DataFrame) -> plt.Figure:
 
 
 def say(table: pd.DataFrame) -> str:
-    """What was seen, from the numbers."""
+    """A row per size with the loss at every depth, and whether size or shape decides."""
     ends = last(table)
     noise = np.sqrt(ends.groupby("label").val_loss.var().mean())
     means = ends.groupby(["size", "n_layer"], sort=False).val_loss.mean()
     gap = abs(means.groupby("size").mean().diff().iloc[-1])
-    text = []
-    spread = deep = rest = 0.0  # the largest over sizes: of all shapes, without the shallowest, without the deepest
-    for size, of_size in means.groupby("size", sort=False):
-        of_size = of_size.droplevel("size")
-        spread = max(spread, np.ptp(of_size))
-        deep = max(deep, np.ptp(of_size.drop(table.n_layer.min())))
-        rest = max(rest, np.ptp(of_size.drop(table.n_layer.max())))
+    depths = {int(depth): f"depth {depth}" for depth in sorted(table.n_layer.unique())}
+    rows, worth, deep, rest = [], [], [], []  # of all shapes, without the shallowest, without the deepest
+    for size, losses in means.groupby("size", sort=False):
+        losses = losses.droplevel("size")
+        worth.append(np.ptp(losses))
+        deep.append(np.ptp(losses.drop(min(depths))))
+        rest.append(np.ptp(losses.drop(max(depths))))
         count = ends[ends["size"] == size].non_embedding.mean()
-        text.append(
-            f"At {count:,.0f} parameters outside the embedding, depth {of_size.idxmin()} is best ({of_size.min():.3f}"
-            f" nats) and depth {of_size.idxmax()} worst ({of_size.max():.3f}): shape is worth"
-            f" {np.ptp(of_size):.3f} nats."
-        )
-    text.append(
-        f"The larger size is {gap:.3f} nats better on average; seeds of one shape differ by a standard deviation of"
-        f" {noise:.3f}."
-    )
-    if spread < 0.25 * gap:
-        text.append("Size decides, and shape is worth less than a quarter of it: **the finding holds here.**")
-    elif deep < 0.25 * gap:
-        text.append("**It holds here for all but the shallowest shape**, which is worse than its size.")
+        rows.append({"parameters outside the embedding": count} | {depths[n]: loss for n, loss in losses.items()})
+        rows[-1]["worst less best"] = worth[-1]
+    columns = {"parameters outside the embedding": ",.0f"} | dict.fromkeys([*depths.values(), "worst less best"], ".3f")
+    if max(worth) < 0.25 * gap:
+        verdict = "shape is worth less than a quarter of that: **the finding holds here.**"
+    elif max(deep) < 0.25 * gap:
+        verdict = "the shapes but the shallowest less than a quarter of that: **the finding holds for them.**"
     else:
-        text.append(
-            "Shape is worth more than a quarter of what size is, the limit chosen here:"
-            " **as stated, the finding does not reproduce here.**"
-            f" Looked at afterwards: without the deepest shape, it is worth at most {rest:.3f} nats."
+        verdict = (
+            "shape is worth more than a quarter of that, the limit chosen here: **the finding does not reproduce.**"
         )
-    return " ".join(text)
+        verdict += f" Without the deepest shape, looked at afterwards, it is worth at most {max(rest):.3f} nats."
+    return (
+        f"{markdown(rows, columns)}\n\nThe larger size is {gap:.3f} nats better on average (seeds differ by"
+        f" {noise:.3f}), and {verdict}"
+    )

@@ -1,0 +1,214 @@
+"""Numbers that the text quotes are those of the results that they come from, to the last digit that is quoted."""
+
+import json
+import re
+
+import pandas as pd
+import pytest
+from conftest import ROOT
+
+from machinery.machine import DATASHEET_TFLOPS, Machine
+from model_utils import count_parameters, expected_loss, flops_per_token
+
+NUMBER = r"([+-]?\d+(?:,\d{3})*(?:\.\d+)?)"
+BENCH, DEMO, RECIPE, REHEARSAL = (
+    f"results/{name}.md" for name in ("bench-amd-epyc-2-threads", "demo", "recipe", "rehearsal")
+)
+DOCS, README, TEXT, OUTPUTS = "docs/benchmarks.md", "README.md", "the notebook", "the notebook's outputs"
+
+
+def read(name: str) -> str:
+    """A file, the notebook's text and code, or what its cells printed, with single spaces and nothing bold."""
+    if name in (TEXT, OUTPUTS):
+        cells = json.loads((ROOT / "LMHarness.ipynb").read_text("utf-8"))["cells"]
+        printed = [output.get("text", "") for cell in cells for output in cell.get("outputs", [])]
+        parts = printed if name == OUTPUTS else [cell["source"] for cell in cells]
+        text = "\n".join("".join(part) for part in parts)
+    else:
+        text = (ROOT / name).read_text("utf-8")
+    return " ".join(text.replace("**", "").split())
+
+
+def numbers(name: str, sentence: str) -> list[str]:
+    """The numbers at each # of the only such sentence in a text. A * is what stands there, within a cell of a table."""
+    pattern = re.escape(sentence).replace(r"\#", NUMBER).replace(r"\*", "[^|]*?").replace("[^|]*?\\ ", "[^|]*?\\ ?")
+    found = re.findall(pattern, read(name))
+    assert len(set(found)) == 1, f"{name} has {len(set(found))} passages like {sentence!r}"
+    return [found[0]] if isinstance(found[0], str) else list(found[0])
+
+
+def rounded(value: float, quoted: str) -> str:
+    """The value with as many digits, commas and signs as it is quoted with."""
+    decimals = len(quoted.partition(".")[2])
+    return f"{value:{'+' if quoted[0] == '+' else ''}{',' if ',' in quoted else ''}.{decimals}f}"
+
+
+def assert_same(quoted: list[str], measured: list[float], where: str) -> None:
+    assert quoted == [rounded(value, text) for text, value in zip(quoted, measured, strict=True)], where
+
+
+# A text and its sentence, a source and the passage there, and what to multiply by
+QUOTES = [
+    (README, "from # bits per byte of held-out text", OUTPUTS, "demo-* from step 0 step 0 0 tokens 0 s # bits per", 1),
+    (README, "bits per byte of held-out text down to # in", DEMO, '| `"python"`, the run of the picture | 0 | # |', 1),
+    (README, "of held-out text down to * in # seconds", OUTPUTS, "finished: * tokens in # s,", 1),
+    (DEMO, '`"python"`, the committed notebook | 0 | # |', OUTPUTS, "nats per token, # bits per byte a sample", 1),
+    (DEMO, "the committed notebook | 0 | * | #M |", OUTPUTS, "finished: # tokens in", 1e-6),
+    (DEMO, "the committed notebook | 0 | * | * | # |", OUTPUTS, "s, # tokens per second in the median step", 1),
+    (DEMO, '`"python"` holds out # documents, # bytes', OUTPUTS, "val # documents * tokens # bytes", 1),
+    (DOCS, "training step of `demo`, tokens/s | # |", BENCH, "| demo | LMHarness | * | # | 1.00 |", 1),
+    (DOCS, "`transformers` as shipped: # | # × |", BENCH, "| demo | transformers, as shipped | * | # | # |", 1),
+    (DOCS, "| | compiled, with fused AdamW: # | # × |", BENCH, "| demo | transformers, compiled, * | * | # | # |", 1),
+    (DOCS, "x-transformers, compiled, * AdamW: # | # × |", BENCH, "| demo | x-transformers, * | * | # | # |", 1),
+    (DOCS, "training step of a 22M model, tokens/s | # |", BENCH, "| 22M | LMHarness | * | # | 1.00 |", 1),
+    (DOCS, "the same three: #, * | #,", BENCH, "| 22M | transformers, as shipped | * | # | # |", 1),
+    (DOCS, "the same three: *, # and * | *, # and", BENCH, "| 22M | transformers, compiled, * | * | # | # |", 1),
+    (DOCS, "the same three: * and # | *, * and # × |", BENCH, "| 22M | x-transformers, * | * | # | # |", 1),
+    (DOCS, "peak memory, GB * | # |", BENCH, f"| 22M | LMHarness {'| * ' * 5}| # | 1.00 |", 1),
+    (DOCS, "peak memory, GB * | * | #, * | #,", BENCH, f"| 22M | transformers, as shipped {'| * ' * 5}| # | # |", 1),
+    (
+        DOCS,
+        "memory, GB * | * | *, # and * | *, # and",
+        BENCH,
+        f"| 22M | transformers, compiled, {'* | ' * 6}# | # |",
+        1,
+    ),
+    (DOCS, "memory, GB * | * | * and # | *, * and # × |", BENCH, f"| 22M | x-transformers, {'* | ' * 6}# | # |", 1),
+    (DOCS, "`demo`, float32 | # | `transformers`: # | # × |", BENCH, "| demo | float32 | 1 | # | # | # |", 1),
+    (DOCS, "the same in bfloat16 | # | # | # × |", BENCH, "| demo | bfloat16 | 1 | # | # | # |", 1),
+    (DOCS, "16 texts at a time, float32 | # | # | # × |", BENCH, "| demo | float32 | 16 | # | # | # |", 1),
+    (DOCS, "54 MB, MB/s | # | tiktoken * | * |", BENCH, "| 54 | LMHarness, files to shards | # |", 1),
+    (DOCS, "54 MB, MB/s | * | tiktoken from memory to memory: # |", BENCH, "| 54 | tiktoken, batch | # |", 1),
+    (DOCS, "tiktoken from memory to memory: * | # × |", BENCH, "| 54 | LMHarness, * | * | #% |", 0.01),
+    (DOCS, "the same, 12 MB | # |", BENCH, "| 12 | LMHarness, files to shards | # |", 1),
+    (DOCS, "the same, 12 MB | * | # |", BENCH, "| 12 | tiktoken, batch | # |", 1),
+    (DOCS, "the same, 12 MB | * | * | # × |", BENCH, "| 12 | LMHarness, * | * | #% |", 0.01),
+    (DOCS, "waiting for data, of a training step | #% |", BENCH, "| demo | * | #% |", 1),
+    (DOCS, "nanoGPT recipe has after # tokens", RECIPE, "`demo`, trained on # tokens, one change", 1),
+    (DOCS, "tokens with at most # of the tokens", RECIPE, "nanoGPT recipe with #× or less of its tokens", 1),
+    (DOCS, "of the tokens and # of the time", RECIPE, "so that is #× of its time or less", 1),
+    (DOCS, "the step of Muon, for # times the time", RECIPE, "A step takes #× the time", 1),
+    (DOCS, "on a 4090 # GB, where", REHEARSAL, "RTX 4090 | 1 | {} | bfloat16 | compiled | 16 | * | # |", 1),
+    (DOCS, "the preflight predicts #.", REHEARSAL, "RTX 4090 | 1 | {} | bfloat16 | compiled | 16 | # |", 1),
+    (TEXT, "The speed is a guess: #% of the rate", TEXT, "rate = # * matmul_flops", 100),
+]
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence", "source", "passage", "factor"), QUOTES, ids=[quote[1] for quote in QUOTES]
+)
+def test_a_quoted_number_is_that_of_its_source(text, sentence, source, passage, factor):
+    measured = [float(number.replace(",", "")) * factor for number in numbers(source, passage)]
+    assert_same(numbers(text, sentence), measured, f"{text}: {sentence} / {source}: {passage}")
+
+
+def sized(lm, preset: str, **overrides):
+    """The config, and its model as shapes."""
+    config = lm.Config.from_preset(preset, **overrides)
+    return config, lm.outline(config, Machine.find("cpu", "float32"))[0]
+
+
+def day_on(lm, card: str, hours: float) -> tuple[float, float, float]:
+    """Tokens that `day` reads on a card at an MFU of 40%, tokens for each parameter, and the expected loss."""
+    config, model = sized(lm, "day")
+    parameters = count_parameters(model)["total"]
+    tokens = 0.4e12 * DATASHEET_TFLOPS[card] * 3600 * hours / flops_per_token(model, config)
+    return tokens, tokens / parameters, expected_loss(parameters, tokens)
+
+
+# A text and its sentence, and how to compute its numbers
+COMPUTED = [
+    (README, "`day`: #M parameters, # hours", lambda lm: [_millions(lm, "day"), lm.Config.max_hours]),
+    (README, "`demo`: #M, three minutes", lambda lm: [_millions(lm, "demo")]),
+    (TEXT, "about # million parameters for a day", lambda lm: [round(_millions(lm, "day"), -1)]),
+    (TEXT, "Its # blocks of # channels", lambda lm: [lm.Config.n_layer, lm.Config.n_embd]),
+    (TEXT, "follow the rule of thumb of # channels per layer", lambda lm: [lm.Config.n_embd / lm.Config.n_layer]),
+    (DOCS, "also has # single changes over three seeds", lambda lm: [_changes()]),
+    (DOCS, "n_embd·block_size = # GFLOP", lambda lm: [flops_per_token(*reversed(sized(lm, "day"))) / 1e9]),
+    (DOCS, "with N = #M. A 4090 does # TFLOP/s", lambda lm: [_millions(lm, "day"), DATASHEET_TFLOPS["RTX 4090"]]),
+    (TEXT, "gives losses of about #, #, # and # for runs of 1, 6, 12 and 24",
+     lambda lm: [day_on(lm, "RTX 4090", hours)[2] for hours in (1, 6, 12, 24)]),
+    (TEXT, "less, by #% for `day` as predicted", lambda lm: [100 - 100 * _gb("{}") / _gb('{"attention": "mha"}')]),
+    ("docs/platforms.md", "# billion tokens at 40%", lambda lm: [day_on(lm, "RTX 4090", 24)[0] / 1e9]),
+    ("docs/platforms.md", "Its # billion tokens", lambda lm: [day_on(lm, "H100", 24)[0] / 1e9]),
+    *(
+        (DOCS, f"| {hours} | # billion | # | # |",
+         lambda lm, hours=hours: [day_on(lm, "RTX 4090", hours)[0] / 1e9, *day_on(lm, "RTX 4090", hours)[1:]])
+        for hours in (1, 6, 12, 24)
+    ),
+]  # fmt: skip
+
+
+def _millions(lm, preset: str) -> float:
+    return count_parameters(sized(lm, preset)[1])["total"] / 1e6
+
+
+def _changes() -> int:
+    """Rows of the recipe's table of single changes with three runs."""
+    return len(re.findall(r"^\| [^|]+ \| [+-][^|]+ \| [^|]* \| 3 \|", (ROOT / RECIPE).read_text("utf-8"), re.MULTILINE))
+
+
+def _gb(overrides: str) -> float:
+    """What `day` with overrides is predicted to take on a 4090."""
+    return float(numbers(REHEARSAL, f"RTX 4090 | 1 | {overrides} | bfloat16 | compiled | 16 | # |")[0])
+
+
+@pytest.mark.parametrize(("text", "sentence", "compute"), COMPUTED, ids=[sentence for _, sentence, _ in COMPUTED])
+def test_a_computed_number_is_that_of_the_formula(lm, text, sentence, compute):
+    assert_same(numbers(text, sentence), compute(lm), f"{text}: {sentence}")
+
+
+def test_the_means_of_demo_are_those_of_its_rows():
+    for text in ("python", "english"):
+        *seeds, mean = numbers(DEMO, f'| `"{text}"` | # | # | # | # |')
+        assert_same([mean], [sum(map(float, seeds)) / len(seeds)], text)
+
+
+# What the text claims of a single change of the recipe: the sentence, the row, its verdict
+CLAIMS = [
+    ("leave both out, at about the same loss", "LayerNorm", "no difference seen"),
+    ("for `demo` there is no difference", "MLP", "no difference seen"),
+    ("A cosine did worse here", "cosine", "worse"),
+    ("decays over 20, 50 and 80% showed no difference", "wsd, decay 0.2", "no difference seen"),
+    ("decays over 20, 50 and 80% showed no difference", "wsd, decay 0.8", "no difference seen"),
+]
+
+
+@pytest.mark.parametrize(("sentence", "row", "verdict"), CLAIMS)
+def test_a_claim_about_the_recipe_is_what_its_row_says(sentence, row, verdict):
+    assert sentence in read(TEXT) and re.search(
+        rf"\| {re.escape(row)} \|[^\n]*\| {verdict} \|", (ROOT / RECIPE).read_text()
+    )
+
+
+def test_no_learning_rate_that_was_tried_is_clearly_better():
+    assert "of the learning rates tried, none was clearly better than its own" in read(TEXT)
+    rows = re.findall(r"^\| ((?:embedding_)?lr × \S+) \|.*\| ([^|]+) \|$", (ROOT / RECIPE).read_text(), re.MULTILINE)
+    assert len(rows) == 4 and not [name for name, verdict in rows if verdict == "better"]
+
+
+@pytest.mark.parametrize(
+    ("sentence", "field", "better", "worse"),
+    [
+        ("in section 7 the MLP is slightly better", "ffn", "mlp", "gated"),
+        ("The price is a slightly higher loss (section 7)", "attention", "mha", "gqa"),
+    ],
+)
+def test_a_claim_about_an_experiment_is_what_its_table_says(sentence, field, better, worse):
+    table = pd.read_csv(ROOT / "results/experiments/choices.csv")
+    losses = table.groupby(field).val_loss.mean()
+    assert sentence in read(TEXT) and 0 < losses[worse] - losses[better] < 0.1
+
+
+def test_the_overrides_for_twice_the_depth_keep_the_size(lm):
+    for preset, layers, ffn in (("demo", 8, 170), ("day", 32, 896)):
+        assert f'`{{"n_layer": {layers}, "n_ffn": {ffn}}}` of `{preset}`' in read(README)
+        twice = count_parameters(sized(lm, preset, n_layer=layers, n_ffn=ffn)[1])["total"]
+        assert twice == pytest.approx(_millions(lm, preset) * 1e6, rel=0.01)
+
+
+def test_the_first_page_shows_what_demo_wrote():
+    assert (
+        re.search(r"```text\n.+?```", (ROOT / DEMO).read_text("utf-8"), re.DOTALL)
+        and (ROOT / "results/demo.png").exists()
+    )
