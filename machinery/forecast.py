@@ -76,7 +76,7 @@ def forecast(config, parameters: float, flops_per_token: float, tokens: float) -
     return None
 
 
-def fit(runs: list[dict]) -> dict:
+def fit_law(runs: list[dict]) -> dict:
     """The law through runs with "parameters", "tokens" and "val_bpb": powers from a grid, the rest by least squares."""
     n, d, y = (np.array([run[name] for run in runs], dtype=float) for name in ("multiplying", "tokens", "val_bpb"))
     best = None

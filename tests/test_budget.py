@@ -50,7 +50,7 @@ def test_a_law_is_found_again_and_knows_where_it_ends(lm, monkeypatch, tmp_path)
         {"multiplying": n, "tokens": d, "val_bpb": forecast.expected(true, n, d)}
         for n in (5e5, 2e6, 5e6) for d in (2e5, 5e5, 1e6)
     ]  # fmt: skip
-    law = forecast.fit(runs)
+    law = forecast.fit_law(runs)
     assert forecast.expected(law, 2e6, 3e6) == pytest.approx(forecast.expected(true, 2e6, 3e6), abs=0.01)
     law |= {"error": 0.02, "way": [[0.1, 0.3, 0.02], [0.5, 0.2, 0.02], [1.0, 0.0, 0.0]]}
     monkeypatch.setattr(forecast, "LAWS", tmp_path / "forecast.json")

@@ -19,12 +19,12 @@ import torch
 
 from machinery.errors import UserError, plain_errors
 from machinery.files import write_atomic
-from machinery.forecast import Forecast, expected, fit
+from machinery.forecast import Forecast, expected, fit_law
 from model_utils import multiplying_parameters
 from tools.common import RESULTS, lm, table
 from tools.runs import Results, Run, run_missing
 
-SOURCES = ("python", "english")
+KINDS = ("python", "english")
 SIZES = {  # tokens of runs of up to a minute on two cores
     (2, 128): (200_000, 400_000, 800_000, 1_600_000),
     (4, 192): (200_000, 350_000, 700_000),
@@ -57,7 +57,7 @@ def run_of(source: str, size: tuple[int, int], tokens: int, more: dict, seed: in
 
 def fitted() -> list[Run]:
     """The runs that the laws are fitted to."""
-    return [run_of(s, size, tokens, {}) for s in SOURCES for size, some in SIZES.items() for tokens in some]
+    return [run_of(s, size, tokens, {}) for s in KINDS for size, some in SIZES.items() for tokens in some]
 
 
 def unseen() -> list[Run]:
@@ -76,14 +76,14 @@ def line_of(results: Results, run: Run) -> dict | None:
 
 def fit_source(lines: list[dict]) -> dict:
     """The law of a kind of text, its error, and how runs get to their end."""
-    law = fit(lines)
+    law = fit_law(lines)
     # The error of a law that has not seen the longest run of each size, on those runs
     longest = {
         line["multiplying"]: max(x["tokens"] for x in lines if x["multiplying"] == line["multiplying"])
         for line in lines
     }
     far = [line for line in lines if line["tokens"] == longest[line["multiplying"]]]
-    blind = fit([line for line in lines if line not in far])
+    blind = fit_law([line for line in lines if line not in far])
     misses = [line["val_bpb"] - expected(blind, line["multiplying"], line["tokens"]) for line in far]
     error = math.sqrt(statistics.fmean(miss**2 for miss in misses))
     shares, rows = np.arange(1, SCORES) / SCORES, []
@@ -98,10 +98,10 @@ def fit_source(lines: list[dict]) -> dict:
     return law | {"error": error, "runs": len(lines), "way": way}
 
 
-def write_summary(results: Results) -> None:
+def write_forecast(results: Results) -> None:
     """results/forecast.json and forecast.md, of the runs there are."""
     laws, rows = {}, []
-    for source in SOURCES:
+    for source in KINDS:
         lines = [line for run in fitted() if run.overrides["source"] == source and (line := line_of(results, run))]
         if len(lines) < 7:
             raise UserError(
@@ -176,7 +176,7 @@ def main() -> None:
     results = Results(LINES)
     if not options.summary:
         run_missing(results, lambda: fitted() + unseen(), options.jobs)
-    write_summary(results)
+    write_forecast(results)
 
 
 if __name__ == "__main__":
