@@ -58,4 +58,5 @@ def settle_batch(config, machine: Machine):
     factor = math.sqrt(batch / DAY_BATCH)
     why = "as this run was begun" if saved else f"for a run of about {tokens:.2g}"
     print(f"batch_tokens 'auto': {batch:,} tokens a step {why}; learning rates × {factor:.2f}")
-    return replace(config, batch_tokens=batch, lr=config.lr * factor, embedding_lr=config.embedding_lr * factor)
+    rates = {name: getattr(config, name) * factor for name in ("lr", "embedding_lr", "head_lr")}
+    return replace(config, batch_tokens=batch, **rates)

@@ -15,6 +15,7 @@ LIMITS = {
     "n_layer": 4096, "n_embd": 1 << 20, "n_head": 1 << 16, "n_kv_head": 1 << 16, "n_ffn": 1 << 22,
     "vocab_size": 1 << 24, "block_size": 1 << 20, "n_position": 1 << 20, "sample_tokens": 1 << 24,
 }  # fmt: skip
+SHARED = ("gqa", "value")  # attentions whose heads share keys and values
 ABOVE_ZERO = {int: 1, float: 1e-30}  # the least of a number whose field does not say
 
 
@@ -70,8 +71,8 @@ class Settings:
 
 
 def kv_heads(attention: str, n_head: int, n_kv_head: int) -> int:
-    """K, key/value heads: one for each query head, whatever `n_kv_head` says, but for "gqa"."""
-    return n_kv_head if attention == "gqa" else n_head
+    """K, key/value heads: one for each query head, whatever `n_kv_head` says, but where they are shared."""
+    return n_kv_head if attention in SHARED else n_head
 
 
 def parse_overrides(overrides) -> dict:
@@ -135,7 +136,7 @@ def _check_shapes(c) -> None:
     wider = c.n_head * (c.n_embd // c.n_head + 1)
     require(c.n_embd % c.n_head == 0, f"n_embd {c.n_embd} is not divisible by n_head {c.n_head}; {wider} is")
     require(
-        c.attention != "gqa" or c.n_head % c.n_kv_head == 0,
+        c.attention not in SHARED or c.n_head % c.n_kv_head == 0,
         f"n_head {c.n_head} is not divisible by n_kv_head {c.n_kv_head}; use a divisor of {c.n_head}",
     )
     size = c.n_embd // c.n_head

@@ -447,7 +447,15 @@ def test_training_begins_with_a_checkpoint(lm, tiny, tmp_path, texts, capsys):
         "source": texts[0],
         "val_fraction": 0.2,
     }
-    here |= {"batch_tokens": 320, "run_name": "on", "max_steps": 3, "eval_every": 3, "lr": 1e-9, "embedding_lr": 1e-9}
+    here |= {
+        "batch_tokens": 320,
+        "run_name": "on",
+        "max_steps": 3,
+        "eval_every": 3,
+        "lr": 1e-9,
+        "embedding_lr": 1e-9,
+        "head_lr": 1e-9,
+    }
     config = lm.Config.from_preset("smoke", **config_from_hf(out) | here | {"weight_decay": 0.0})
     assert lm.train(config)["steps"] == 3
     _, trained, encoding = lm.load_run(tmp_path / "runs" / "on")

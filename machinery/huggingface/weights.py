@@ -210,8 +210,8 @@ def _model_card(run: Path, config: dict, state: dict) -> str:
         "held-out text": config["val_source"] or f"{config['val_fraction']:.2%} of the documents, by a hash",
         "tokenizer": config["tokenizer"],
         "begun from": config.get("init_from") or "random weights",
-        "recipe": listed("optimizer", "lr", "embedding_lr", "weight_decay", "grad_clip", "schedule", "warmup", "decay")
-        + ", " + listed("batch_tokens", "seed"),
+        "recipe": listed("optimizer", "lr", "embedding_lr", "head_lr", "weight_decay", "grad_clip", "schedule")
+        + ", " + listed("warmup", "decay", "batch_tokens", "seed"),
         "tokens": f"{state.get('tokens', 0):,} in {state['step']:,} steps and {state.get('seconds', 0):,.0f} s",
         "losses": ", ".join(f"{name} {value:.4f}" for name, value in state.get("scores", {}).items()) or "none",
         "status": summary.get("status", "had not ended when this was written"),

@@ -32,33 +32,34 @@ TEXTS = {"python": {}, "english": {"source": "english", "prompt": "The"}}
 CHOICE_TOKENS, CHOICE_SEEDS = BUDGETS[0], SEEDS[:3]
 SCALES = (0.5, 1.0, 2.0)  # of all rates, tried for those whose rates are not made for this batch
 OURS, NANOGPT_NAME = "the default", "nanoGPT"
-NANOGPT = {"optimizer": "adamw", "schedule": "cosine", "weight_decay": 0.1}  # and AdamW's betas below
+NANOGPT = {"optimizer": "adamw", "schedule": "cosine", "weight_decay": 0.1, "tie_embeddings": True}
 NANOGPT_RATES = (0.001, 0.002, 0.004)
+
+TIED = {"tie_embeddings": True, "embedding_lr": 0.03, "head_lr": 0.03}  # the default until 2026-11-26
+VALUE = {"attention": "value"}
 
 # One change each. Where a change would add or remove parameters, n_ffn makes up for it, unless the name says otherwise.
 CHOICES: dict[str, dict] = {
-    "embedding_lr × 0.5": {"embedding_lr": 0.015},
-    "embedding_lr × 2": {"embedding_lr": 0.06},
+    "tied, embedding_lr 0.03 (fewer parameters)": TIED,
+    "value embeddings (more parameters)": VALUE,
+    "embedding_lr × 0.5": {"embedding_lr": 0.15},
+    "embedding_lr × 2": {"embedding_lr": 0.6},
+    "head_lr × 0.5": {"head_lr": 0.008},
+    "head_lr × 2": {"head_lr": 0.032},
     "lr × 0.5": {"lr": 0.0075},
     "lr × 2": {"lr": 0.03},
-    "AdamW for all, lr 0.004": {"optimizer": "adamw", "lr": 0.004, "embedding_lr": 0.004},
+    "AdamW for all": {"optimizer": "adamw", "lr": 0.004},
     "batch_tokens × 0.5": {"batch_tokens": 1024},
     "batch_tokens × 2": {"batch_tokens": 4096},
     "cosine": {"schedule": "cosine"},
     "wsd, decay 0.2": {"decay": 0.2},
     "wsd, decay 0.8": {"decay": 0.8},
     "no qk_norm": {"qk_norm": False},
-    "2 layers × 256": {"n_layer": 2, "n_embd": 256, "n_head": 4, "n_ffn": 640},
-    "8 layers × 128": {"n_layer": 8, "n_embd": 128, "n_head": 2, "n_ffn": 470},
-    "n_ffn 384 (fewer parameters)": {"n_ffn": 384},
     "MLP": {"ffn": "mlp", "n_ffn": 768},
     "weight_decay 0.1": {"weight_decay": 0.1},
     "no warmup": {"warmup": 0.0},
     "MHA": {"attention": "mha", "n_ffn": 426},
-    "untied (more parameters)": {"tie_embeddings": False},
     "LayerNorm": {"norm": "layer"},
-    "6 heads of 32": {"n_head": 6, "n_kv_head": 2},
-    "no clipping": {"grad_clip": 1000.0},
     "absolute positions": {"position": "absolute"},
 }
 
@@ -70,9 +71,24 @@ def ours(seed: int, tokens: int, text: str) -> Run:
     return Run(OURS, TEXTS[text], seed, tokens)
 
 
+def beyond(seed: int, tokens: int, text: str) -> Run:
+    """With a part that no architecture of transformers has."""
+    return Run("with value embeddings", TEXTS[text] | VALUE, seed, tokens)
+
+
+def tied(seed: int, tokens: int, text: str) -> Run:
+    """One table for input and output."""
+    return Run("tied", TEXTS[text] | TIED, seed, tokens)
+
+
 def nanogpt(rate: float, seed: int, tokens: int, text: str) -> Run:
     """nanoGPT's: AdamW with one rate for everything, weight decay and a cosine."""
-    return Run(f"{NANOGPT_NAME}, lr {rate:g}", TEXTS[text] | NANOGPT | {"lr": rate, "embedding_lr": rate}, seed, tokens)
+    return Run(
+        f"{NANOGPT_NAME}, lr {rate:g}",
+        TEXTS[text] | NANOGPT | {"lr": rate, "embedding_lr": rate, "head_lr": rate},
+        seed,
+        tokens,
+    )
 
 
 def nanochat(variant: str, scale: float, seed: int, tokens: int, text: str) -> Run:
@@ -86,19 +102,19 @@ def best_of(results: Results, runs: list[Run]) -> Run | None:
     return None if None in losses else min(zip(losses, range(len(runs)), runs))[2]
 
 
-def tuning(text: str) -> list[list[Run]]:
-    """Groups of runs with other rates, at the smallest budget and seed 0: the best of each goes into the contest."""
-    at = (0, BUDGETS[0], text)
+def tuning() -> list[list[Run]]:
+    """Groups of runs with other rates, of Python at the smallest budget: the best of each goes into the contest."""
+    at = (0, BUDGETS[0], "python")
     found = [[nanogpt(rate, *at) for rate in NANOGPT_RATES]]
     return found + [[nanochat(variant, scale, *at) for scale in SCALES] for variant in VARIANTS]
 
 
 def contest(results: Results, text: str, seed: int, tokens: int) -> list[Run]:
     """The contenders at one seed and budget, as far as their rates are tuned."""
-    runs = [ours(seed, tokens, text)]
-    for group in tuning(text):
+    runs = [make(seed, tokens, text) for make in (ours, beyond, tied)]
+    for group in tuning():
         if best := best_of(results, group):
-            runs.append(lm.replace(best, seed=seed, tokens=tokens))
+            runs.append(lm.replace(best, seed=seed, tokens=tokens, overrides=best.overrides | TEXTS[text]))
     return runs
 
 
@@ -107,9 +123,9 @@ def plan(results: Results, only: str = "all", others: bool = True) -> list[Run]:
 
     Rates first, then all contenders budget by budget and seed by seed, then one choice after the other.
     """
-    runs = [run for text in TEXTS for group in tuning(text) for run in group]
+    runs = [run for group in tuning() for run in group]
     runs += [
-        run for text in TEXTS for seed in SEEDS for tokens in BUDGETS for run in contest(results, text, seed, tokens)
+        run for seed in SEEDS for text in TEXTS for tokens in BUDGETS for run in contest(results, text, seed, tokens)
     ]
     if only == "all":
         runs += [Run(name, values, seed, CHOICE_TOKENS) for name, values in CHOICES.items() for seed in CHOICE_SEEDS]
@@ -218,7 +234,10 @@ def draw_recipe(path: Path, rows: list[dict], tables: dict[str, list[dict]]) -> 
 def seconds_per_step(machine, rounds: int = 30, **changes) -> dict[str, float]:
     """Seconds of a whole step of `demo`, compiled, under both recipes' optimizers; they take turns."""
     steps = {}
-    for name, overrides in [(OURS, {}), (NANOGPT_NAME, NANOGPT | {"lr": 0.002, "embedding_lr": 0.002})]:
+    for name, overrides in [
+        (OURS, {}),
+        (NANOGPT_NAME, NANOGPT | {"lr": 0.002, "embedding_lr": 0.002, "head_lr": 0.002}),
+    ]:
         config = lm.Config.from_preset("demo", **overrides | changes, micro_batch=8)
         model = lm.build_model(config).to(machine.device)
         optimizers, scaler = lm.build_optimizers(model, config, machine), machine.scaler()
@@ -244,8 +263,10 @@ the machine's speed. *Bits per byte* is on all of the held-out text, none of whi
 
 Equal text, batches, order, depth, width, heads, vocabulary and context. ± is the standard error over seeds;
 differences are between runs with the same seed, and *better* and *worse* are more than two standard errors. The rates
-of the others are the best of three on seed 0 at the smallest budget.
+of the others are the best of three on seed 0 of Python at the smallest budget.
 
+- **with value embeddings**: the default with `attention="value"`.
+- **tied**: the default with one table for input and output, and the rates that suit it.
 - **nanoGPT**: the optimizer of [nanoGPT](https://github.com/karpathy/nanoGPT), AdamW with one learning rate for
   everything, weight decay 0.1 and a cosine, on the notebook's model.
 - **nanochat, llama**: the optimizer, schedules and initial weights of [nanochat](https://github.com/karpathy/nanochat),

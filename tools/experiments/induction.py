@@ -42,7 +42,7 @@ SCALES = {
         "seeds": (0, 1, 2),
         "common": CPU | {
             "n_layer": 4, "n_embd": 64, "n_head": 2, "n_kv_head": 1, "n_ffn": 32, "block_size": 512, "micro_batch": 2,
-            "embedding_lr": 0.004,  # at 0.015 and more, heads form in fewer runs
+            "embedding_lr": 0.004, "head_lr": 0.004,  # at 0.015 and more, heads form in fewer runs
             "schedule": "constant", "max_steps": 4500, "checkpoint_every": 90, "keep_checkpoints": 10**6,
         },
     },
