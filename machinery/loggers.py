@@ -1,12 +1,19 @@
-"""Where a run's numbers go beside its own files: a table of siblings, W&B the first of them."""
+"""Where a run's numbers go beside its own files: a table of siblings, such as W&B and the figure in a notebook."""
 
 from __future__ import annotations
 
+import base64
+import io
 import secrets
+import time
 from collections.abc import Callable
 from pathlib import Path
 
+import matplotlib.pyplot as plt
+
 from machinery.errors import first_line
+from machinery.figures import describe, draw_run, in_notebook
+from machinery.run_folder import as_sample, run_state
 
 
 class Logger:
@@ -66,7 +73,62 @@ class WandbLogger(Logger):
             self.run.finish(exit_code=0 if summary else 1)
 
 
-LOGGERS = {"wandb": WandbLogger}  # each of them is told; W&B only listens where the config says so
+FIGURE_SHARE = 0.004  # of the time, at most, goes into drawing; evaluations that come too soon after others wait
+
+
+class FigureLogger(Logger):
+    """In a notebook, the curves of the run, drawn anew in one place at its evaluations, and beneath them its newest
+    sample. Both stay in the cell's output.
+    """
+
+    def __init__(self, folder: Path, config: dict) -> None:
+        self.curves = None
+        if not in_notebook():
+            return
+        from IPython.display import display
+
+        self.run, self.drawn = run_state(folder), 0  # steps of an earlier part, if the run goes on
+        self.started, self.spent = time.perf_counter(), 0.0  # seconds
+        waiting = {"text/plain": "the curves of this run follow after the first steps"}
+        self.curves, self.text = (display(words, raw=True, display_id=True) for words in (waiting, {"text/plain": ""}))
+        self._draw()
+        for sample in self.run["samples"][-1:]:
+            self.sample(**sample)
+
+    def metrics(self, step: int, values: dict[str, float | None]) -> None:
+        if self.curves:
+            self.run["metrics"].append({"step": step, **values})
+            before = time.perf_counter()
+            if "val_loss" in values and self.spent <= FIGURE_SHARE * (before - self.started):
+                self._draw()
+                self.spent += time.perf_counter() - before
+
+    def sample(self, step: int, prompt: str, text: str) -> None:
+        if self.curves:
+            words = as_sample({"step": step, "prompt": prompt, "text": text}, heading=True)
+            self.text.update({"text/plain": words}, raw=True)
+
+    def finish(self, summary: dict | None) -> None:
+        if self.curves:
+            self._draw()  # also what came after the last evaluation
+
+    def _draw(self) -> None:
+        """Put the figure in the place of the former one, where there is something new to draw."""
+        steps = sum("train_loss" in line for line in self.run["metrics"])
+        if steps == self.drawn:
+            return
+        self.drawn, picture = steps, io.BytesIO()
+        figure = draw_run(self.run["metrics"], self.run["expected"])
+        try:
+            figure.savefig(picture, format="png", dpi=72)
+        finally:
+            plt.close(figure)
+        content = {"image/png": base64.b64encode(picture.getvalue()).decode(), "text/plain": "the curves of this run"}
+        self.curves.update(content, raw=True, metadata={"image/png": {"alt": describe(figure)}})
+
+
+# Each of them is told; W&B only listens where the config says so, and the figure in a notebook
+LOGGERS = {"wandb": WandbLogger, "figure": FigureLogger}
 
 
 class Loggers:

@@ -20,9 +20,10 @@ from data_utils import prepare_data
 from machinery import preparation
 from machinery.checkpoints import CheckpointError, newest_checkpoint
 from machinery.errors import DataError, UserError
+from machinery.figures import show_run
 from machinery.files import read_jsonl, write_atomic
 from machinery.held_out import common_lines, cut_tail, is_held_out
-from machinery.run_folder import RunFolder, show_run
+from machinery.run_folder import RunFolder
 from machinery.sources import iter_documents
 from tests.text_config import TextConfig
 

@@ -23,10 +23,11 @@ from machinery.checkpoints import (
     read_state,
 )
 from machinery.errors import UserError
+from machinery.figures import show_run
 from machinery.files import read_jsonl
 from machinery.loggers import LOGGERS, Logger
 from machinery.machine import Machine, datasheet_flops, is_out_of_memory, measure_matmul_flops
-from machinery.run_folder import RunFolder, run_state, show_run
+from machinery.run_folder import RunFolder, run_state
 from machinery.watch import Watch, print_preflight, refuse_what_does_not_fit
 from model_utils import attention_maps, choose_micro_batch, multiplying_parameters, predict, training_memory
 from train_utils import SCHEDULES, Budget

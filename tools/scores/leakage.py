@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from machinery.held_out import long_lines
 from torch import nn
 
 from data_utils import TokenData
+from machinery.held_out import long_lines
 from machinery.machine import Machine
 from tools.scores.questions import held_out_documents
 from tools.scores.scoring import score_documents
