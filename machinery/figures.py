@@ -6,15 +6,18 @@ import functools
 import html
 import inspect
 import math
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean as mean
 
+import matplotlib
 import matplotlib.pyplot as plt
+from matplotlib import font_manager
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from machinery.errors import UserError, printable, told
+from machinery.errors import UserError, printable, readable, told
 from machinery.files import read_jsonl
 from machinery.run_folder import as_sample, duration, run_state
 
@@ -200,12 +203,39 @@ def plot_runs(*folders: str | Path) -> Figure:
     return figure
 
 
+@functools.cache
+def _characters(path: str) -> frozenset[int]:
+    """What a font can draw; nothing where it is made of pictures, which Matplotlib cannot use."""
+    try:
+        font = font_manager.get_font(path)
+        return frozenset(font.get_charmap()) if font.scalable else frozenset()
+    except (OSError, RuntimeError):
+        return frozenset()
+
+
+def legible(texts: list[str], family: str = "monospace") -> tuple[list[str], list[str]]:
+    """The texts as the fonts of this machine can draw them, "□" for what none of them has; and the fonts to name as
+    their family: `family` first, then others for what it lacks, such as Chinese.
+    """
+    families = [family]
+    first = font_manager.findfont(font_manager.FontProperties(family=[family]))
+    missing = {ord(letter) for text in texts for letter in text} - _characters(first)
+    for font in font_manager.fontManager.ttflist if missing else ():
+        of_the_machine = not font.fname.startswith(matplotlib.get_data_path()) and "emoji" not in font.name.lower()
+        if of_the_machine and (found := missing & _characters(font.fname)):
+            families.append(font.name)
+            missing -= found
+    blank = dict.fromkeys(missing - {ord("\n")}, "□")
+    return [text.translate(blank) for text in texts], families
+
+
 def coloured_tokens(pieces: list[tuple[str, float, str]], width: int = 88):
     """Text on a background that is darker where a token was less expected; live, a pointer on it tells more.
 
     `pieces` holds a text, its probability and a remark for each token; `width` is the length of a line of the figure.
     """
     shades = plt.get_cmap("YlOrBr")
+    pieces = [(readable(text), probability, remark) for text, probability, remark in pieces]
 
     def shade(probability: float):
         return shades(0.5 * min(1.0, -math.log2(max(probability, 1e-9)) / 10))  # black can be read on half of the scale
@@ -221,19 +251,21 @@ def coloured_tokens(pieces: list[tuple[str, float, str]], width: int = 88):
 
         return HTML(f'<pre style="white-space: pre-wrap; font-family: monospace">{"".join(spans)}</pre>')
 
+    texts, families = legible([text.replace("\t", "    ") for text, _, _ in pieces])
     marks, column, row = [], 0, 0
-    for text, probability, _ in pieces:
-        for letter in text.replace("\t", "    "):
-            if letter == "\n" or column == width:
+    for text, (_, probability, _) in zip(texts, pieces):
+        for letter in text:
+            columns = 2 if unicodedata.east_asian_width(letter) in "FW" else 1
+            if letter == "\n" or column + columns > width:
                 column, row = 0, row + 1
             if letter != "\n":
-                marks.append((column, row, letter, shade(probability)))
-                column += 1
+                marks.append((column, row, columns, letter, shade(probability)))
+                column += columns
     figure = plt.figure(figsize=(0.0753 * width, 0.18 * (row + 1)))  # 9 point letters are 0.0753 inches wide
     axes = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(row + 1, 0))
     figure.set_label(" ".join(["Tokens, darker where less expected:", *"".join(text for text, _, _ in pieces).split()]))
     axes.axis("off")
-    for column, row, letter, colour in marks:
-        axes.add_patch(Rectangle((column, row), 1, 1, color=colour, linewidth=0))
-        axes.text(column, row + 0.75, letter, family="monospace", fontsize=9, color="black")
+    for column, row, columns, letter, colour in marks:
+        axes.add_patch(Rectangle((column, row), columns, 1, color=colour, linewidth=0))
+        axes.text(column, row + 0.75, letter, family=families, fontsize=9, color="black", parse_math=False)
     return figure

@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 from filelock import FileLock, Timeout
 
-from machinery.errors import UserError, first_line, printable, told
+from machinery.errors import UserError, first_line, readable, told
 from machinery.files import make_folder, no_links, read_json, read_jsonl, write_atomic, write_json
 from machinery.machine import Machine, cpu_name
 from machinery.notebook import NOTEBOOK
@@ -251,7 +251,7 @@ def _is_locked(path: Path) -> bool:
 
 def as_sample(sample: dict, heading: bool = False) -> str:
     """A line of samples.jsonl as text for a screen: prompt and continuation, where asked for under their step."""
-    text = printable(sample.get("prompt", "") + sample.get("text", ""), keep="\n\t\u200d")
+    text = readable(sample.get("prompt", "") + sample.get("text", ""))
     return f"──── sample of step {sample['step']:,}\n{text}" if heading else text
 
 

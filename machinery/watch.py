@@ -58,14 +58,26 @@ def refuse_what_does_not_fit(prediction: dict, machine: Machine, folder: Path) -
         )
 
 
-def print_preflight(prediction: dict, config, machine: Machine, note: str, folder: Path, epochs: float = 0.0) -> None:
-    """A table of what the rest of a run takes; `note` says how the model runs, `epochs` how often the text is read."""
+def _clock(seconds: float) -> datetime.timedelta:
+    """Hours, minutes and seconds to print; at most 30 years, which other units could not hold."""
+    return datetime.timedelta(seconds=min(round(seconds), 10**9))
+
+
+def print_preflight(
+    prediction: dict, config, machine: Machine, note: str, folder: Path, epochs: float, left: dict[str, float]
+) -> None:
+    """A table of what the rest of a run takes; `note` says how the model runs, `epochs` how often the text is read,
+    `left` the tokens until each limit of the budget.
+    """
     p, keep, matmul_flops = prediction, config.keep_checkpoints, measure_matmul_flops(machine)
     flops = p["tokens per second"] * p["FLOPs per token"] / machine.processes
     each = f"{machine.processes} × " if machine.processes > 1 else ""
     mfu = f", MFU {flops / machine.peak_flops:.0%}" if machine.peak_flops else ""
-    length = datetime.timedelta(seconds=min(round(p["seconds"]), 10**9))
+    length = _clock(p["seconds"])
     end = datetime.datetime.now() + length
+    first, *others = sorted(left, key=left.get)
+    rate = p["tokens"] / p["seconds"]  # with evaluations and samples
+    later = ", ".join(f"{name} would be after {_clock(left[name] / rate)}" for name in others)
     loss, best = p["expected loss"], p["compute-optimal parameters"]  # nan where the law knows nothing
     rows = {
         "device": f"{each}{machine.name}, {str(machine.dtype).removeprefix('torch.')}, {note}",
@@ -75,6 +87,7 @@ def print_preflight(prediction: dict, config, machine: Machine, note: str, folde
         f" {shutil.disk_usage(folder).free / 1e9:.1f} GB free",
         "speed": f"{p['tokens per second']:,.0f} tokens/s, {flops / matmul_flops:.0%} of the matrix rate{mfu}",
         "budget": f"{p['tokens']:,.0f} tokens in {length} with evaluations and samples, until {end:%Y-%m-%d %H:%M}",
+        "limit": f"{first} is reached first; {later}" if later else "",
         "text": "read once or less, or not known yet"
         if epochs <= 1
         else f"read {epochs:.1f} times" + (" (what repeats adds less from about 4 on)" if epochs > 4 else ""),
@@ -83,7 +96,7 @@ def print_preflight(prediction: dict, config, machine: Machine, note: str, folde
         "scaling law": ("loss n/a, too small" if math.isnan(loss) else f"loss {loss:.2f} on web text")
         + ("" if math.isnan(best) else f"; best size for so much compute {best:,.0f}"),
     }  # fmt: skip
-    print("\n".join(f"  {name:12s} {text}" for name, text in rows.items()))
+    print("\n".join(f"  {name:12s} {text}" for name, text in rows.items() if text))
     print("  go")
 
 

@@ -49,6 +49,23 @@ def test_tokens_are_a_figure_where_nobody_is_there_and_html_where_somebody_is(mo
     assert isinstance(page, HTML) and "&lt;b&gt;" in page.data and "0.1%; a &quot;quoted&quot; guess" in page.data
 
 
+@pytest.mark.filterwarnings("error")  # Matplotlib warns of what its font lacks
+def test_letters_that_no_font_here_has_are_boxes_and_wide_ones_take_two_places(monkeypatch):
+    texts, families = figures.legible(["a\u1f42", "\u4e2d\n", "\U000f0000"])
+    assert families[0] == "monospace" and texts[2] == "□" and texts[0][0] == "a" and texts[1][1] == "\n"
+    figure = coloured_tokens([("⚡⚡", 0.5, ""), ("\r\x1b[1m$x$", 0.5, "")], width=8)
+    letters = [(text.get_text(), *text.get_position()) for text in figure.axes[0].texts]
+    assert [x for _, x, _ in letters[:3]] == [0, 2, 4] and "".join(t for t, _, _ in letters[2:]) == "\\r\\x1b[1m$x$"
+    figure.canvas.draw()
+    plt.close(figure)
+
+    first, (other, *_) = figures.font_manager.findfont("monospace"), figures.font_manager.fontManager.ttflist
+    monkeypatch.setattr(figures.matplotlib, "get_data_path", lambda: "/nowhere")  # its fonts are then the machine's
+    has = {first: frozenset(range(128)), other.fname: frozenset([ord("中")])}
+    monkeypatch.setattr(figures, "_characters", lambda path: has.get(path, frozenset()))
+    assert figures.legible(["中文a"]) == (["中□a"], ["monospace", other.name])
+
+
 PIECES_OF_TEXT = ["import", " os", "\n", "def", " f", "()", ":", "$x$", " return", " 1"]
 DRAWINGS = {
     "model": (drawings.draw_model, {"n_layer": 3}, "3 blocks", "2 blocks"),

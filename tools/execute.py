@@ -89,6 +89,11 @@ def execute(parameters: dict, unfinished: Path) -> nbformat.NotebookNode:
         log.unlink(missing_ok=True)
 
 
+def report_page(notebook: nbformat.NotebookNode) -> str:
+    """The HTML page of an executed notebook."""
+    return HTMLExporter(template_file=str(ROOT / "tools" / "report.html.j2")).from_notebook_node(notebook)[0]
+
+
 def run_notebook(parameters: dict) -> Path:
     """Execute the notebook and put it into the folder of its run with a page to read; returns the folder."""
     config = knobs_config(parameters)
@@ -97,7 +102,7 @@ def run_notebook(parameters: dict) -> Path:
     runs.mkdir(parents=True, exist_ok=True)
     notebook = execute(parameters, runs / f"executing-{os.getpid()}.ipynb")  # a run that starts over moves its folder
     notebook, _ = CoalesceStreamsPreprocessor().preprocess(notebook, {})
-    page, _ = HTMLExporter(template_file=str(ROOT / "tools" / "report.html.j2")).from_notebook_node(notebook)
+    page = report_page(notebook)
     executed, report = free_names(runs / config.run_name)
     nbformat.write(notebook, executed)
     report.write_text(page, encoding="utf-8")

@@ -80,15 +80,22 @@ def sweep(
     return pd.DataFrame(rows)
 
 
-def equal_size(variants: dict[str, dict], parameters: int = 0, preset="smoke", **common) -> dict[str, dict]:
-    """The variants, each with the `n_ffn` that gives it as many parameters outside the embedding and the head as the
-    first has, or `parameters`. Raises UserError where attention alone takes more.
+def equal_size(
+    variants: dict[str, dict], parameters: int = 0, preset="smoke", counted="non_embedding", **common
+) -> dict[str, dict]:
+    """The variants, each with the `n_ffn` that gives it as many parameters as the first has, or `parameters`.
+
+    `counted` is "non_embedding", those outside the embedding and the head, or "parameters", all of them: then a smaller
+    vocabulary comes with a wider feed-forward. Raises UserError where the rest of a variant takes more.
     """
+    if counted not in COUNTS:
+        raise UserError(f"counted is {counted!r}; use {' or '.join(map(repr, COUNTS))}")
     lm, sized = load_definitions(), {}
 
     def count(values: dict, n_ffn: int) -> int:
         with torch.device("meta"):
-            return non_embedding(lm.build_model(lm.Config.from_preset(preset, **(common | values | {"n_ffn": n_ffn}))))
+            model = lm.build_model(lm.Config.from_preset(preset, **(common | values | {"n_ffn": n_ffn})))
+        return COUNTS[counted](model)
 
     for label, values in variants.items():
         first, second = count(values, 1), count(values, 2)
@@ -110,6 +117,9 @@ def non_embedding(model: torch.nn.Module) -> int:
     """Parameters outside the embedding and the head: of blocks, norms and positions."""
     counts = count_parameters(model)
     return counts["total"] - counts["embedding"] - counts["head"]
+
+
+COUNTS = {"non_embedding": non_embedding, "parameters": lambda model: count_parameters(model)["total"]}
 
 
 def curves(table: pd.DataFrame) -> pd.DataFrame:
