@@ -87,11 +87,10 @@ class FigureLogger(Logger):
             return
         from IPython.display import display
 
-        self.run, self.drawn = run_state(folder), 0  # steps of an earlier part, if the run goes on
-        self.started, self.spent = time.perf_counter(), 0.0  # seconds
-        waiting = {"text/plain": "the curves of this run follow after the first steps"}
-        self.curves, self.text = (display(words, raw=True, display_id=True) for words in (waiting, {"text/plain": ""}))
-        self._draw()
+        self.run, self.started, self.spent = run_state(folder), time.perf_counter(), 0.0  # seconds
+        picture, options = self._picture()  # empty axes, or the steps of an earlier part; the first one takes longer
+        self.curves = display(picture, **options, display_id=True)
+        self.text = display({"text/plain": ""}, raw=True, display_id=True)
         for sample in self.run["samples"][-1:]:
             self.sample(**sample)
 
@@ -99,7 +98,7 @@ class FigureLogger(Logger):
         if self.curves:
             self.run["metrics"].append({"step": step, **values})
             before = time.perf_counter()
-            if "val_loss" in values and self.spent <= FIGURE_SHARE * (before - self.started):
+            if step and "val_loss" in values and self.spent <= FIGURE_SHARE * (before - self.started):
                 self._draw()
                 self.spent += time.perf_counter() - before
 
@@ -109,22 +108,27 @@ class FigureLogger(Logger):
             self.text.update({"text/plain": words}, raw=True)
 
     def finish(self, summary: dict | None) -> None:
-        if self.curves:
-            self._draw()  # also what came after the last evaluation
+        if self.curves and self._steps() != self.drawn:  # some came after the last drawing
+            self._draw()
 
     def _draw(self) -> None:
-        """Put the figure in the place of the former one, where there is something new to draw."""
-        steps = sum("train_loss" in line for line in self.run["metrics"])
-        if steps == self.drawn:
-            return
-        self.drawn, picture = steps, io.BytesIO()
+        """Put the figure in the place of the former one."""
+        picture, options = self._picture()
+        self.curves.update(picture, **options)
+
+    def _picture(self) -> tuple[dict, dict]:
+        """The figure as a notebook keeps it, and what `display` has to know of it."""
+        self.drawn, content = self._steps(), io.BytesIO()
         figure = draw_run(self.run["metrics"], self.run["expected"])
         try:
-            figure.savefig(picture, format="png", dpi=72)
+            figure.savefig(content, format="png", dpi=72)
         finally:
             plt.close(figure)
-        content = {"image/png": base64.b64encode(picture.getvalue()).decode(), "text/plain": "the curves of this run"}
-        self.curves.update(content, raw=True, metadata={"image/png": {"alt": describe(figure)}})
+        picture = {"image/png": base64.b64encode(content.getvalue()).decode(), "text/plain": "the curves of this run"}
+        return picture, {"raw": True, "metadata": {"image/png": {"alt": describe(figure)}}}
+
+    def _steps(self) -> int:
+        return sum("train_loss" in line for line in self.run["metrics"])
 
 
 # Each of them is told; W&B only listens where the config says so, and the figure in a notebook

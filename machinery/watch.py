@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import math
+import re
 import shutil
 import statistics
 from collections import deque
@@ -11,6 +12,7 @@ from pathlib import Path
 
 from machinery.errors import UserError
 from machinery.machine import Machine, measure_matmul_flops
+from machinery.sources import source_kind
 
 
 class Watch:
@@ -41,6 +43,32 @@ class Watch:
             self.remarks.append(f"{rate:,.0f} tokens/s, under half of the {self.expected_rate:,.0f} before")
             self.expected_rate = rate
         return spike
+
+
+TEXT_BYTES = 4  # of a token, roughly: English with some ten thousand tokens to choose from
+
+
+def announce(config) -> None:
+    """What a run is about to do, before anything is fetched, and where it takes hours, what to begin with."""
+    limits = {"hours": config.max_hours, "tokens": config.max_tokens, "steps": config.max_steps}
+    budget = ", or ".join(f"{limit:,g} {name}" for name, limit in limits.items() if limit)
+    print(f"{config.run_name} trains for {budget} on {config.source!r}; a table says what that takes before it begins")
+    if source_kind(config.source) == "hub":
+        named = re.search(r"(\d+)BT\b", config.source)  # sample-10BT: ten billion tokens
+        tokens = min(config.max_tokens or math.inf, int(named[1]) * 10**9 if named else math.inf)
+        amount = f"up to {tokens / 1e9:,.2g} billion tokens are" if tokens < math.inf else "a billion tokens are"
+        fetched = TEXT_BYTES * min(tokens, 1e9 if tokens == math.inf else tokens) / 1e9
+        kept = fetched / TEXT_BYTES * (2 if config.vocab_size <= 1 << 16 else 4)
+        folder = Path(config.data_dir).expanduser().absolute()
+        free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free / 1e9
+        print(
+            f"  its text comes from the Hugging Face hub during the run: {amount} some {fetched:,.2g} GB to fetch",
+            end="",
+        )
+        print(f" and {kept:,.2g} GB in {config.data_dir}, where {free:,.0f} GB are free")
+    if config.max_hours > 4:
+        print('  for a first look stop it and set preset to "hour", or to "demo", three minutes of training', end="")
+        print(" (in a terminal: make run PRESET=hour)")
 
 
 def refuse_what_does_not_fit(prediction: dict, machine: Machine, folder: Path) -> None:

@@ -160,6 +160,11 @@ def run(page, item):
     page.wait_for_function(AT_REST, timeout=10 * MINUTE)
 
 
+def position(sources, beginning):
+    """Which cell begins so."""
+    return next(i for i, source in enumerate(sources) if source.startswith(beginning))
+
+
 def errors(page):
     return page.locator(f'{OUTPUT}[data-mime-type="application/vnd.jupyter.error"]').all_inner_texts()
 
@@ -190,9 +195,25 @@ def screenshots(tmp_path):
     return take
 
 
+@pytest.fixture
+def shot(tmp_path):
+    """shot(page, cell, name): a picture of the window with a cell in it, in $SCREENSHOTS if set."""
+    folder = Path(os.environ.get("SCREENSHOTS", tmp_path))
+
+    def take(page, cell, name):
+        folder.mkdir(parents=True, exist_ok=True)
+        cell.locator(".jp-Cell-outputWrapper").scroll_into_view_if_needed()
+        page.screenshot(path=folder / f"{name}.png")
+
+    return take
+
+
 def test_run_all_cells_to_the_last_line(executed):
-    page, _ = executed
+    page, path = executed
     assert errors(page) == []
+    sources = [cell.source for cell in nbformat.read(path, as_version=4).cells]
+    pictures = page.locator(CELLS).nth(position(sources, "summary = train(")).locator(f"{OUTPUT} img")
+    assert pictures.count() == 1 and pictures.get_attribute("alt").startswith("Loss: nats per token")
     prompts = page.locator(".jp-CodeCell .jp-InputPrompt").all_inner_texts()
     assert prompts == [f"[{i + 1}]:" for i in range(len(prompts))]
     last = page.locator(CELLS).last.locator(OUTPUT)
@@ -252,11 +273,11 @@ def test_looks(executed, screenshots, theme, width):
 
 
 @pytest.mark.long
-def test_training_shows_progress_stops_and_goes_on(chromium, server):
-    overrides = {"max_steps": 0, "max_hours": 0.01, "eval_every": 200, "sample_every": 1000, "checkpoint_every": 1000}
+def test_training_shows_progress_and_its_curves_stops_and_goes_on(chromium, server, shot):
+    overrides = {"max_steps": 0, "max_hours": 0.03, "eval_every": 200, "sample_every": 1000, "checkpoint_every": 1000}
     page, path = open_notebook(chromium, server, "interrupted", overrides)
     sources = [cell.source for cell in nbformat.read(path, as_version=4).cells]
-    training = page.locator(CELLS).nth(next(i for i, s in enumerate(sources) if s.startswith("summary = train(")))
+    training = page.locator(CELLS).nth(position(sources, "summary = train("))
     last = page.locator(CELLS).last
 
     def press_run(cell):
@@ -282,11 +303,17 @@ def test_training_shows_progress_stops_and_goes_on(chromium, server):
     while len(seen) < 4:
         seen.append(wait_until(lambda: percent() if percent() != seen[-1] else 0, 30))
     assert seen == sorted(seen) and seen[-1] < 100
+    curves = training.locator(f"{OUTPUT} img")
+    assert curves.count() == 1
+    drawn_first = curves.get_attribute("src")
+    wait_until(lambda: curves.get_attribute("src") != drawn_first, 90)  # in the same place
+    shot(page, training, "live-1")
     page.locator('.jp-NotebookPanel-toolbar [data-jp-item-name="interrupt"]').click()
     page.wait_for_function(AT_REST, timeout=MINUTE)
     assert "stopping after this step" in printed(training) and errors(page) == []
     stopped = summary()
     assert stopped["status"] == "interrupted" and stopped["steps"] > 0
+    assert curves.count() == 1 and f"sample of step {stopped['steps']:,}" in printed(training)
     press_run(last)
     sync_api.expect(last.locator(OUTPUT)).to_contain_text(f"interrupted: {stopped['tokens']:,} tokens", timeout=MINUTE)
 
@@ -295,6 +322,15 @@ def test_training_shows_progress_stops_and_goes_on(chromium, server):
     page.wait_for_function(AT_REST, timeout=5 * MINUTE)
     assert percent() == 100 and errors(page) == []
     assert summary()["status"] == "finished" and summary()["steps"] > stopped["steps"]
+    assert curves.count() == 1 and f"sample of step {summary()['steps']:,}" in printed(training)
+    shot(page, training, "live-2")
+
+    choose(page, "File", "Save Notebook")
+    page.wait_for_selector(".jp-mod-dirty", state="detached")
+    last_drawn = curves.get_attribute("src")
+    page.reload()
+    page.wait_for_function(AT_REST, timeout=2 * MINUTE)
+    assert curves.get_attribute("src") == last_drawn and "sample of step" in printed(training)
     page.close()
 
 

@@ -35,8 +35,7 @@ from tools.training import train_apart
 PLAIN = {"sample_every": 10**9, "sample_tokens": 1, "compile": False}
 # Fields that say where and how a run is kept, and nothing about what it learns
 KEEPING = ("run_name", "runs_dir", "data_dir", "resume", "wandb")
-# Colours that stay apart for every kind of colour vision (Okabe and Ito 2008) and show on white and on black
-COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F", "#B8A800"]
+COLOURS = plt.style.library["petroff10"]["axes.prop_cycle"].by_key()["color"]  # the notebook's
 MARKERS = "os^DvPX*"
 
 
