@@ -12,12 +12,12 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from test_corpora import hostile_notebook
 
 from machinery.notebook import NOTEBOOK
+from tools.execute import report_page
 
 nbformat = pytest.importorskip("nbformat")
-HTMLExporter = pytest.importorskip("nbconvert").HTMLExporter
-
 sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install -r tools/requirements.txt")
 
 QUIET = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
@@ -226,8 +226,7 @@ def test_run_all_cells_to_the_last_line(executed):
 def report(executed, tmp_path_factory):
     """The HTML page that nbconvert makes of the executed notebook."""
     path = tmp_path_factory.mktemp("report") / "LMHarness.html"
-    exporter = HTMLExporter(template_file=str(NOTEBOOK.parent / "tools" / "report.html.j2"))
-    path.write_text(exporter.from_filename(str(executed[1]))[0], encoding="utf-8")
+    path.write_text(report_page(nbformat.read(executed[1], as_version=4)), encoding="utf-8")
     return path
 
 
@@ -238,6 +237,15 @@ def test_report_describes_its_pictures(chromium, report):
     texts = page.locator("main img").evaluate_all("images => images.map(image => image.alt)")
     assert len(texts) >= 6
     assert [text for text in texts if not text or text.startswith("No description has been provided")] == []
+    page.close()
+
+
+def test_no_script_of_a_text_runs_in_the_report(chromium, tmp_path):
+    (tmp_path / "report.html").write_text(report_page(hostile_notebook()), encoding="utf-8")
+    page = chromium.new_page()
+    page.route(re.compile("^https?:"), lambda route: route.abort())
+    page.goto((tmp_path / "report.html").as_uri(), wait_until="load")
+    assert page.evaluate("window.ran") is None and "window.ran='it'" in page.locator("main").inner_text()
     page.close()
 
 
