@@ -13,7 +13,8 @@ import matplotlib.pyplot as plt
 
 from machinery.errors import first_line
 from machinery.figures import describe, draw_run, in_notebook
-from machinery.run_folder import as_sample, run_state
+from machinery.files import read_json, read_jsonl
+from machinery.run_folder import as_sample
 
 
 class Logger:
@@ -87,16 +88,20 @@ class FigureLogger(Logger):
             return
         from IPython.display import display
 
-        self.run, self.started, self.spent = run_state(folder), time.perf_counter(), 0.0  # seconds
+        self.lines, self.expected = (
+            read_jsonl(folder / "metrics.jsonl"),
+            read_json(folder / "expected.json", missing={}),
+        )
+        self.started, self.spent = time.perf_counter(), 0.0  # seconds
         picture, options = self._picture()  # empty axes, or the steps of an earlier part; the first one takes longer
         self.curves = display(picture, **options, display_id=True)
         self.text = display({"text/plain": ""}, raw=True, display_id=True)
-        for sample in self.run["samples"][-1:]:
+        for sample in read_jsonl(folder / "samples.jsonl")[-1:]:
             self.sample(**sample)
 
     def metrics(self, step: int, values: dict[str, float | None]) -> None:
         if self.curves:
-            self.run["metrics"].append({"step": step, **values})
+            self.lines.append({"step": step, **values})
             before = time.perf_counter()
             if step and "val_loss" in values and self.spent <= FIGURE_SHARE * (before - self.started):
                 self._draw()
@@ -119,7 +124,7 @@ class FigureLogger(Logger):
     def _picture(self) -> tuple[dict, dict]:
         """The figure as a notebook keeps it, and what `display` has to know of it."""
         self.drawn, content = self._steps(), io.BytesIO()
-        figure = draw_run(self.run["metrics"], self.run["expected"])
+        figure = draw_run(self.lines, self.expected)
         try:
             figure.savefig(content, format="png", dpi=72)
         finally:
@@ -128,7 +133,7 @@ class FigureLogger(Logger):
         return picture, {"raw": True, "metadata": {"image/png": {"alt": describe(figure)}}}
 
     def _steps(self) -> int:
-        return sum("train_loss" in line for line in self.run["metrics"])
+        return sum("train_loss" in line for line in self.lines)
 
 
 # Each of them is told; W&B only listens where the config says so, and the figure in a notebook
