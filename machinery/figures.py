@@ -97,7 +97,7 @@ def play(draw: Callable, **controls) -> None:
     display(picture | widget._repr_mimebundle_(), metadata=metadata, raw=True)
 
 
-POINTS = 200  # of a line of steps, at most: smooth, and drawn fast
+POINTS = 100  # of a line of steps, at most: smooth, and drawn fast
 
 
 @plt.rc_context({"font.size": 8.5, "axes.titlesize": 10})

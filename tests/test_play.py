@@ -200,18 +200,18 @@ LINES = [{"step": 0, "tokens": 0, "val_loss": 6.0, "val_bpb": 4.0}] + [
 def test_the_figure_of_a_run_labels_its_lines_smooths_steps_and_has_room_for_what_was_expected():
     figure = figures.draw_run(LINES)
     loss, rate, speed = figure.axes
-    assert [line.get_label() for line in loss.lines] == ["training (means of 5)", "held out"]
+    assert [line.get_label() for line in loss.lines] == ["training (means of 10)", "held out"]
     assert (
-        len(loss.lines[0].get_xdata()) == len(rate.lines[0].get_xdata()) == 200 and len(loss.lines[1].get_xdata()) == 11
+        len(loss.lines[0].get_xdata()) == len(rate.lines[0].get_xdata()) == 100 and len(loss.lines[1].get_xdata()) == 11
     )
-    assert loss.lines[0].get_ydata()[0] == pytest.approx(6 - 3 / 500) and speed.get_ylim()[0] == 0
+    assert loss.lines[0].get_ydata()[0] == pytest.approx(6 - 5.5 / 500) and speed.get_ylim()[0] == 0
     assert all(axes.get_xlabel() == "training tokens (millions)" and axes.get_ylabel() for axes in figure.axes)
     plt.close(figure)
 
     expected = {"tokens": [10**6, 10**7], "low": [3.0, 2.0], "high": [3.5, 2.2], "unit": "nats per token"}
     for unit, factor in (("nats per token", 1.0), ("bits per byte", LINES[-1]["val_loss"] / LINES[-1]["val_bpb"])):
         figure = figures.draw_run(LINES, expected | {"unit": unit})
-        assert "for expected, training (means of 5), held out" in describe(figure)
+        assert "for expected, training (means of 10), held out" in describe(figure)
         corners = figure.axes[0].collections[0].get_paths()[0].vertices
         assert corners[:, 0].max() == 10 and corners[:, 1].min() == pytest.approx(2.0 * factor)
         plt.close(figure)
