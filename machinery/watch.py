@@ -51,21 +51,19 @@ TEXT_BYTES = 4  # of a token, roughly: English with some ten thousand tokens to 
 def announce(config) -> None:
     """What a run is about to do, before anything is fetched, and where it takes hours, what to begin with."""
     limits = {"hours": config.max_hours, "tokens": config.max_tokens, "steps": config.max_steps}
-    budget = ", or ".join(f"{limit:,g} {name}" for name, limit in limits.items() if limit)
+    budget = ", or ".join(f"{limit:,.12g} {name}" for name, limit in limits.items() if limit)
     print(f"{config.run_name} trains for {budget} on {config.source!r}; a table says what that takes before it begins")
     if source_kind(config.source) == "hub":
         named = re.search(r"(\d+)BT\b", config.source)  # sample-10BT: ten billion tokens
-        tokens = min(config.max_tokens or math.inf, int(named[1]) * 10**9 if named else math.inf)
-        amount = f"up to {tokens / 1e9:,.2g} billion tokens are" if tokens < math.inf else "a billion tokens are"
-        fetched = TEXT_BYTES * min(tokens, 1e9 if tokens == math.inf else tokens) / 1e9
-        kept = fetched / TEXT_BYTES * (2 if config.vocab_size <= 1 << 16 else 4)
+        known = [tokens for tokens in (config.max_tokens / 1e9, named and int(named[1])) if tokens]
+        billions = min(known, default=1)
+        sizes = billions * TEXT_BYTES, billions * (2 if config.vocab_size <= 1 << 16 else 4)
+        fetched, kept = (format(size, ",.0f" if size >= 10 else ".2g") for size in sizes)
         folder = Path(config.data_dir).expanduser().absolute()
         free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free / 1e9
-        print(
-            f"  its text comes from the Hugging Face hub during the run: {amount} some {fetched:,.2g} GB to fetch",
-            end="",
-        )
-        print(f" and {kept:,.2g} GB in {config.data_dir}, where {free:,.0f} GB are free")
+        amount = f"up to {billions:,.3g} billion tokens are" if known else "each billion tokens is"
+        print(f"  its text comes from the Hugging Face hub during the run: {amount} some {fetched} GB to fetch", end="")
+        print(f" and {kept} GB in {config.data_dir}, where {free:,.0f} GB are free")
     if config.max_hours > 4:
         print('  for a first look stop it and set preset to "hour", or to "demo", three minutes of training', end="")
         print(" (in a terminal: make run PRESET=hour)")

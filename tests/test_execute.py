@@ -66,7 +66,7 @@ def test_a_day_its_gigabytes_and_an_hour_to_begin_with_are_announced(capsys):
     assert "trains for 24 hours on 'HuggingFaceFW/fineweb-edu:sample-10BT'" in said["day"]
     assert "up to 10 billion tokens are some 40 GB to fetch and 20 GB in data, where" in said["day"]
     assert 'preset to "hour"' in said["day"] and "preset to" not in said["hour"] + said["demo"]
-    assert "a billion tokens are some 4 GB to fetch and 4 GB in data" in said["hour"] and "hub" not in said["demo"]
+    assert "each billion tokens is some 4 GB to fetch and 4 GB in data" in said["hour"] and "hub" not in said["demo"]
     cells = nbformat.read(execute.NOTEBOOK, as_version=4).cells
     said, prepared = (next(i for i, c in enumerate(cells) if f"\n{call}(config)" in c.source or
                       f"= {call}(config)" in c.source) for call in ("announce", "prepare_data"))  # fmt: skip
