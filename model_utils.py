@@ -23,10 +23,9 @@ from machinery.machine import Machine
 from machinery.settings import kv_heads
 
 __all__ = [
-    "attend", "attention_maps", "best_shape", "cache_bytes_per_token", "choose_micro_batch", "compute_optimal",
-    "count_parameters",
-    "cross_entropy", "evaluation_mode", "expected_loss", "flops_per_token", "loss_rows", "multiplying_parameters",
-    "predict", "short_attention", "training_memory",
+    "attend", "attention_maps", "best_shape", "budget_left", "cache_bytes_per_token", "choose_micro_batch",
+    "compute_optimal", "count_parameters", "cross_entropy", "evaluation_mode", "expected_loss", "flops_per_token",
+    "loss_rows", "multiplying_parameters", "predict", "short_attention", "training_memory",
 ]  # fmt: skip
 
 
@@ -163,6 +162,17 @@ def choose_micro_batch(
     return 1
 
 
+def budget_left(config, tokens_per_second: float, used: tuple[int, int, float]) -> dict[str, float]:
+    """Tokens until each limit of the budget, after `used` steps, tokens and seconds; the least of them ends a run."""
+    step, trained, seconds = used
+    limits = {
+        "max_tokens": config.max_tokens and config.max_tokens - trained,
+        "max_steps": config.max_steps and (config.max_steps - step) * config.batch_tokens,
+        "max_hours": config.max_hours and tokens_per_second * (config.max_hours * 3600 - seconds),
+    }
+    return {name: tokens for name, tokens in limits.items() if tokens}
+
+
 def predict(
     model: nn.Module,
     optimizers: list,
@@ -179,13 +189,7 @@ def predict(
     `free_memory` is that of another machine, in bytes.
     """  # fmt: skip
     parameters, flops = count_parameters(model)["total"], flops_per_token(model, config)
-    step, trained, seconds = used
-    limits = [
-        config.max_tokens and config.max_tokens - trained,
-        config.max_steps and (config.max_steps - step) * config.batch_tokens,
-        config.max_hours and tokens_per_second * (config.max_hours * 3600 - seconds),
-    ]
-    tokens = min(limit for limit in limits if limit)
+    tokens, trained = min(budget_left(config, tokens_per_second, used).values()), used[1]
     best = compute_optimal(flops * (trained + tokens))[0]  # parameters, by a law that knows nothing of small models
     shares = machine.processes if config.parallel == "fsdp" else 1
     width, free_memory = machine.dtype.itemsize, free_memory or machine.free_memory()

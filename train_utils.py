@@ -30,7 +30,7 @@ from machinery.run_folder import RunFolder, describe_environment
 from machinery.screen import Screen, keep_printing
 from machinery.tokenizers import tokenizer_to_dict
 from machinery.watch import Watch, print_ending, print_preflight, refuse_what_does_not_fit
-from model_utils import choose_micro_batch, count_parameters, flops_per_token, predict
+from model_utils import budget_left, choose_micro_batch, count_parameters, flops_per_token, predict
 
 # ------------------------------------------------------------------------------------------- schedules
 # The factor on the peak learning rate (0 to 1), by the used fraction of the budget; so are `warmup` and `decay`.
@@ -204,7 +204,8 @@ class Run:
             rate = config.batch_tokens / (step + between)
             p = predict(self.model, self.optimizers, measured, machine, rate, self._in_use, used=spent)
             p["tokens per second"] = self._watch.expected_rate = config.batch_tokens / step
-            print_preflight(p, config, machine, self.note, self.folder.path, self._epochs(at.tokens + p["tokens"]))
+            epochs, left = self._epochs(at.tokens + p["tokens"]), budget_left(config, rate, spent)
+            print_preflight(p, config, machine, self.note, self.folder.path, epochs, left)
             self._repeats = self._epochs(at.tokens) >= 1
             whole = {"tokens": at.tokens + p["tokens"], "seconds": at.seconds + p["seconds"]}
             self.predicted = {name: value for name, value in (p | whole).items() if math.isfinite(value)}

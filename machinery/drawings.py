@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 
+from machinery.figures import legible
 from machinery.settings import kv_heads
 
 TABLE, NORM, ATTENTION, FFN, STREAM = "C0", "C7", "C1", "C2", "0.55"
@@ -106,13 +107,15 @@ def draw_heads(config) -> Figure:
 def draw_targets(config, pieces: list[str]) -> Figure:
     """A window of the text as inputs and targets; `pieces` are its first tokens as text, six or more."""
     T, shown = config.block_size, pieces[:9]
+    letters = [repr(piece)[1:-1].replace(" ", "·") for piece in shown]  # and a line end as \n
+    letters, families = legible(letters, "sans-serif")
     figure, axes = canvas(10, 1.9, f"Inputs {shown[:-1]} and, one place on, targets {shown[1:]}")
-    for y, text, row in ((1.35, "inputs", shown[:-1]), (0.45, "targets", shown[1:])):
+    for y, text, row in ((1.35, "inputs", letters[:-1]), (0.45, "targets", letters[1:])):
         axes.text(0.55, y, f"{text}\n(T = {T:,})", ha="center", va="center", fontsize=9)
         for i, piece in enumerate(row):
             box(axes, 1.6 + i, y, "", TABLE if y > 1 else FFN, 0.9, 0.4)
-            letters = repr(piece)[1:-1].replace(" ", "·")  # and a line end as \n
-            axes.text(1.6 + i, y, letters[:10], ha="center", va="center", fontsize=8, parse_math=False)
+            options = {"family": families, "fontsize": 8, "parse_math": False}
+            axes.text(1.6 + i, y, piece[:10], ha="center", va="center", **options)
         axes.text(1.6 + len(row), y, "…", ha="center", va="center")
     axes.text(9.9, 0.06, "· is a space", ha="right", fontsize=8)
     for i in range(len(shown) - 1):

@@ -21,6 +21,11 @@ def printable(text: str, keep: str = "") -> str:
     )
 
 
+def readable(text: str) -> str:
+    """A corpus's or a model's text for a screen: lines and tabs as they are, all else that would be obeyed escaped."""
+    return printable(text, keep="\n\t\u200d")
+
+
 class UserError(ValueError):
     """Something the user can mend. The message says what was wrong, where, and what to do.
 

@@ -6,15 +6,20 @@ import functools
 import html
 import inspect
 import math
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
+from statistics import fmean as mean
 
+import matplotlib
 import matplotlib.pyplot as plt
+from matplotlib import font_manager
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from machinery.errors import UserError
+from machinery.errors import UserError, printable, readable, told
 from machinery.files import read_jsonl
+from machinery.run_folder import as_sample, duration, run_state
 
 
 def show(*pictures) -> None:
@@ -52,12 +57,14 @@ def _shell():
     return get_ipython()
 
 
+def in_notebook() -> bool:
+    """Whether pictures can be displayed: in a notebook's kernel, also where a program executes the notebook."""
+    return hasattr(_shell(), "get_parent")
+
+
 def attended() -> bool:
     """Whether somebody runs this cell: programs that execute notebooks say that nobody could answer a question."""
-    shell = _shell()
-    if not hasattr(shell, "get_parent"):
-        return False
-    return shell.get_parent().get("content", {}).get("allow_stdin", True)  # a control's message does not say
+    return in_notebook() and _shell().get_parent().get("content", {}).get("allow_stdin", True)  # a control is silent
 
 
 def play(draw: Callable, **controls) -> None:
@@ -90,6 +97,92 @@ def play(draw: Callable, **controls) -> None:
     display(picture | widget._repr_mimebundle_(), metadata=metadata, raw=True)
 
 
+POINTS = 100  # of a line of steps, at most: smooth, and drawn fast
+
+
+@plt.rc_context({"font.size": 8.5, "axes.titlesize": 10})
+def draw_run(metrics: list[dict], expected: dict | None = None) -> Figure:
+    """Loss, learning rate and speed of a run against its training tokens, from the lines of its metrics.jsonl.
+
+    `expected` is a band of held-out loss to draw in grey: lists "tokens", "low" and "high" of one length, and their
+    "unit", "nats per token" or "bits per byte".
+    """
+    band = _band(metrics, expected)
+    figure, (loss, rate, speed) = plt.subplots(1, 3, figsize=(9.5, 2.6))
+    figure.subplots_adjust(left=0.055, right=0.99, top=0.89, bottom=0.17, wspace=0.31)
+    size = max(1, math.ceil(sum("train_loss" in line for line in metrics) / POINTS))
+
+    def curve(axes, name: str, label: str) -> None:
+        tokens, values = _points(metrics, name)
+        means = [(mean(tokens[i : i + size]), mean(values[i : i + size])) for i in range(0, len(values), size)]
+        if means:
+            axes.plot(*zip(*means), label=f"{label} (means of {size})" if size > 1 else label)
+
+    if band:
+        tokens, low, high = band
+        loss.fill_between(tokens, low, high, color="gray", alpha=0.3, linewidth=0, label="expected")
+        loss.vlines(tokens[-1], low[-1], high[-1], color="gray", linewidth=3)  # where the band is the end alone
+    curve(loss, "train_loss", "training")
+    if (evaluated := _points(metrics, "val_loss"))[0]:
+        loss.plot(*evaluated, "o-", markersize=4, label="held out")
+    curve(rate, "lr", "blocks' matrices")
+    curve(speed, "tokens_per_second", "steps")
+    for axes, title, unit in (
+        (loss, "Loss", "nats per token"),
+        (rate, "Learning rate of the blocks' matrices", "learning rate"),
+        (speed, "Speed", "tokens per second"),
+    ):
+        axes.set(title=title, xlabel="training tokens (millions)", ylabel=unit)
+        axes.locator_params(nbins=5)  # labels are most of what drawing takes
+    if loss.lines:
+        loss.legend()
+    speed.set_ylim(bottom=0)
+    return figure
+
+
+def _points(metrics: list[dict], name: str) -> tuple[list[float], list[float]]:
+    """Millions of tokens and values of the lines that have both."""
+    lines = [line for line in metrics if line.get("tokens") is not None and line.get(name) is not None]
+    lines = [line for line in lines if math.isfinite(line[name])]
+    return [line["tokens"] / 1e6 for line in lines], [line[name] for line in lines]
+
+
+def _band(metrics: list[dict], expected: dict | None) -> tuple[list[float], list[float], list[float]] | None:
+    """Millions of tokens, and the band's ends in nats per token; None where there is none, or no factor to its unit."""
+    if not expected:
+        return None
+    with told("expected.json", problem="is no band of the loss"):
+        factor = 1.0
+        if expected["unit"] == "bits per byte":  # one of them is so many nats per token of this text
+            evaluated = [line for line in metrics if line.get("val_bpb") and line.get("val_loss")]
+            if not evaluated:
+                return None
+            factor = evaluated[-1]["val_loss"] / evaluated[-1]["val_bpb"]
+        tokens = [count / 1e6 for count in expected["tokens"]]
+        low, high = ([factor * value for value in expected[end]] for end in ("low", "high"))
+        return tokens, low, high
+
+
+def show_run(folder: str | Path) -> None:
+    """Print where a run stands and its latest sample, and draw its curves."""
+    state = run_state(folder)
+    last, left = state["last"], state["seconds_left"]
+    print(f"{Path(folder).name}: {printable(str(state['status']))}, {state['progress']:.1%} of the budget", end="")
+    print(f", {duration(left)} left" if state["status"] == "running" and left is not None else "")
+    numbers = [
+        ("step", ",d"),
+        ("tokens", ",d"),
+        ("train_loss", ".3f"),
+        ("val_bpb", ".4f"),
+        ("tokens_per_second", ",.0f"),
+    ]
+    print(", ".join(f"{name} {last[name]:{form}}" for name, form in numbers if last.get(name) is not None))
+    for sample in state["samples"][-1:]:
+        print(as_sample(sample, heading=True))
+    draw_run(state["metrics"], state["expected"])
+    plt.show()
+
+
 def plot_runs(*folders: str | Path) -> Figure:
     """Held-out bits per byte against training tokens, a line for each run folder.
 
@@ -110,12 +203,39 @@ def plot_runs(*folders: str | Path) -> Figure:
     return figure
 
 
+@functools.cache
+def _characters(path: str) -> frozenset[int]:
+    """What a font can draw; nothing where it is made of pictures, which Matplotlib cannot use."""
+    try:
+        font = font_manager.get_font(path)
+        return frozenset(font.get_charmap()) if font.scalable else frozenset()
+    except (OSError, RuntimeError):
+        return frozenset()
+
+
+def legible(texts: list[str], family: str = "monospace") -> tuple[list[str], list[str]]:
+    """The texts as the fonts of this machine can draw them, "□" for what none of them has; and the fonts to name as
+    their family: `family` first, then others for what it lacks, such as Chinese.
+    """
+    families = [family]
+    first = font_manager.findfont(font_manager.FontProperties(family=[family]))
+    missing = {ord(letter) for text in texts for letter in text} - _characters(first)
+    for font in font_manager.fontManager.ttflist if missing else ():
+        of_the_machine = not font.fname.startswith(matplotlib.get_data_path()) and "emoji" not in font.name.lower()
+        if of_the_machine and (found := missing & _characters(font.fname)):
+            families.append(font.name)
+            missing -= found
+    blank = dict.fromkeys(missing - {ord("\n")}, "□")
+    return [text.translate(blank) for text in texts], families
+
+
 def coloured_tokens(pieces: list[tuple[str, float, str]], width: int = 88):
     """Text on a background that is darker where a token was less expected; live, a pointer on it tells more.
 
     `pieces` holds a text, its probability and a remark for each token; `width` is the length of a line of the figure.
     """
     shades = plt.get_cmap("YlOrBr")
+    pieces = [(readable(text), probability, remark) for text, probability, remark in pieces]
 
     def shade(probability: float):
         return shades(0.5 * min(1.0, -math.log2(max(probability, 1e-9)) / 10))  # black can be read on half of the scale
@@ -131,19 +251,21 @@ def coloured_tokens(pieces: list[tuple[str, float, str]], width: int = 88):
 
         return HTML(f'<pre style="white-space: pre-wrap; font-family: monospace">{"".join(spans)}</pre>')
 
+    texts, families = legible([text.replace("\t", "    ") for text, _, _ in pieces])
     marks, column, row = [], 0, 0
-    for text, probability, _ in pieces:
-        for letter in text.replace("\t", "    "):
-            if letter == "\n" or column == width:
+    for text, (_, probability, _) in zip(texts, pieces):
+        for letter in text:
+            columns = 2 if unicodedata.east_asian_width(letter) in "FW" else 1
+            if letter == "\n" or column + columns > width:
                 column, row = 0, row + 1
             if letter != "\n":
-                marks.append((column, row, letter, shade(probability)))
-                column += 1
+                marks.append((column, row, columns, letter, shade(probability)))
+                column += columns
     figure = plt.figure(figsize=(0.0753 * width, 0.18 * (row + 1)))  # 9 point letters are 0.0753 inches wide
     axes = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(row + 1, 0))
     figure.set_label(" ".join(["Tokens, darker where less expected:", *"".join(text for text, _, _ in pieces).split()]))
     axes.axis("off")
-    for column, row, letter, colour in marks:
-        axes.add_patch(Rectangle((column, row), 1, 1, color=colour, linewidth=0))
-        axes.text(column, row + 0.75, letter, family="monospace", fontsize=9, color="black")
+    for column, row, columns, letter, colour in marks:
+        axes.add_patch(Rectangle((column, row), columns, 1, color=colour, linewidth=0))
+        axes.text(column, row + 0.75, letter, family=families, fontsize=9, color="black", parse_math=False)
     return figure

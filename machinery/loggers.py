@@ -1,12 +1,20 @@
-"""Where a run's numbers go beside its own files: a table of siblings, W&B the first of them."""
+"""Where a run's numbers go beside its own files: a table of siblings, such as W&B and the figure in a notebook."""
 
 from __future__ import annotations
 
+import base64
+import io
 import secrets
+import time
 from collections.abc import Callable
 from pathlib import Path
 
+import matplotlib.pyplot as plt
+
 from machinery.errors import first_line
+from machinery.figures import describe, draw_run, in_notebook
+from machinery.files import read_json, read_jsonl
+from machinery.run_folder import as_sample
 
 
 class Logger:
@@ -66,7 +74,70 @@ class WandbLogger(Logger):
             self.run.finish(exit_code=0 if summary else 1)
 
 
-LOGGERS = {"wandb": WandbLogger}  # each of them is told; W&B only listens where the config says so
+FIGURE_SHARE = 0.004  # of the time, at most, goes into drawing; evaluations that come too soon after others wait
+
+
+class FigureLogger(Logger):
+    """In a notebook, the curves of the run, drawn anew in one place at its evaluations, and beneath them its newest
+    sample. Both stay in the cell's output.
+    """
+
+    def __init__(self, folder: Path, config: dict) -> None:
+        self.curves = None
+        if not in_notebook():
+            return
+        from IPython.display import display
+
+        self.lines, self.expected = (
+            read_jsonl(folder / "metrics.jsonl"),
+            read_json(folder / "expected.json", missing={}),
+        )
+        self.started, self.spent = time.perf_counter(), 0.0  # seconds
+        picture, options = self._picture()  # empty axes, or the steps of an earlier part; the first one takes longer
+        self.curves = display(picture, **options, display_id=True)
+        self.text = display({"text/plain": ""}, raw=True, display_id=True)
+        for sample in read_jsonl(folder / "samples.jsonl")[-1:]:
+            self.sample(**sample)
+
+    def metrics(self, step: int, values: dict[str, float | None]) -> None:
+        if self.curves:
+            self.lines.append({"step": step, **values})
+            before = time.perf_counter()
+            if step and "val_loss" in values and self.spent <= FIGURE_SHARE * (before - self.started):
+                self._draw()
+                self.spent += time.perf_counter() - before
+
+    def sample(self, step: int, prompt: str, text: str) -> None:
+        if self.curves:
+            words = as_sample({"step": step, "prompt": prompt, "text": text}, heading=True)
+            self.text.update({"text/plain": words}, raw=True)
+
+    def finish(self, summary: dict | None) -> None:
+        if self.curves and self._steps() != self.drawn:  # some came after the last drawing
+            self._draw()
+
+    def _draw(self) -> None:
+        """Put the figure in the place of the former one."""
+        picture, options = self._picture()
+        self.curves.update(picture, **options)
+
+    def _picture(self) -> tuple[dict, dict]:
+        """The figure as a notebook keeps it, and what `display` has to know of it."""
+        self.drawn, content = self._steps(), io.BytesIO()
+        figure = draw_run(self.lines, self.expected)
+        try:
+            figure.savefig(content, format="png", dpi=72)
+        finally:
+            plt.close(figure)
+        picture = {"image/png": base64.b64encode(content.getvalue()).decode(), "text/plain": "the curves of this run"}
+        return picture, {"raw": True, "metadata": {"image/png": {"alt": describe(figure)}}}
+
+    def _steps(self) -> int:
+        return sum("train_loss" in line for line in self.lines)
+
+
+# Each of them is told; W&B only listens where the config says so, and the figure in a notebook
+LOGGERS = {"wandb": WandbLogger, "figure": FigureLogger}
 
 
 class Loggers:

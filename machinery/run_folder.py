@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 from filelock import FileLock, Timeout
 
-from machinery.errors import UserError, first_line, printable, told
+from machinery.errors import UserError, first_line, readable, told
 from machinery.files import make_folder, no_links, read_json, read_jsonl, write_atomic, write_json
 from machinery.machine import Machine, cpu_name
 from machinery.notebook import NOTEBOOK
@@ -208,7 +208,8 @@ def run_state(folder: str | Path) -> dict:
     """Where a run stands, from its files alone: for another notebook, kernel or terminal, while it trains or after.
 
     "status" is "running", "finished", "interrupted" or "diverged", or "stopped" when its process is gone without
-    a word; "progress" (0 to 1) and "seconds_left" are those of the last step; "metrics" and "samples" are its lines.
+    a word; "progress" (0 to 1) and "seconds_left" are those of the last step; "metrics" and "samples" are its lines;
+    "expected" is the band of its loss, where expected.json has one.
     """
     folder = Path(folder).expanduser()
     config, metrics = read_json(folder / "config.json"), read_jsonl(folder / "metrics.jsonl")
@@ -222,6 +223,7 @@ def run_state(folder: str | Path) -> dict:
         "config": config,
         "metrics": metrics,
         "samples": read_jsonl(folder / "samples.jsonl"),
+        "expected": read_json(folder / "expected.json", missing={}),
     }
 
 
@@ -247,38 +249,10 @@ def _is_locked(path: Path) -> bool:
     return False
 
 
-def show_run(folder: str | Path) -> None:
-    """Print where a run stands and its latest sample, and draw its curves."""
-    import matplotlib.pyplot as plt
-
-    state = run_state(folder)
-    last, left = state["last"], state["seconds_left"]
-    print(f"{Path(folder).name}: {printable(str(state['status']))}, {state['progress']:.1%} of the budget", end="")
-    print(f", {duration(left)} left" if state["status"] == "running" and left is not None else "")
-    numbers = [
-        ("step", ",d"),
-        ("tokens", ",d"),
-        ("train_loss", ".3f"),
-        ("val_bpb", ".4f"),
-        ("tokens_per_second", ",.0f"),
-    ]
-    print(", ".join(f"{name} {last[name]:{form}}" for name, form in numbers if last.get(name) is not None))
-    for sample in state["samples"][-1:]:
-        print(f"──── sample of step {sample['step']:,}\n{as_sample(sample)}")
-    plt.figure(figsize=(7, 3))
-    for name, style in [("train_loss", "-"), ("val_loss", "o-")]:
-        lines = [line for line in state["metrics"] if line.get(name) is not None and "tokens" in line]
-        points = [(line["tokens"] / 1e6, line[name]) for line in lines]
-        plt.plot(*zip(*points), style, label=name) if points else None
-    plt.gca().set(xlabel="tokens (millions)", ylabel="nats per token", title=Path(folder).name)
-    if plt.gca().lines:
-        plt.legend()
-    plt.show()
-
-
-def as_sample(sample: dict) -> str:
-    """A line of samples.jsonl as text for a screen: prompt and continuation."""
-    return printable(sample.get("prompt", "") + sample.get("text", ""), keep="\n\t\u200d")
+def as_sample(sample: dict, heading: bool = False) -> str:
+    """A line of samples.jsonl as text for a screen: prompt and continuation, where asked for under their step."""
+    text = readable(sample.get("prompt", "") + sample.get("text", ""))
+    return f"──── sample of step {sample['step']:,}\n{text}" if heading else text
 
 
 def duration(seconds: float) -> str:

@@ -15,10 +15,13 @@ from machinery.run_folder import duration
 
 def keep_printing() -> None:
     """Have no line that is printed end the program: what a terminal lacks is written as "?", a stdout that is closed,
-    or full, is told on stderr and left.
+    or full, is told on stderr and left. Where there is none from the start, nothing is told.
     """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (as long as the program runs)
     stdout = sys.stdout
-    if not hasattr(stdout, "reconfigure"):  # a notebook's, or none at all
+    if not hasattr(stdout, "reconfigure"):  # a notebook's
         return
     stdout.reconfigure(errors="replace")
 

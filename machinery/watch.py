@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import math
+import re
 import shutil
 import statistics
 from collections import deque
@@ -11,6 +12,7 @@ from pathlib import Path
 
 from machinery.errors import UserError
 from machinery.machine import Machine, measure_matmul_flops
+from machinery.sources import source_kind
 
 
 class Watch:
@@ -43,6 +45,30 @@ class Watch:
         return spike
 
 
+TEXT_BYTES = 4  # of a token, roughly: English with some ten thousand tokens to choose from
+
+
+def announce(config) -> None:
+    """What a run is about to do, before anything is fetched, and where it takes hours, what to begin with."""
+    limits = {"hours": config.max_hours, "tokens": config.max_tokens, "steps": config.max_steps}
+    budget = ", or ".join(f"{limit:,.12g} {name}" for name, limit in limits.items() if limit)
+    print(f"{config.run_name} trains for {budget} on {config.source!r}; a table says what that takes before it begins")
+    if source_kind(config.source) == "hub":
+        named = re.search(r"(\d+)BT\b", config.source)  # sample-10BT: ten billion tokens
+        known = [tokens for tokens in (config.max_tokens / 1e9, named and int(named[1])) if tokens]
+        billions = min(known, default=1)
+        sizes = billions * TEXT_BYTES, billions * (2 if config.vocab_size <= 1 << 16 else 4)
+        fetched, kept = (format(size, ",.0f" if size >= 10 else ".2g") for size in sizes)
+        folder = Path(config.data_dir).expanduser().absolute()
+        free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free / 1e9
+        amount = f"up to {billions:,.3g} billion tokens are" if known else "each billion tokens is"
+        print(f"  its text comes from the Hugging Face hub during the run: {amount} some {fetched} GB to fetch", end="")
+        print(f" and {kept} GB in {config.data_dir}, where {free:,.0f} GB are free")
+    if config.max_hours > 4:
+        print('  for a first look stop it and set preset to "hour", or to "demo", three minutes of training', end="")
+        print(" (in a terminal: make run PRESET=hour)")
+
+
 def refuse_what_does_not_fit(prediction: dict, machine: Machine, folder: Path) -> None:
     """Raise `UserError` where the device cannot hold one sequence at a time, or the disk one checkpoint."""
     p, free, memory = prediction, shutil.disk_usage(folder).free / 1e9, machine.memory / 1e9
@@ -58,14 +84,26 @@ def refuse_what_does_not_fit(prediction: dict, machine: Machine, folder: Path) -
         )
 
 
-def print_preflight(prediction: dict, config, machine: Machine, note: str, folder: Path, epochs: float = 0.0) -> None:
-    """A table of what the rest of a run takes; `note` says how the model runs, `epochs` how often the text is read."""
+def _clock(seconds: float) -> datetime.timedelta:
+    """Hours, minutes and seconds to print; at most 30 years, which other units could not hold."""
+    return datetime.timedelta(seconds=min(round(seconds), 10**9))
+
+
+def print_preflight(
+    prediction: dict, config, machine: Machine, note: str, folder: Path, epochs: float, left: dict[str, float]
+) -> None:
+    """A table of what the rest of a run takes; `note` says how the model runs, `epochs` how often the text is read,
+    `left` the tokens until each limit of the budget.
+    """
     p, keep, matmul_flops = prediction, config.keep_checkpoints, measure_matmul_flops(machine)
     flops = p["tokens per second"] * p["FLOPs per token"] / machine.processes
     each = f"{machine.processes} × " if machine.processes > 1 else ""
     mfu = f", MFU {flops / machine.peak_flops:.0%}" if machine.peak_flops else ""
-    length = datetime.timedelta(seconds=min(round(p["seconds"]), 10**9))
+    length = _clock(p["seconds"])
     end = datetime.datetime.now() + length
+    first, *others = sorted(left, key=left.get)
+    rate = p["tokens"] / p["seconds"]  # with evaluations and samples
+    later = ", ".join(f"{name} would be after {_clock(left[name] / rate)}" for name in others)
     loss, best = p["expected loss"], p["compute-optimal parameters"]  # nan where the law knows nothing
     rows = {
         "device": f"{each}{machine.name}, {str(machine.dtype).removeprefix('torch.')}, {note}",
@@ -75,6 +113,7 @@ def print_preflight(prediction: dict, config, machine: Machine, note: str, folde
         f" {shutil.disk_usage(folder).free / 1e9:.1f} GB free",
         "speed": f"{p['tokens per second']:,.0f} tokens/s, {flops / matmul_flops:.0%} of the matrix rate{mfu}",
         "budget": f"{p['tokens']:,.0f} tokens in {length} with evaluations and samples, until {end:%Y-%m-%d %H:%M}",
+        "limit": f"{first} is reached first; {later}" if later else "",
         "text": "read once or less, or not known yet"
         if epochs <= 1
         else f"read {epochs:.1f} times" + (" (what repeats adds less from about 4 on)" if epochs > 4 else ""),
@@ -83,7 +122,7 @@ def print_preflight(prediction: dict, config, machine: Machine, note: str, folde
         "scaling law": ("loss n/a, too small" if math.isnan(loss) else f"loss {loss:.2f} on web text")
         + ("" if math.isnan(best) else f"; best size for so much compute {best:,.0f}"),
     }  # fmt: skip
-    print("\n".join(f"  {name:12s} {text}" for name, text in rows.items()))
+    print("\n".join(f"  {name:12s} {text}" for name, text in rows.items() if text))
     print("  go")
 
 

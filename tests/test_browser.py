@@ -12,12 +12,12 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from test_corpora import hostile_notebook
 
 from machinery.notebook import NOTEBOOK
+from tools.execute import report_page
 
 nbformat = pytest.importorskip("nbformat")
-HTMLExporter = pytest.importorskip("nbconvert").HTMLExporter
-
 sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install -r tools/requirements.txt")
 
 QUIET = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
@@ -160,6 +160,11 @@ def run(page, item):
     page.wait_for_function(AT_REST, timeout=10 * MINUTE)
 
 
+def position(sources, beginning):
+    """Which cell begins so."""
+    return next(i for i, source in enumerate(sources) if source.startswith(beginning))
+
+
 def errors(page):
     return page.locator(f'{OUTPUT}[data-mime-type="application/vnd.jupyter.error"]').all_inner_texts()
 
@@ -190,9 +195,25 @@ def screenshots(tmp_path):
     return take
 
 
+@pytest.fixture
+def shot(tmp_path):
+    """shot(page, cell, name): a picture of the window with a cell in it, in $SCREENSHOTS if set."""
+    folder = Path(os.environ.get("SCREENSHOTS", tmp_path))
+
+    def take(page, cell, name):
+        folder.mkdir(parents=True, exist_ok=True)
+        cell.locator(".jp-Cell-outputWrapper").scroll_into_view_if_needed()
+        page.screenshot(path=folder / f"{name}.png")
+
+    return take
+
+
 def test_run_all_cells_to_the_last_line(executed):
-    page, _ = executed
+    page, path = executed
     assert errors(page) == []
+    sources = [cell.source for cell in nbformat.read(path, as_version=4).cells]
+    pictures = page.locator(CELLS).nth(position(sources, "summary = train(")).locator(f"{OUTPUT} img")
+    assert pictures.count() == 1  # JupyterLab leaves its text out
     prompts = page.locator(".jp-CodeCell .jp-InputPrompt").all_inner_texts()
     assert prompts == [f"[{i + 1}]:" for i in range(len(prompts))]
     last = page.locator(CELLS).last.locator(OUTPUT)
@@ -205,8 +226,7 @@ def test_run_all_cells_to_the_last_line(executed):
 def report(executed, tmp_path_factory):
     """The HTML page that nbconvert makes of the executed notebook."""
     path = tmp_path_factory.mktemp("report") / "LMHarness.html"
-    exporter = HTMLExporter(template_file=str(NOTEBOOK.parent / "tools" / "report.html.j2"))
-    path.write_text(exporter.from_filename(str(executed[1]))[0], encoding="utf-8")
+    path.write_text(report_page(nbformat.read(executed[1], as_version=4)), encoding="utf-8")
     return path
 
 
@@ -217,6 +237,15 @@ def test_report_describes_its_pictures(chromium, report):
     texts = page.locator("main img").evaluate_all("images => images.map(image => image.alt)")
     assert len(texts) >= 6
     assert [text for text in texts if not text or text.startswith("No description has been provided")] == []
+    page.close()
+
+
+def test_no_script_of_a_text_runs_in_the_report(chromium, tmp_path):
+    (tmp_path / "report.html").write_text(report_page(hostile_notebook()), encoding="utf-8")
+    page = chromium.new_page()
+    page.route(re.compile("^https?:"), lambda route: route.abort())
+    page.goto((tmp_path / "report.html").as_uri(), wait_until="load")
+    assert page.evaluate("window.ran") is None and "window.ran='it'" in page.locator("main").inner_text()
     page.close()
 
 
@@ -252,11 +281,11 @@ def test_looks(executed, screenshots, theme, width):
 
 
 @pytest.mark.long
-def test_training_shows_progress_stops_and_goes_on(chromium, server):
-    overrides = {"max_steps": 0, "max_hours": 0.01, "eval_every": 200, "sample_every": 1000, "checkpoint_every": 1000}
+def test_training_shows_progress_and_its_curves_stops_and_goes_on(chromium, server, shot):
+    overrides = {"max_steps": 0, "max_hours": 0.03, "eval_every": 200, "sample_every": 1000, "checkpoint_every": 1000}
     page, path = open_notebook(chromium, server, "interrupted", overrides)
     sources = [cell.source for cell in nbformat.read(path, as_version=4).cells]
-    training = page.locator(CELLS).nth(next(i for i, s in enumerate(sources) if s.startswith("summary = train(")))
+    training = page.locator(CELLS).nth(position(sources, "summary = train("))
     last = page.locator(CELLS).last
 
     def press_run(cell):
@@ -282,11 +311,17 @@ def test_training_shows_progress_stops_and_goes_on(chromium, server):
     while len(seen) < 4:
         seen.append(wait_until(lambda: percent() if percent() != seen[-1] else 0, 30))
     assert seen == sorted(seen) and seen[-1] < 100
+    curves = training.locator(f"{OUTPUT} img")
+    assert curves.count() == 1
+    drawn_first = curves.get_attribute("src")
+    wait_until(lambda: curves.get_attribute("src") != drawn_first, 90)  # in the same place
+    shot(page, training, "live-1")
     page.locator('.jp-NotebookPanel-toolbar [data-jp-item-name="interrupt"]').click()
     page.wait_for_function(AT_REST, timeout=MINUTE)
     assert "stopping after this step" in printed(training) and errors(page) == []
     stopped = summary()
     assert stopped["status"] == "interrupted" and stopped["steps"] > 0
+    assert curves.count() == 1 and f"sample of step {stopped['steps']:,}" in printed(training)
     press_run(last)
     sync_api.expect(last.locator(OUTPUT)).to_contain_text(f"interrupted: {stopped['tokens']:,} tokens", timeout=MINUTE)
 
@@ -295,6 +330,15 @@ def test_training_shows_progress_stops_and_goes_on(chromium, server):
     page.wait_for_function(AT_REST, timeout=5 * MINUTE)
     assert percent() == 100 and errors(page) == []
     assert summary()["status"] == "finished" and summary()["steps"] > stopped["steps"]
+    assert curves.count() == 1 and f"sample of step {summary()['steps']:,}" in printed(training)
+    shot(page, training, "live-2")
+
+    choose(page, "File", "Save Notebook")
+    page.wait_for_selector(".jp-mod-dirty", state="detached")
+    last_drawn = curves.get_attribute("src")
+    page.reload()
+    page.wait_for_function(AT_REST, timeout=2 * MINUTE)
+    assert curves.get_attribute("src") == last_drawn and "sample of step" in printed(training)
     page.close()
 
 

@@ -3,6 +3,7 @@
 import pytest
 
 from machinery.errors import UserError
+from machinery.watch import announce
 from tools import execute
 
 nbformat = pytest.importorskip("nbformat")
@@ -56,8 +57,17 @@ def test_the_program_has_the_knobs_and_no_cells_that_show(tmp_path, monkeypatch)
     compile(program, "LMHarness.py", "exec")
 
 
-def test_a_day_is_announced_and_an_hour_offered(capsys):
-    for preset, offered in [("day", True), ("demo", False)]:
-        execute.announce(execute.knobs_config({"preset": preset, "overrides": ""}))
-        printed = capsys.readouterr().out
-        assert "hours on" in printed and ("PRESET=hour" in printed) == offered
+def test_a_day_its_gigabytes_and_an_hour_to_begin_with_are_announced(capsys):
+    """`make run` prints what the notebook's cell does, as in Jupyter."""
+    said = {}
+    for name, overrides in {"day": {}, "hour": {"source": "owner/name", "vocab_size": 1 << 17}, "demo": {}}.items():
+        announce(execute.knobs_config({"preset": name, "overrides": overrides}))
+        said[name] = capsys.readouterr().out
+    assert "trains for 24 hours on 'HuggingFaceFW/fineweb-edu:sample-10BT'" in said["day"]
+    assert "up to 10 billion tokens are some 40 GB to fetch and 20 GB in data, where" in said["day"]
+    assert 'preset to "hour"' in said["day"] and "preset to" not in said["hour"] + said["demo"]
+    assert "each billion tokens is some 4 GB to fetch and 4 GB in data" in said["hour"] and "hub" not in said["demo"]
+    cells = nbformat.read(execute.NOTEBOOK, as_version=4).cells
+    said, prepared = (next(i for i, c in enumerate(cells) if f"\n{call}(config)" in c.source or
+                      f"= {call}(config)" in c.source) for call in ("announce", "prepare_data"))  # fmt: skip
+    assert said < prepared

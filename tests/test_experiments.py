@@ -67,6 +67,20 @@ def test_a_configuration_that_cannot_work_is_refused_before_training(common):
     assert not Path(common["runs_dir"]).exists()
 
 
+@pytest.mark.parametrize("counted", ["non_embedding", "parameters"])
+def test_variants_are_made_of_equal_size_by_what_is_counted(lm, counted):
+    variants = equal_size({"large": {"vocab_size": 1024}, "small": {"vocab_size": 512}}, counted=counted)
+    sizes = []
+    for values in variants.values():
+        with torch.device("meta"):
+            counts = count_parameters(lm.build_model(lm.Config.from_preset("smoke", **values)))
+        sizes.append(counts["total"] - (counts["embedding"] + counts["head"] if counted == "non_embedding" else 0))
+    assert abs(sizes[0] - sizes[1]) <= 3 * 2 * 64 / 2 + 1  # half a hidden channel in each of the two blocks
+    assert (variants["large"]["n_ffn"] == variants["small"]["n_ffn"]) == (counted == "non_embedding")
+    with pytest.raises(UserError, match="counted is 'all'; use 'non_embedding' or 'parameters'"):
+        equal_size(variants, counted="all")
+
+
 @pytest.mark.parametrize("scale", ["cpu", "gpu"])
 def test_grids_are_of_equal_size_and_budgets_are_met(lm, scale):
     def size(values, common):

@@ -22,8 +22,8 @@ def execute(folder, **overrides):
     shared = folder.parent / "sweep"
     shared.mkdir(exist_ok=True)
     (folder / "runs").mkdir(exist_ok=True)
-    if not (folder / "runs" / "sweep").exists():
-        (folder / "runs" / "sweep").symlink_to(shared)
+    if not (folder / "runs" / ".sweep").exists():
+        (folder / "runs" / ".sweep").symlink_to(shared)
     parameters = {"preset": "smoke", "overrides": {"max_steps": 12, "run_name": "here"} | overrides}
     output = folder / "out.ipynb"
     papermill.execute_notebook(
@@ -93,6 +93,10 @@ def check_run(notebook, run, overrides):
         for output in cell.outputs
     )
     assert pictures >= 6
+    (training,) = (cell for cell in notebook.cells if cell.source.startswith("summary = train("))
+    drawn = [output for output in training.outputs if output.output_type == "display_data"]
+    assert len(drawn) == 2 and drawn[0].metadata["image/png"]["alt"].startswith("Loss: nats per token against")
+    assert drawn[1].data["text/plain"].startswith("──── sample of step 12\n")
 
 
 def wandb_records(path):
@@ -140,7 +144,7 @@ def test_a_mistake_in_the_knobs_is_one_line_in_the_notebook(tmp_path):
         o for cell in failed.cells if cell.cell_type == "code" for o in cell.outputs if o.output_type == "error"
     ]
     assert len(error.traceback) == 1
-    assert not (tmp_path / "data").exists() and [path.name for path in (tmp_path / "runs").iterdir()] == ["sweep"]
+    assert not (tmp_path / "data").exists() and [path.name for path in (tmp_path / "runs").iterdir()] == [".sweep"]
 
 
 def test_running_again_needs_no_edit(tmp_path):

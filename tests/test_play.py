@@ -47,6 +47,23 @@ def test_tokens_are_a_figure_where_nobody_is_there_and_html_where_somebody_is(mo
     assert isinstance(page, HTML) and "&lt;b&gt;" in page.data and "0.1%; a &quot;quoted&quot; guess" in page.data
 
 
+@pytest.mark.filterwarnings("error")  # Matplotlib warns of what its font lacks
+def test_letters_that_no_font_here_has_are_boxes_and_wide_ones_take_two_places(monkeypatch):
+    texts, families = figures.legible(["a\u1f42", "\u4e2d\n", "\U000f0000"])
+    assert families[0] == "monospace" and texts[2] == "□" and texts[0][0] == "a" and texts[1][1] == "\n"
+    figure = coloured_tokens([("⚡⚡", 0.5, ""), ("\r\x1b[1m$x$", 0.5, "")], width=8)
+    letters = [(text.get_text(), *text.get_position()) for text in figure.axes[0].texts]
+    assert [x for _, x, _ in letters[:3]] == [0, 2, 4] and "".join(t for t, _, _ in letters[2:]) == "\\r\\x1b[1m$x$"
+    figure.canvas.draw()
+    plt.close(figure)
+
+    first, (other, *_) = figures.font_manager.findfont("monospace"), figures.font_manager.fontManager.ttflist
+    monkeypatch.setattr(figures.matplotlib, "get_data_path", lambda: "/nowhere")  # its fonts are then the machine's
+    has = {first: frozenset(range(128)), other.fname: frozenset([ord("中")])}
+    monkeypatch.setattr(figures, "_characters", lambda path: has.get(path, frozenset()))
+    assert figures.legible(["中文a"]) == (["中□a"], ["monospace", other.name])
+
+
 PIECES_OF_TEXT = ["import", " os", "\n", "def", " f", "()", ":", "$x$", " return", " 1"]
 DRAWINGS = {
     "model": (drawings.draw_model, {"n_layer": 3}, "3 blocks", "2 blocks"),
@@ -155,6 +172,97 @@ def test_controls_are_there_for_somebody_and_the_picture_for_everybody():
         moved = outputs_of(client, "slider.value = 4", allow_stdin=True)
         assert "drawn 4 x" in "".join(output.get("text", "") for output in moved)
         assert any("image/png" in output.get("data", {}) for output in moved)
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)
+
+
+LINES = [{"step": 0, "tokens": 0, "val_loss": 6.0, "val_bpb": 4.0}] + [
+    {"step": i, "tokens": i * 10**4, "train_loss": 6 - i / 500, "lr": 0.01, "tokens_per_second": 1e4 + i}
+    | ({"val_loss": 6 - i / 400, "val_bpb": 4 - i / 600} if i % 100 == 0 else {})
+    for i in range(1, 1001)
+]
+
+
+def test_the_figure_of_a_run_labels_its_lines_smooths_steps_and_has_room_for_what_was_expected():
+    figure = figures.draw_run(LINES)
+    loss, rate, speed = figure.axes
+    assert [line.get_label() for line in loss.lines] == ["training (means of 10)", "held out"]
+    assert (
+        len(loss.lines[0].get_xdata()) == len(rate.lines[0].get_xdata()) == 100 and len(loss.lines[1].get_xdata()) == 11
+    )
+    assert loss.lines[0].get_ydata()[0] == pytest.approx(6 - 5.5 / 500) and speed.get_ylim()[0] == 0
+    assert all(axes.get_xlabel() == "training tokens (millions)" and axes.get_ylabel() for axes in figure.axes)
+    plt.close(figure)
+
+    expected = {"tokens": [10**6, 10**7], "low": [3.0, 2.0], "high": [3.5, 2.2], "unit": "nats per token"}
+    for unit, factor in (("nats per token", 1.0), ("bits per byte", LINES[-1]["val_loss"] / LINES[-1]["val_bpb"])):
+        figure = figures.draw_run(LINES, expected | {"unit": unit})
+        assert "for expected, training (means of 10), held out" in describe(figure)
+        corners = figure.axes[0].collections[0].get_paths()[0].vertices
+        assert corners[:, 0].max() == 10 and corners[:, 1].min() == pytest.approx(2.0 * factor)
+        plt.close(figure)
+    with pytest.raises(UserError, match="expected.json: is no band of the loss"):
+        figures.draw_run(LINES, {"unit": "bits per byte"})
+    assert not figures.draw_run([{"step": 0}]).axes[0].get_legend()
+    plt.close("all")
+
+
+TRAIN = """
+from machinery import load_definitions, loggers
+lm = load_definitions()
+values = {"runs_dir": RUNS, "data_dir": RUNS + "/data", "eval_every": 4, "sample_every": 3, "run_name": "drawn"}
+values |= {"source": SOURCE, "tokenizer": "bytes", "val_fraction": 0.2}
+def train(steps, share, **more):
+    loggers.FIGURE_SHARE = share
+    lm.train(lm.Config.from_preset("smoke", **values, max_steps=steps, **more))
+"""
+BROKEN = """
+draw, calls = loggers.draw_run, []
+def draw_run(*arguments):
+    calls.append(arguments)
+    if len(calls) > 1:
+        raise ValueError("no ink")
+    return draw(*arguments)
+loggers.draw_run = draw_run
+train(18, float("inf"), resume="never")
+"""
+
+
+def test_a_run_in_a_notebook_is_drawn_in_one_place_at_evaluations_and_no_figure_ends_it(tmp_path, texts):
+    """Counted as the front end sees it: places, and pictures that are put there."""
+    manager, client = start_new_kernel(kernel_name="python3")
+
+    def messages(source):
+        seen = []
+        reply = client.execute_interactive(source, output_hook=seen.append, timeout=300)
+        assert reply["content"]["status"] == "ok", reply["content"]
+        places = [m["content"]["transient"]["display_id"] for m in seen if m["msg_type"] == "display_data"]
+        news = [m["content"] for m in seen if m["msg_type"] in ("display_data", "update_display_data")]
+        printed = "".join(m["content"]["text"] for m in seen if m["msg_type"] == "stream")
+        assert len(places) in (0, 2) and {new["transient"]["display_id"] for new in news} <= set(places)
+        pictures = [new for new in news if "image/png" in new["data"]]
+        assert {new["transient"]["display_id"] for new in pictures} <= set(places[:1])
+        return pictures, [new["data"]["text/plain"] for new in news if new not in pictures][1:], printed
+
+    try:
+        begin = f"RUNS, SOURCE = {str(tmp_path)!r}, {texts[0]!r}\n{TRAIN}"
+        pictures, samples, printed = messages(f"{begin}\ntrain(12, float('inf'))")
+        assert len(pictures) == 1 + 3  # the axes, then at steps 4, 8 and 12, which is also the end
+        assert pictures[-1]["metadata"]["image/png"]["alt"].startswith("Loss: nats per token against training tokens")
+        assert [text.split("\n")[0] for text in samples] == [f"──── sample of step {i}" for i in (0, 3, 6, 9, 12)]
+        assert "bits per byte held out" in printed
+
+        band = {"tokens": [9], "low": [1], "high": [2], "unit": "nats per token"}
+        (tmp_path / "drawn" / "expected.json").write_text(json.dumps(band))
+        pictures, samples, printed = messages("train(30, 0.0)")
+        assert len(pictures) == 1 + 1 + 1  # what there was, the first evaluation, and no time for more until the end
+        assert "for expected, training" in pictures[0]["metadata"]["image/png"]["alt"]
+        assert samples[0].startswith("──── sample of step 12") and "from step 12" in printed
+
+        pictures, _, printed = messages(BROKEN)
+        assert len(pictures) == 1 and printed.count("figure stopped (ValueError: no ink); the run goes on") == 1
+        assert json.loads((tmp_path / "drawn" / "summary.json").read_text())["status"] == "finished"
     finally:
         client.stop_channels()
         manager.shutdown_kernel(now=True)

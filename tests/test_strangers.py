@@ -20,9 +20,10 @@ from data_utils import prepare_data
 from machinery import preparation
 from machinery.checkpoints import CheckpointError, newest_checkpoint
 from machinery.errors import DataError, UserError
+from machinery.figures import show_run
 from machinery.files import read_jsonl, write_atomic
 from machinery.held_out import common_lines, cut_tail, is_held_out
-from machinery.run_folder import RunFolder, show_run
+from machinery.run_folder import RunFolder
 from machinery.sources import iter_documents
 from tests.text_config import TextConfig
 
@@ -269,3 +270,11 @@ def test_a_screen_that_is_gone_does_not_end_a_program(tmp_path):
     with open("/dev/full", "w") as stdout:
         done = subprocess.run([sys.executable, "-c", program], stdout=stdout, stderr=subprocess.PIPE, **options)
     assert done.returncode == 0 and done.stderr.count(b"going on without it") == 1 and (tmp_path / "done").exists()
+
+
+def test_a_program_without_stdout_and_stderr_shows_its_progress_nowhere(tmp_path):
+    program = "import os, sys; sys.stdout = sys.stderr = None  # as `>&- 2>&-`, and Windows without a console\n"
+    program += "from machinery.screen import Screen, keep_printing\nkeep_printing()\n"
+    program += "with Screen(0.0, 1.0) as screen: screen.say('a line')\nopen('done', 'w').close()"
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True)
+    assert done.returncode == 0 and not done.stdout + done.stderr and (tmp_path / "done").exists()

@@ -23,12 +23,20 @@ from machinery.checkpoints import (
     read_state,
 )
 from machinery.errors import UserError
+from machinery.figures import show_run
 from machinery.files import read_jsonl
 from machinery.loggers import LOGGERS, Logger
 from machinery.machine import Machine, datasheet_flops, is_out_of_memory, measure_matmul_flops
-from machinery.run_folder import RunFolder, run_state, show_run
+from machinery.run_folder import RunFolder, run_state
 from machinery.watch import Watch, print_preflight, refuse_what_does_not_fit
-from model_utils import attention_maps, choose_micro_batch, multiplying_parameters, predict, training_memory
+from model_utils import (
+    attention_maps,
+    budget_left,
+    choose_micro_batch,
+    multiplying_parameters,
+    predict,
+    training_memory,
+)
 from train_utils import SCHEDULES, Budget
 
 # --------------------------------------------------------------------------------------------- schedules
@@ -603,8 +611,9 @@ def test_float16_trains_with_a_scaled_loss_and_resumes(lm, settings, monkeypatch
 def test_preflight_says_no_before_anything_is_made(lm, settings, tmp_path, capsys):
     machine, config = Machine.find("cpu"), settings(micro_batch=1)
     prediction = predict(*lm.outline(config, machine), config, machine, 1e5)
-    print_preflight(prediction, config, machine, "eager", tmp_path)
-    assert "GB predicted" in capsys.readouterr().out
+    print_preflight(prediction, config, machine, "eager", tmp_path, 0.0, {"max_steps": prediction["tokens"]})
+    printed = capsys.readouterr().out
+    assert "GB predicted" in printed and "limit" not in printed
     with pytest.raises(UserError, match="no go: one sequence .* 99999.0 GB"):
         refuse_what_does_not_fit(prediction | {"peak memory (GB)": 99999.0}, machine, tmp_path)
     with pytest.raises(UserError, match="no go: a checkpoint takes"):
@@ -613,6 +622,13 @@ def test_preflight_says_no_before_anything_is_made(lm, settings, tmp_path, capsy
     with pytest.raises(UserError, match="no go"):
         lm.train(settings(n_layer=64, n_embd=1 << 16, n_head=16, n_kv_head=16, n_ffn=1 << 18))
     assert machine.peak_memory() - before < 500e6 and not (tmp_path / "data").exists()
+
+
+def test_preflight_says_which_limit_of_the_budget_is_reached_first(lm, settings, capsys):
+    config = settings(max_hours=100.0, max_tokens=5 * 64, max_steps=0, batch_tokens=64)
+    assert budget_left(config, 1000.0, (1, 64, 3600.0)) == {"max_tokens": 256, "max_hours": 99 * 3600 * 1000.0}
+    lm.train(config)
+    assert "max_tokens is reached first; max_hours would be after 4 days, 4:00:00" in capsys.readouterr().out
 
 
 def test_preflight_changes_nothing(lm, settings):

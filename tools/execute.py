@@ -35,15 +35,6 @@ def knobs_config(parameters: dict):
     return lm.Config.from_preset(parameters["preset"], **parse_overrides(parameters["overrides"]))
 
 
-def announce(config) -> None:
-    """What is about to happen, before it takes a day."""
-    limits = {"hours": config.max_hours, "tokens": config.max_tokens, "steps": config.max_steps}
-    budget = ", or ".join(f"{limit:,g} {name}" for name, limit in limits.items() if limit)
-    print(f"{config.run_name}: trains for {budget} on {config.source!r}, and says what that takes before it begins")
-    if config.max_hours > 4:
-        print("  for a first look: make run PRESET=hour, or PRESET=demo, three minutes of training")
-
-
 def free_names(folder: Path) -> tuple[Path, Path]:
     """Paths in `folder` for a notebook and its page, once files that have these names have made room."""
     paths = folder / "LMHarness.ipynb", folder / "report.html"
@@ -89,15 +80,19 @@ def execute(parameters: dict, unfinished: Path) -> nbformat.NotebookNode:
         log.unlink(missing_ok=True)
 
 
+def report_page(notebook: nbformat.NotebookNode) -> str:
+    """The HTML page of an executed notebook."""
+    return HTMLExporter(template_file=str(ROOT / "tools" / "report.html.j2")).from_notebook_node(notebook)[0]
+
+
 def run_notebook(parameters: dict) -> Path:
     """Execute the notebook and put it into the folder of its run with a page to read; returns the folder."""
     config = knobs_config(parameters)
-    announce(config)
     runs = Path(config.runs_dir).expanduser()
     runs.mkdir(parents=True, exist_ok=True)
     notebook = execute(parameters, runs / f"executing-{os.getpid()}.ipynb")  # a run that starts over moves its folder
     notebook, _ = CoalesceStreamsPreprocessor().preprocess(notebook, {})
-    page, _ = HTMLExporter(template_file=str(ROOT / "tools" / "report.html.j2")).from_notebook_node(notebook)
+    page = report_page(notebook)
     executed, report = free_names(runs / config.run_name)
     nbformat.write(notebook, executed)
     report.write_text(page, encoding="utf-8")

@@ -35,8 +35,7 @@ from tools.training import train_apart
 PLAIN = {"sample_every": 10**9, "sample_tokens": 1, "compile": False}
 # Fields that say where and how a run is kept, and nothing about what it learns
 KEEPING = ("run_name", "runs_dir", "data_dir", "resume", "wandb")
-# Colours that stay apart for every kind of colour vision (Okabe and Ito 2008) and show on white and on black
-COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F", "#B8A800"]
+COLOURS = plt.style.library["petroff10"]["axes.prop_cycle"].by_key()["color"]  # the notebook's
 MARKERS = "os^DvPX*"
 
 
@@ -80,15 +79,22 @@ def sweep(
     return pd.DataFrame(rows)
 
 
-def equal_size(variants: dict[str, dict], parameters: int = 0, preset="smoke", **common) -> dict[str, dict]:
-    """The variants, each with the `n_ffn` that gives it as many parameters outside the embedding and the head as the
-    first has, or `parameters`. Raises UserError where attention alone takes more.
+def equal_size(
+    variants: dict[str, dict], parameters: int = 0, preset="smoke", counted="non_embedding", **common
+) -> dict[str, dict]:
+    """The variants, each with the `n_ffn` that gives it as many parameters as the first has, or `parameters`.
+
+    `counted` is "non_embedding", those outside the embedding and the head, or "parameters", all of them: then a smaller
+    vocabulary comes with a wider feed-forward. Raises UserError where the rest of a variant takes more.
     """
+    if counted not in COUNTS:
+        raise UserError(f"counted is {counted!r}; use {' or '.join(map(repr, COUNTS))}")
     lm, sized = load_definitions(), {}
 
     def count(values: dict, n_ffn: int) -> int:
         with torch.device("meta"):
-            return non_embedding(lm.build_model(lm.Config.from_preset(preset, **(common | values | {"n_ffn": n_ffn}))))
+            model = lm.build_model(lm.Config.from_preset(preset, **(common | values | {"n_ffn": n_ffn})))
+        return COUNTS[counted](model)
 
     for label, values in variants.items():
         first, second = count(values, 1), count(values, 2)
@@ -110,6 +116,9 @@ def non_embedding(model: torch.nn.Module) -> int:
     """Parameters outside the embedding and the head: of blocks, norms and positions."""
     counts = count_parameters(model)
     return counts["total"] - counts["embedding"] - counts["head"]
+
+
+COUNTS = {"non_embedding": non_embedding, "parameters": lambda model: count_parameters(model)["total"]}
 
 
 def curves(table: pd.DataFrame) -> pd.DataFrame:
