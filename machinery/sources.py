@@ -181,10 +181,10 @@ class FileSource(Source):
         return hashlib.sha256(json.dumps(stats).encode()).hexdigest()
 
     def digest(self) -> str:
-        """Of names and content: whole up to `DIGEST_BYTES` together, beyond that of samples of every file."""
+        """Of content, in its order: whole up to `DIGEST_BYTES` together, beyond that of samples of every file."""
         samples, found = self.size() > DIGEST_BYTES, hashlib.sha256()
-        for name, path in self.files.items():
-            found.update(json.dumps([name, file_digest(path, samples)]).encode())
+        for path in self.files.values():
+            found.update(json.dumps([path.suffix, file_digest(path, samples)]).encode())
         return found.hexdigest()
 
     def _stats(self) -> Iterator[tuple[str, os.stat_result]]:
