@@ -118,7 +118,7 @@ class TokenData:
         """
         manifest = self.manifest
         first = [shard["sha256"] for split in ("train", "val") for shard in manifest["shards"][split][:1]]
-        places = {"source", "val_source", "text", "val_text", "tokenizer", "tokenizer_text"}
+        places = {"source", "val_source", "text", "val_text", "tokenizer", "tokenizer_text", "version"}
         settings = {name: value for name, value in self.settings.items() if name not in places}
         content = [settings, first, manifest["text"], manifest["tokenizer"]["sha256"]]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]

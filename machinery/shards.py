@@ -9,7 +9,7 @@ import json
 import os
 import threading
 from array import array
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -30,9 +30,9 @@ from machinery.held_out import (
     standing_in,
 )
 from machinery.sources import Position, Source
-from machinery.tokenizers import END_OF_TEXT, tokenizer_from_dict, tokenizer_hash
+from machinery.tokenizers import ENDS_OF_TEXT, tokenizer_from_dict, tokenizer_hash
 
-MANIFEST_VERSION = 2  # part of the settings: shards of an earlier way are not mistaken for those of this one
+MANIFEST_VERSION = 3  # part of the settings: shards of an earlier way are not mistaken for those of this one
 PIECE = 1 << 18  # characters that a thread encodes at a time; more at once is not faster
 PIECE_DOCUMENTS = 1 << 12
 AHEAD = 4 << 20  # characters that are encoded, or wait for it, while more is read
@@ -78,7 +78,8 @@ def new_manifest(settings: dict, encoding: tiktoken.Encoding) -> dict:
         "held_out": "val_source" if settings["val_source"] else "documents",
         "grouped": {"documents": 0, "bytes": 0},  # held-out documents beside a near-copy of theirs, held out too
         "set_aside": {"documents": 0, "bytes": 0},  # in neither split, for a near-copy in the other
-        "end_of_text_spelt": 0,  # how often the texts hold its spelling, which is text like any other
+        "end_of_text_spelt": {},  # spellings of it in the texts, and how often: text like any other
+        "is_split": False,  # whether split_on was found
         "passed_over": {},  # beside the text: kinds of files, and how many
         "position": 0,  # in the source, after the last closed shard: where an interrupted preparation goes on
         "complete": False,
@@ -105,11 +106,14 @@ def report(manifest: dict) -> list[str]:
             "more text is read later: a document with half of the lines of a held-out one is set aside; a held-out one"
             " whose lines are spread over several of them is not noticed"
         )
-    if spelt:
+    for spelling, count in spelt.items():
         lines.append(
-            f"{END_OF_TEXT!r} stands {spelt:,} times in the texts, as text like any other; if it separates documents,"
-            f" set split_on={END_OF_TEXT!r}"
+            f"{spelling!r} stands {count:,} times in the texts, as text like any other; if it separates documents,"
+            f" set split_on={spelling!r}"
         )
+    split_on = manifest["settings"]["split_on"]
+    if split_on and not manifest["is_split"]:
+        lines.append(f"split_on {split_on!r} stands nowhere in the texts; they are documents as they are")
     return lines
 
 
@@ -136,7 +140,7 @@ class Encoded:
     bytes: int
     lines: array  # hashes of its longer lines, of this process
     smallest: bytes  # of those lines
-    end_of_text_spelt: int
+    ends_of_text: Counter[str]  # spelt in it
 
 
 def encode_all(
@@ -203,8 +207,8 @@ def _finish(batch: list[tuple[str, str, Position]], futures: list[Future]) -> It
         lines = hashes[0]
         for more in hashes[1:]:
             lines.extend(more)
-        spelt = text.count(END_OF_TEXT)
-        yield Encoded(side, position, list(ids), sum(sizes), lines, smallest_line(smallest), spelt)
+        ends = Counter(ENDS_OF_TEXT.findall(text))
+        yield Encoded(side, position, list(ids), sum(sizes), lines, smallest_line(smallest), ends)
 
 
 def encode_text(encoding: tiktoken.Encoding, text: str) -> np.ndarray:
@@ -253,6 +257,9 @@ class ShardWriter:
         self.content += self.end_of_text
         self.documents += 1
         self.bytes += document.bytes
+        spelt = self.manifest["end_of_text_spelt"]
+        for spelling, count in document.ends_of_text.items():
+            spelt[spelling] = spelt.get(spelling, 0) + count
 
     def close(self) -> None:
         if not self.documents:
@@ -336,7 +343,6 @@ class HeldOut:
                 self.manifest["grouped"]["documents"] += 1
                 self.manifest["grouped"]["bytes"] += document.bytes
             seen.add(document.smallest)
-            self.manifest["end_of_text_spelt"] += document.end_of_text_spelt
             self.writer.add(document)
             self.lines.add(document.lines)
         self.writer.close()
@@ -385,6 +391,7 @@ def _write_shards(folder, manifest, encoding, source, val_source, train_tokens, 
     documents = _with_sides(source, position, manifest["held_out"], settings["val_fraction"])
     for document in encode_all(encoding, documents, train.dtype):
         position = document.position
+        manifest["is_split"] |= source.is_split
         advance(document.bytes)
         if (document.side or _side(document, settings["val_fraction"])) == "val":
             if held_out.is_open:
@@ -393,7 +400,6 @@ def _write_shards(folder, manifest, encoding, source, val_source, train_tokens, 
         if held_out.takes_apart(document):
             continue
         train.add(document)
-        manifest["end_of_text_spelt"] += document.end_of_text_spelt
         if max(train.tokens, held_out.tokens * held_out.is_open) >= settings["shard_tokens"]:
             if held_out.is_open:
                 manifest["text"] = ":".join(text.digest() for text in (source, val_source) if text)
