@@ -9,7 +9,7 @@ import json
 import os
 import threading
 from array import array
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -140,7 +140,7 @@ class Encoded:
     bytes: int
     lines: array  # hashes of its longer lines, of this process
     smallest: bytes  # of those lines
-    ends_of_text: Counter[str]  # spelt in it
+    ends_of_text: list[str]  # spelt in it
 
 
 def encode_all(
@@ -207,7 +207,7 @@ def _finish(batch: list[tuple[str, str, Position]], futures: list[Future]) -> It
         lines = hashes[0]
         for more in hashes[1:]:
             lines.extend(more)
-        ends = Counter(ENDS_OF_TEXT.findall(text))
+        ends = ENDS_OF_TEXT.findall(text)
         yield Encoded(side, position, list(ids), sum(sizes), lines, smallest_line(smallest), ends)
 
 
@@ -257,9 +257,9 @@ class ShardWriter:
         self.content += self.end_of_text
         self.documents += 1
         self.bytes += document.bytes
-        spelt = self.manifest["end_of_text_spelt"]
-        for spelling, count in document.ends_of_text.items():
-            spelt[spelling] = spelt.get(spelling, 0) + count
+        for spelling in document.ends_of_text:
+            spelt = self.manifest["end_of_text_spelt"]
+            spelt[spelling] = spelt.get(spelling, 0) + 1
 
     def close(self) -> None:
         if not self.documents:

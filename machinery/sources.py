@@ -139,7 +139,7 @@ class FileSource(Source):
     def _is_text(self, path: Path) -> bool:
         """Whether a file is read; one that is not is noted as passed over."""
         if not os.path.isfile(path):
-            self.passed_over["broken links, devices"] += 1
+            self.passed_over["broken links, devices, unreadable files"] += 1
         elif path.suffix not in SUFFIXES:
             self.passed_over[path.suffix or "without a suffix"] += 1
         else:

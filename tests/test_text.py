@@ -149,7 +149,7 @@ def test_what_is_passed_over_is_said(tmp_path, capsys):
     (tmp_path / "texts" / "broken.md").symlink_to("nothing")
     prepare(tmp_path, os.path.join(root, "texts"))
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("passed over"))
-    for part in (".html (3)", ".TXT (1)", ".gz (1)", "without a suffix (1)", "broken links, devices (1)"):
+    for part in (".html (3)", ".TXT (1)", ".gz (1)", "without a suffix (1)", "broken links, devices, unreadable files (1)"):
         assert part in line
     prepare(tmp_path, os.path.join(root, "texts", "*.txt"))
     assert "passed over" not in capsys.readouterr().out  # the pattern leaves them out
