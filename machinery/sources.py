@@ -14,8 +14,6 @@ A *document* is a `str`: a file of text, or a row of a table. A source of your o
 from __future__ import annotations
 
 import atexit
-import contextlib
-import fnmatch
 import hashlib
 import importlib.util
 import json
@@ -26,11 +24,12 @@ import sysconfig
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from functools import cache, reduce
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 
 from machinery.errors import DataError, first_line, printable
+from machinery.file_search import SUFFIXES, find_files, identity
 from machinery.text_files import (
     array_texts,
     file_digest,
@@ -43,9 +42,6 @@ from machinery.text_files import (
     texts,
 )
 
-TEXT_SUFFIXES = (".txt", ".md", ".py")
-TABLE_SUFFIXES = (".jsonl", ".parquet")
-SUFFIXES = TEXT_SUFFIXES + TABLE_SUFFIXES
 TEST_FOLDERS = {"test", "tests", "idle_test"}  # the standard library's own test suites
 DIGEST_BYTES = 1 << 30  # files that hold more together are told apart by samples of their content
 HUB_RETRIES = 5  # after a stream has broken off, with 1, 2, 4, … seconds between them
@@ -121,13 +117,7 @@ class FileSource(Source):
 
     def find(self) -> dict[str, Path]:
         """Name to path of every file; names are relative to the folder that is searched."""
-        root, parts = _existing_part(self.name)
-        if parts or root.is_dir():
-            files = self._search(root, parts or ["**"])
-        elif root.is_file():
-            files = {root.name: root} if self._is_text(root) else {}
-        else:
-            raise DataError(f"source {self.name!r} is a device, a pipe or a socket; name a file or a folder")
+        files = find_files(self.name, self.apart, self.passed_over)
         if not files:
             found, advice = "nothing", f"name {choices()}"
             if +self.passed_over:
@@ -135,48 +125,6 @@ class FileSource(Source):
                 advice = "check the path or pattern, or rename, unpack or convert what is there"
             raise DataError(f"source {self.name!r}: no {', '.join(SUFFIXES)} file matches (found {found}); {advice}")
         return files
-
-    def _is_text(self, path: Path) -> bool:
-        """Whether a file is read; one that is not is noted as passed over."""
-        if not os.path.isfile(path):
-            self.passed_over["broken links, devices, unreadable files"] += 1
-        elif path.suffix not in SUFFIXES:
-            self.passed_over[path.suffix or "without a suffix"] += 1
-        else:
-            return True
-        return False
-
-    def _search(self, root: Path, parts: list[str]) -> dict[str, Path]:
-        """The files under `root` that fit a pattern, once each, whatever links lead to them."""
-        apart = {identity for folder in self.apart if (identity := _identity(folder))}
-        start, end, seen = _skipping({0}, parts), len(parts), set()
-        files: dict[tuple[int, int] | None, tuple[str, Path]] = {}
-
-        def unreadable(error: OSError) -> None:
-            self.passed_over["unreadable folders"] += not isinstance(error, NotADirectoryError)
-
-        for folder, subfolders, names in os.walk(root, onerror=unreadable, followlinks=True):
-            place, identity = Path(folder).relative_to(root).parts, _identity(Path(folder))
-            reached = reduce(lambda reached, name: _after(name, reached, parts), place, start)
-            no_text = place and (identity in apart or "tokenizer.json" in names)
-            self.passed_over["folders of a run, shards or a checkpoint"] += bool(no_text)
-            if no_text or (identity, reached) in seen:
-                subfolders.clear()
-                continue
-            seen.add((identity, reached))
-            after = {name: _after(name, reached, parts) for name in subfolders + names}
-            if parts == ["**"]:
-                self.passed_over["hidden files, folders"] += sum(not after[name] for name in after)
-            elif "**" not in parts:
-                self.passed_over["folders, read with /** after them"] += sum(end in after[name] for name in subfolders)
-            subfolders[:] = sorted(name for name in subfolders if after[name] - {end})
-            for name in sorted(names):
-                path = Path(folder, name)
-                if end in after[name] and self._is_text(path):
-                    _, known = files.get(identity := _identity(path), (None, None))
-                    if known is None or (known.is_symlink() and not path.is_symlink()):  # its own name says how to read
-                        files[identity] = "/".join((*place, name)), path
-        return dict(files.values())
 
     def documents(self, split: str = "train") -> Iterator[str]:
         for path in self.files.values():
@@ -210,47 +158,6 @@ class FileSource(Source):
     def notes(self) -> list[str]:
         beside = [f"passed over beside the text: {_listed(self.passed_over)}"] if +self.passed_over else []
         return super().notes() + [printable(line) for line in beside]
-
-
-def _existing_part(pattern: str) -> tuple[Path, list[str]]:
-    """The longest beginning of a pattern that exists as it is written, and the parts that follow it."""
-    parts = list(Path(os.path.expanduser(pattern)).parts)
-    root = Path(parts[0]) if parts and Path(parts[0]).anchor else Path()
-    parts = parts[1:] if root.parts else parts
-    while parts and os.path.exists(root / parts[0]):
-        root /= parts.pop(0)
-    return root, parts
-
-
-def _after(name: str, reached: frozenset[int], parts: list[str]) -> frozenset[int]:
-    """The parts of a pattern that may come next, by number, after `name` came for one of `reached`.
-
-    "**" is any number of folders, at its end of anything. A name that begins with a point fits a part that does.
-    """
-    found = set()
-    for number in reached - {len(parts)}:
-        if name.startswith(".") and not parts[number].startswith("."):
-            continue
-        if parts[number] == "**":
-            found.add(number)
-        elif fnmatch.fnmatchcase(name, parts[number]):
-            found.add(number + 1)
-    return _skipping(found, parts)
-
-
-def _skipping(reached: set[int], parts: list[str]) -> frozenset[int]:
-    """`reached`, and what comes after each "**" there."""
-    for number, part in enumerate(parts):
-        if part == "**" and number in reached:
-            reached.add(number + 1)
-    return frozenset(reached)
-
-
-def _identity(path: Path) -> tuple[int, int] | None:
-    """What a file or folder is, under whatever name; None where there is none."""
-    with contextlib.suppress(OSError, ValueError):
-        stat = os.stat(path)
-        return stat.st_dev, stat.st_ino
 
 
 def _listed(counts: Counter[str]) -> str:
@@ -455,14 +362,14 @@ def refuse_overlap(source: Source, held_out: Source) -> None:
     if same_set and held_out.split("validation") == "train":
         raise _same_text(held_out, source, "it has no other split")
     if isinstance(source, FileSource) and isinstance(held_out, FileSource):
-        by_identity = {_identity(path): path for path in source.files.values()}
+        by_identity = {identity(path): path for path in source.files.values()}
         by_size: dict[int, list[Path]] = {}
         for name, stat in source._stats():
             by_size.setdefault(stat.st_size, []).append(source.files[name])
         digest = cache(file_digest)
         for name, stat in held_out._stats():
             path = held_out.files[name]
-            if same := by_identity.get(_identity(path)):
+            if same := by_identity.get(identity(path)):
                 raise _same_text(held_out, source, f"{path} is {same}")
             for other in by_size.get(stat.st_size, []) if stat.st_size else []:
                 if digest(path) == digest(other):

@@ -93,23 +93,16 @@ def _check_format(path: Path, head: bytes, expected: str = "UTF-8 text") -> None
     if expected != "UTF-8 text":
         name = None if name == expected else name
     elif name is None:
-        found, is_utf8 = _controls(head), _is_utf8(head)
+        found, beyond_ascii = _controls(head), len(head) - len(head.translate(None, bytes(range(128, 256))))
+        is_utf8 = head.decode(errors="replace").count("\ufffd") <= 1 + beyond_ascii // 10  # but for a few wrong bytes
         many = found > len(head) * FEW_CONTROLS / (1 if is_utf8 else 5)
-        if (b"\0" in head or many or not is_utf8) and (wide := _wide_encoding(head)):
+        maybe_wide = not is_utf8 or (beyond_ascii < len(head) / 10 and (many or b"\0" in head))
+        if maybe_wide and (wide := _wide_encoding(head)):
             name, advice = wide.upper(), f"convert it, for example with iconv -f {wide} -t utf-8"
         elif many and len(head) >= 64:
             name, advice = f"binary data ({found} control characters in its first {len(head)} bytes)", "remove it"
     if name:
         raise DataError(f"{path}: holds {name}, not {expected}; {advice}")
-
-
-def _is_utf8(head: bytes) -> bool:
-    """Whether the first bytes of a file are UTF-8."""
-    try:
-        codecs.getincrementaldecoder("utf-8")().decode(head)  # the last character may be cut
-    except UnicodeDecodeError:
-        return False
-    return True
 
 
 def _controls(content: bytes) -> int:
