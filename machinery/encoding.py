@@ -17,6 +17,7 @@ import tiktoken
 from machinery.errors import DataError
 from machinery.held_out import long_lines, smallest_line
 from machinery.sources import Position
+from machinery.text_files import in_parts
 from machinery.tokenizers import ENDS_OF_TEXT
 
 PIECE = 1 << 18  # characters that a thread encodes at a time; more at once is not faster
@@ -58,10 +59,11 @@ def encode_all(
         ahead = 0
         for batch in _batches(documents):
             size = sum(len(text) for _, text, _ in batch)
-            parts = pieces(batch[0][1]) if len(batch) == 1 else [[text for _, text, _ in batch]]
+            texts = [text for _, text, _ in batch]
+            parts = ([part] for part in in_parts(texts[0], PIECE)) if len(batch) == 1 else [texts]
             waiting.append((batch, [pool.submit(encode, part) for part in parts], size))
             ahead += size
-            del batch, parts  # a document may be large
+            del batch, texts, parts  # a document may be large
             while ahead > AHEAD or len(waiting) > 16:
                 ahead -= waiting[0][2]
                 yield from _finish(*waiting.popleft()[:2])
@@ -83,26 +85,22 @@ def _batches(documents: Iterable[tuple[str, str, Position]]) -> Iterator[list[tu
         yield batch
 
 
-def pieces(text: str) -> Iterator[list[str]]:
-    """A text in pieces of at most `PIECE` characters, cut at line ends where there are any."""
-    start = 0
-    while start < len(text):
-        end = start + PIECE
-        if end < len(text):
-            end = text.rfind("\n", start + PIECE // 2, end) + 1 or end
-        yield [text[start:end]]
-        start = end
-
-
 def _finish(batch: list[tuple[str, str, Position]], futures: list[Future]) -> Iterator[Encoded]:
     parts = [part for future in futures for part in future.result()]
-    for (side, text, position), own in zip(batch, [parts] if len(batch) == 1 else ([part] for part in parts)):
-        ids, sizes, hashes, smallest = zip(*own)
-        lines = hashes[0]
-        for more in hashes[1:]:
-            lines.extend(more)
-        ends = ENDS_OF_TEXT.findall(text)
-        yield Encoded(side, position, list(ids), sum(sizes), lines, smallest_line(smallest), ends)
+    futures.clear()
+    for document, own in zip(batch, [parts] if len(batch) == 1 else ([part] for part in parts)):
+        encoded = _put_together(*document, own)
+        own.clear()  # who takes the ids of a large document can free them
+        yield encoded
+
+
+def _put_together(side: str, text: str, position: Position, parts: list[tuple]) -> Encoded:
+    ids, sizes, hashes, smallest = zip(*parts)
+    lines = hashes[0]
+    for more in hashes[1:]:
+        lines.extend(more)
+    ends = ENDS_OF_TEXT.findall(text)
+    return Encoded(side, position, list(ids), sum(sizes), lines, smallest_line(smallest), ends)
 
 
 def encode_text(encoding: tiktoken.Encoding, text: str) -> np.ndarray:

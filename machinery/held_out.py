@@ -55,7 +55,7 @@ def common_lines(texts: Iterable[str], enough: int = 16 << 20) -> set[bytes]:
     """The longer lines that stand in many texts, as headers and footers do; of the first `enough` characters."""
     counts, documents = Counter(), 0
     for text in texts:
-        counts.update({*long_lines(text.encode("utf-8", "surrogatepass"))})
+        counts.update({*long_lines(text[:enough].encode("utf-8", "surrogatepass"))})
         documents, enough = documents + 1, enough - len(text)
         if enough <= 0:
             break

@@ -13,11 +13,12 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 
-from machinery.encoding import Encoded, encode_all, look_at_lines, pieces
+from machinery.encoding import PIECE, Encoded, encode_all, look_at_lines
 from machinery.errors import DataError, told
 from machinery.files import json_digest, regular_file, write_atomic
 from machinery.held_out import HeldOutLines, common_lines, cut_tail, falls_under, standing_in
 from machinery.sources import Position, Source
+from machinery.text_files import in_parts
 from machinery.tokenizers import tokenizer_from_dict, tokenizer_hash
 
 MANIFEST_VERSION = 3  # part of the settings: shards of an earlier way are not mistaken for those of this one
@@ -133,8 +134,8 @@ class ShardWriter:
         return len(self.content) // self.dtype.itemsize
 
     def add(self, document: Encoded) -> None:
-        for ids in document.ids:
-            self.content += ids.data
+        while document.ids:  # freed one by one: a document may be large
+            self.content += document.ids.pop(0).data
         self.content += self.end_of_text
         self.documents += 1
         self.bytes += document.bytes
@@ -175,7 +176,7 @@ class HeldOut:
             ids = np.fromfile(folder / shard["name"], self.writer.dtype)
             for document in split_documents(ids, encoding.eot_token):
                 text, lines = encoding.decode_bytes(document.tolist()).decode(), array("q")
-                for (piece,) in pieces(text):
+                for piece in in_parts(text, PIECE):
                     lines.extend(look_at_lines(piece)[1])
                 self.lines.add(lines)
 

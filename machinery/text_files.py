@@ -186,7 +186,7 @@ def array_texts(content: str, text_column: str, where: str) -> list[str]:
 
 def _decode_json(content: str | bytes, where: str, expected: str) -> object:
     try:
-        return _DECODER.decode(content if isinstance(content, str) else content.decode("utf-8"))
+        return _DECODER.decode(content) if isinstance(content, str) else _decode_row(content)
     except UnicodeDecodeError as error:
         raise DataError(f"{where}: not UTF-8 at byte {error.start} of the line; convert or mend it") from None
     except json.JSONDecodeError as error:
@@ -194,6 +194,33 @@ def _decode_json(content: str | bytes, where: str, expected: str) -> object:
         raise DataError(f"{where}: not JSON ({found}); mend it: {expected}") from None
     except RecursionError:
         raise DataError(f"{where}: nested too deeply; mend or remove it") from None
+
+
+def _decode_row(line: bytes) -> object:
+    """A row from its bytes. As a `str`, a long line takes four times as many where it holds a single emoji.
+
+    JSON is ASCII but for what stands in its texts, so bytes can be taken for characters until those are found.
+    """
+    if not line.isascii() and b"\\u" not in line:
+        with contextlib.suppress(ValueError, AttributeError):  # told below
+            row = _DECODER.decode(line.decode("latin-1"))
+            return {_as_utf8(name): _as_utf8(value) for name, value in row.items()}
+    return _DECODER.decode(line.decode("utf-8"))
+
+
+def _as_utf8(value: object) -> object:
+    return value.encode("latin-1").decode("utf-8") if isinstance(value, str) else value
+
+
+def in_parts(text: str, size: int) -> Iterator[str]:
+    """A text in parts of at most `size` characters, cut at line ends where there are any."""
+    start = 0
+    while start < len(text):
+        end = start + size
+        if end < len(text):
+            end = text.rfind("\n", start + size // 2, end) + 1 or end
+        yield text[start:end]
+        start = end
 
 
 def row_text(row: dict, text_column: str, where: str) -> str:
