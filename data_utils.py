@@ -119,7 +119,7 @@ class TokenData:
         """
         manifest = self.manifest
         first = [shard["sha256"] for split in ("train", "val") for shard in manifest["shards"][split][:1]]
-        places = {"source", "val_source", "text", "val_text", "tokenizer"}
+        places = {"source", "val_source", "text", "val_text", "tokenizer", "tokenizer_text", "version"}
         settings = {name: value for name, value in self.settings.items() if name not in places}
         content = [settings, first, manifest["text"], manifest["tokenizer"]["sha256"]]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
@@ -243,9 +243,10 @@ class TokenWindows:
         self._verified: set[int] = set()
         manifest = self._look()
         if self.counts.sum() < 1:
+            more = ", or raise val_fraction" if manifest["held_out"] != "val_source" and split == "val" else ""
             raise DataError(
                 f"{split} text has {manifest['tokens'][split]} tokens in {data.folder}, fewer than one window of"
-                f" block_size + 1 = {block_size + 1}; add text, lower block_size, or raise val_fraction"
+                f" block_size + 1 = {block_size + 1}; add text or lower block_size{more}"
             )
 
     def _look(self) -> dict:

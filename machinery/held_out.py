@@ -3,18 +3,21 @@
 Documents are compared by their longer lines, blank space and line ends aside. The side of a document is that of its
 smallest line, by a hash: a function of its content alone, in which near-copies mostly agree, since two documents have
 the same smallest line as often as they have lines in common (MinHash; Broder 1997). What then still stands on both
-sides is set aside.
+sides is set aside. A copy in other words, in other case or with its lines cut at other places is not found.
 """
 
 from __future__ import annotations
 
 import hashlib
+import re
 import zlib
 from array import array
 from collections import Counter
 from collections.abc import Container, Iterable
 
-BLANKS = b" \t\v\f"
+LINE_ENDS = bytes.maketrans(b"\v\f\x1c\x1d\x1e", b"\n" * 5)  # as `str.splitlines` sees them
+ODD_BLANKS = re.compile(rb"\xc2[\x85\xa0]|\xe2\x80[\x80-\x8b\xa8\xa9\xaf]|\xe2\x81[\x9f\xa0]|\xe3\x80\x80|\xef\xbb\xbf")
+ODD_LINE_ENDS = {end.encode() for end in "\x85\u2028\u2029"}  # among those blanks: U+00A0, U+2003, U+3000, …
 LONG_LINE = 16  # bytes of a line that tells one document from another, blank space aside: some 20 with it
 NEAR_COPY = 0.5  # share of a document's longer lines that makes a near-copy
 COMMON = 0.25  # share of the documents that a line stands in which tells none of them from another
@@ -22,8 +25,15 @@ COMMON = 0.25  # share of the documents that a line stands in which tells none o
 
 def long_lines(content: bytes) -> list[bytes]:
     """The longer lines of a text, without blank space; of a text that has none, all of it as one."""
-    dense = content.translate(None, BLANKS)
+    dense = _dense(content)
     return [line for line in dense.splitlines() if len(line) >= LONG_LINE] or [dense.translate(None, b"\r\n")]
+
+
+def _dense(content: bytes) -> bytes:
+    """A text without blank space, and with plain line ends."""
+    if not content.isascii():
+        content = ODD_BLANKS.sub(lambda found: b"\n" if found[0] in ODD_LINE_ENDS else b"", content)
+    return content.translate(LINE_ENDS, b" \t")
 
 
 def smallest_line(lines: Iterable[bytes]) -> bytes:
@@ -45,7 +55,7 @@ def common_lines(texts: Iterable[str], enough: int = 16 << 20) -> set[bytes]:
     """The longer lines that stand in many texts, as headers and footers do; of the first `enough` characters."""
     counts, documents = Counter(), 0
     for text in texts:
-        counts.update({*long_lines(text.encode("utf-8", "surrogatepass"))})
+        counts.update({*long_lines(text[:enough].encode("utf-8", "surrogatepass"))})
         documents, enough = documents + 1, enough - len(text)
         if enough <= 0:
             break
@@ -69,7 +79,7 @@ def _before_footer(text: str, common: Container[bytes]) -> int:
     end = start = len(text)
     for line in reversed(text.splitlines(keepends=True)):
         start -= len(line)
-        dense = line.encode("utf-8", "surrogatepass").translate(None, BLANKS + b"\r\n")
+        dense = _dense(line.encode("utf-8", "surrogatepass")).translate(None, b"\r\n")
         if dense in common:
             end = start
         elif len(dense) >= LONG_LINE:

@@ -110,10 +110,17 @@ class RunFolder:
     def same_text(self, tokenizer: dict, key: str, dtype: str) -> None:
         """Raise `UserError` where a run would go on with another tokenizer or text; say where its precision changes."""
         name, advice = self.path.name, "use a new run_name, or resume='never' to start over"
+        saved = read_json(self.path / "config.json")
         if read_json(self.path / "tokenizer.json") != tokenizer:
-            raise UserError(f"run {name!r} was begun with another tokenizer, learned from other text; {advice}")
-        if read_json(self.path / "data.json", missing={"key": key}).get("key") != key:
-            raise UserError(f"run {name!r} was begun with other text: what its source holds has changed; {advice}")
+            raise UserError(
+                f"run {name!r} was begun with another tokenizer, or one learned from other text (tokenizer"
+                f" {saved.get('tokenizer')!r}, source {saved.get('source')!r}); {advice}"
+            )
+        if read_json(self.path / "data.json").get("key") != key:
+            raise UserError(
+                f"run {name!r} was begun with other text than its source holds now (source {saved.get('source')!r},"
+                f" val_source {saved.get('val_source')!r} then); {advice}"
+            )
         before = dtype
         with contextlib.suppress(UserError):  # a mere note
             before = read_json(self.path / "environment.json").get("dtype", dtype)

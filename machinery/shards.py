@@ -3,39 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import hashlib
 import json
 import os
-import threading
 from array import array
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import tiktoken
 
+from machinery.encoding import PIECE, Encoded, encode_all, look_at_lines
 from machinery.errors import DataError, told
 from machinery.files import json_digest, regular_file, write_atomic
-from machinery.held_out import (
-    HeldOutLines,
-    common_lines,
-    cut_tail,
-    falls_under,
-    long_lines,
-    smallest_line,
-    standing_in,
-)
+from machinery.held_out import HeldOutLines, common_lines, cut_tail, falls_under, standing_in
 from machinery.sources import Position, Source
-from machinery.tokenizers import END_OF_TEXT, tokenizer_from_dict, tokenizer_hash
+from machinery.text_files import in_parts
+from machinery.tokenizers import tokenizer_from_dict, tokenizer_hash
 
-MANIFEST_VERSION = 2  # part of the settings: shards of an earlier way are not mistaken for those of this one
-PIECE = 1 << 18  # characters that a thread encodes at a time; more at once is not faster
-PIECE_DOCUMENTS = 1 << 12
-AHEAD = 4 << 20  # characters that are encoded, or wait for it, while more is read
+MANIFEST_VERSION = 3  # part of the settings: shards of an earlier way are not mistaken for those of this one
 FEWEST, MOST = 0.25, 2.0  # of the wanted held-out text: with less or more, ends of documents are held out instead
 
 
@@ -78,7 +64,8 @@ def new_manifest(settings: dict, encoding: tiktoken.Encoding) -> dict:
         "held_out": "val_source" if settings["val_source"] else "documents",
         "grouped": {"documents": 0, "bytes": 0},  # held-out documents beside a near-copy of theirs, held out too
         "set_aside": {"documents": 0, "bytes": 0},  # in neither split, for a near-copy in the other
-        "end_of_text_spelt": 0,  # how often the texts hold its spelling, which is text like any other
+        "end_of_text_spelt": {},  # spellings of it in the texts, and how often: text like any other
+        "is_split": False,  # whether split_on was found
         "passed_over": {},  # beside the text: kinds of files, and how many
         "position": 0,  # in the source, after the last closed shard: where an interrupted preparation goes on
         "complete": False,
@@ -105,11 +92,14 @@ def report(manifest: dict) -> list[str]:
             "more text is read later: a document with half of the lines of a held-out one is set aside; a held-out one"
             " whose lines are spread over several of them is not noticed"
         )
-    if spelt:
+    for spelling, count in spelt.items():
         lines.append(
-            f"{END_OF_TEXT!r} stands {spelt:,} times in the texts, as text like any other; if it separates documents,"
-            f" set split_on={END_OF_TEXT!r}"
+            f"{spelling!r} stands {count:,} times in the texts, as text like any other; if it separates documents,"
+            f" set split_on={spelling!r}"
         )
+    split_on = manifest["settings"]["split_on"]
+    if split_on and not manifest["is_split"]:
+        lines.append(f"split_on {split_on!r} stands nowhere in the texts; they are documents as they are")
     return lines
 
 
@@ -121,110 +111,6 @@ def load_tokenizer(folder: Path) -> tiktoken.Encoding:
     if manifest and manifest["tokenizer"]["sha256"] != tokenizer_hash(encoding):
         raise DataError(f"{folder}: shards and tokenizer.json do not belong together; remove the folder")
     return encoding
-
-
-# ------------------------------------------------------------------------------------------- encoding
-
-
-@dataclass(slots=True)
-class Encoded:
-    """A document as token ids, with what decides on its side."""
-
-    side: str  # "train" or "val"; "" where its lines decide
-    position: Position  # in the source, after it
-    ids: list[np.ndarray]  # in pieces
-    bytes: int
-    lines: array  # hashes of its longer lines, of this process
-    smallest: bytes  # of those lines
-    end_of_text_spelt: int
-
-
-def encode_all(
-    encoding: tiktoken.Encoding, documents: Iterable[tuple[str, str, Position]], dtype: np.dtype
-) -> Iterator[Encoded]:
-    """Encode (side, text, position), in order. Threads encode, outside Python's lock, while more is read.
-
-    Each thread has an encoder of its own: of a shared one, only the thread that used it first is spared its lock.
-    tiktoken's own batches return Python lists, at four times the memory.
-    """
-    own = threading.local()
-
-    def start() -> None:
-        own.encoding = copy.copy(encoding)
-
-    def encode(texts: list[str]) -> list[tuple[np.ndarray, int, array, bytes]]:
-        return [(encode_text(own.encoding, text).astype(dtype), *look_at_lines(text)) for text in texts]
-
-    with ThreadPoolExecutor(os.cpu_count(), initializer=start) as pool:
-        waiting: deque[tuple[list, list[Future]]] = deque()
-        ahead = 0
-        for batch in _batches(documents):
-            size = sum(len(text) for _, text, _ in batch)
-            parts = pieces(batch[0][1]) if len(batch) == 1 else [[text for _, text, _ in batch]]
-            waiting.append((batch, [pool.submit(encode, part) for part in parts], size))
-            ahead += size
-            del batch, parts  # a document may be large
-            while ahead > AHEAD or len(waiting) > 16:
-                ahead -= waiting[0][2]
-                yield from _finish(*waiting.popleft()[:2])
-        while waiting:
-            yield from _finish(*waiting.popleft()[:2])
-
-
-def _batches(documents: Iterable[tuple[str, str, Position]]) -> Iterator[list[tuple[str, str, Position]]]:
-    """Documents in lists of about `PIECE` characters; a longer one alone."""
-    batch, size = [], 0
-    for document in documents:
-        if batch and (size + len(document[1]) > PIECE or len(batch) >= PIECE_DOCUMENTS):
-            yield batch
-            batch, size = [], 0
-        batch.append(document)
-        size += len(document[1])
-        del document
-    if batch:
-        yield batch
-
-
-def pieces(text: str) -> Iterator[list[str]]:
-    """A text in pieces of at most `PIECE` characters, cut at line ends where there are any."""
-    start = 0
-    while start < len(text):
-        end = start + PIECE
-        if end < len(text):
-            end = text.rfind("\n", start + PIECE // 2, end) + 1 or end
-        yield [text[start:end]]
-        start = end
-
-
-def _finish(batch: list[tuple[str, str, Position]], futures: list[Future]) -> Iterator[Encoded]:
-    parts = [part for future in futures for part in future.result()]
-    for (side, text, position), own in zip(batch, [parts] if len(batch) == 1 else ([part] for part in parts)):
-        ids, sizes, hashes, smallest = zip(*own)
-        lines = hashes[0]
-        for more in hashes[1:]:
-            lines.extend(more)
-        spelt = text.count(END_OF_TEXT)
-        yield Encoded(side, position, list(ids), sum(sizes), lines, smallest_line(smallest), spelt)
-
-
-def encode_text(encoding: tiktoken.Encoding, text: str) -> np.ndarray:
-    """The ids of a text, in which special tokens are text like any other."""
-    try:
-        return encoding.encode_to_numpy(text, disallowed_special=())
-    except UnicodeEncodeError as error:
-        raise DataError(f"a document holds half of a surrogate pair at character {error.start}: not text") from None
-    except ValueError:  # the pattern gives up on very long runs of blanks
-        if len(text) < 2:
-            raise
-        half = len(text) // 2
-        return np.concatenate([encode_text(encoding, text[:half]), encode_text(encoding, text[half:])])
-
-
-def look_at_lines(text: str) -> tuple[int, array, bytes]:
-    """Bytes of a text, the hashes of its longer lines, and the smallest of those."""
-    content = text.encode()
-    lines = long_lines(content)
-    return len(content), array("q", map(hash, lines)), smallest_line(lines)
 
 
 # ------------------------------------------------------------------------------------------- writing
@@ -248,11 +134,14 @@ class ShardWriter:
         return len(self.content) // self.dtype.itemsize
 
     def add(self, document: Encoded) -> None:
-        for ids in document.ids:
-            self.content += ids.data
+        while document.ids:  # freed one by one: a document may be large
+            self.content += document.ids.pop(0).data
         self.content += self.end_of_text
         self.documents += 1
         self.bytes += document.bytes
+        for spelling in document.ends_of_text:
+            spelt = self.manifest["end_of_text_spelt"]
+            spelt[spelling] = spelt.get(spelling, 0) + 1
 
     def close(self) -> None:
         if not self.documents:
@@ -287,7 +176,7 @@ class HeldOut:
             ids = np.fromfile(folder / shard["name"], self.writer.dtype)
             for document in split_documents(ids, encoding.eot_token):
                 text, lines = encoding.decode_bytes(document.tolist()).decode(), array("q")
-                for (piece,) in pieces(text):
+                for piece in in_parts(text, PIECE):
                     lines.extend(look_at_lines(piece)[1])
                 self.lines.add(lines)
 
@@ -336,7 +225,6 @@ class HeldOut:
                 self.manifest["grouped"]["documents"] += 1
                 self.manifest["grouped"]["bytes"] += document.bytes
             seen.add(document.smallest)
-            self.manifest["end_of_text_spelt"] += document.end_of_text_spelt
             self.writer.add(document)
             self.lines.add(document.lines)
         self.writer.close()
@@ -385,6 +273,7 @@ def _write_shards(folder, manifest, encoding, source, val_source, train_tokens, 
     documents = _with_sides(source, position, manifest["held_out"], settings["val_fraction"])
     for document in encode_all(encoding, documents, train.dtype):
         position = document.position
+        manifest["is_split"] |= source.is_split
         advance(document.bytes)
         if (document.side or _side(document, settings["val_fraction"])) == "val":
             if held_out.is_open:
@@ -393,7 +282,6 @@ def _write_shards(folder, manifest, encoding, source, val_source, train_tokens, 
         if held_out.takes_apart(document):
             continue
         train.add(document)
-        manifest["end_of_text_spelt"] += document.end_of_text_spelt
         if max(train.tokens, held_out.tokens * held_out.is_open) >= settings["shard_tokens"]:
             if held_out.is_open:
                 manifest["text"] = ":".join(text.digest() for text in (source, val_source) if text)

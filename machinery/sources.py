@@ -14,8 +14,6 @@ A *document* is a `str`: a file of text, or a row of a table. A source of your o
 from __future__ import annotations
 
 import atexit
-import contextlib
-import fnmatch
 import hashlib
 import importlib.util
 import json
@@ -30,7 +28,8 @@ from functools import cache
 from pathlib import Path
 from types import ModuleType
 
-from machinery.errors import DataError, first_line
+from machinery.errors import DataError, first_line, printable
+from machinery.file_search import SUFFIXES, find_files, identity
 from machinery.text_files import (
     array_texts,
     file_digest,
@@ -43,9 +42,6 @@ from machinery.text_files import (
     texts,
 )
 
-TEXT_SUFFIXES = (".txt", ".md", ".py")
-TABLE_SUFFIXES = (".jsonl", ".parquet")
-SUFFIXES = TEXT_SUFFIXES + TABLE_SUFFIXES
 TEST_FOLDERS = {"test", "tests", "idle_test"}  # the standard library's own test suites
 DIGEST_BYTES = 1 << 30  # files that hold more together are told apart by samples of their content
 HUB_RETRIES = 5  # after a stream has broken off, with 1, 2, 4, … seconds between them
@@ -60,6 +56,7 @@ class Source:
         """`split_on` is what stands between documents within a text; files in the folders `apart` are no text."""
         self.name, self.text_column, self.split_on, self.apart = name, text_column, split_on, tuple(apart)
         self.passed_over: Counter[str] = Counter()  # what lies beside the text, and how often
+        self.is_split = False  # whether `split_on` was found
 
     def documents(self, split: str = "train") -> Iterator[str]:
         """Yield the texts of a split. Sources without splits yield the same for all. Raises `DataError`."""
@@ -67,10 +64,16 @@ class Source:
 
     def read(self, split: str = "train", start: Position = 0) -> Iterator[tuple[str, Position]]:
         """Yield each document that is not empty, from `start` on, with the position after it."""
-        documents = (text for whole in self.documents(split) for text in split_text(whole, self.split_on) if text)
+        documents = (text for whole in self.documents(split) for text in self.split_text(whole) if text)
         for number, text in enumerate(documents, 1):
             if number > start:
                 yield text, number
+
+    def split_text(self, text: str) -> list[str]:
+        """The documents within one text."""
+        documents = text.split(self.split_on) if self.split_on else [text]
+        self.is_split |= len(documents) > 1
+        return documents
 
     def size(self) -> int | None:
         """Bytes on disk; None where that is not known."""
@@ -93,12 +96,9 @@ class Source:
 
     def notes(self) -> list[str]:
         """Lines that a user should see before this source is read."""
+        if self.name in named() and os.path.exists(self.name):
+            return [f"source {self.name!r} is built in; for what has that name here, write './{self.name}'"]
         return []
-
-
-def split_text(text: str, separator: str) -> list[str]:
-    """The documents within one text."""
-    return text.split(separator) if separator else [text]
 
 
 # ---------------------------------------------------------------------------------------------- files
@@ -117,50 +117,13 @@ class FileSource(Source):
 
     def find(self) -> dict[str, Path]:
         """Name to path of every file; names are relative to the folder that is searched."""
-        root, parts = _existing_part(self.name)
-        alone = not parts and root.is_file()
-        if not parts and not alone and not root.is_dir():
-            raise DataError(f"source {self.name!r} is a device, a pipe or a socket; name a file or a folder")
-        files = {root.name: root} if alone else self._search(root, parts or ["**"])
-        known = {name: path for name, path in files.items() if path.suffix in SUFFIXES}
-        self.passed_over.update(path.suffix or "without a suffix" for name, path in files.items() if name not in known)
-        if not known:
-            raise DataError(
-                f"source {self.name!r}: no {', '.join(SUFFIXES)} file matches (found"
-                f" {_listed(self.passed_over, 'only ')}); check the path or pattern"
-            )
-        return known
-
-    def _search(self, root: Path, parts: list[str]) -> dict[str, Path]:
-        """The files under `root` that fit a pattern, once each, whatever links lead to them."""
-        apart = {identity for folder in self.apart if (identity := _identity(folder))}
-        depth = len(parts) if "**" not in parts else 1 << 16
-        files, seen = {}, set()
-
-        def unreadable(error: OSError) -> None:
-            self.passed_over["unreadable folders"] += 1
-
-        for folder, subfolders, names in os.walk(root, onerror=unreadable, followlinks=True):
-            place = Path(folder).relative_to(root).parts
-            identity = _identity(Path(folder))
-            no_text = place and (identity in apart or "tokenizer.json" in names)
-            self.passed_over["folders of a run, shards or a checkpoint"] += bool(no_text)
-            if identity in seen or no_text:
-                subfolders.clear()
-                continue
-            seen.add(identity)
-            if "**" not in parts:
-                self.passed_over["folders, read with /** after them"] += sum(
-                    _fits((*place, s), parts) for s in subfolders
-                )
-            subfolders[:] = sorted(s for s in subfolders if not s.startswith(".") and len(place) + 1 < depth)
-            for name in sorted(names):
-                path, fits = Path(folder, name), not name.startswith(".") and _fits((*place, name), parts)
-                if fits and not path.is_file():
-                    self.passed_over["broken links, devices"] += 1
-                elif fits and (identity := _identity(path)) not in seen:
-                    seen.add(identity)
-                    files["/".join((*place, name))] = path
+        files = find_files(self.name, self.apart, self.passed_over)
+        if not files:
+            found, advice = "nothing", f"name {choices()}"
+            if +self.passed_over:
+                found = f"only {_listed(self.passed_over)}"
+                advice = "check the path or pattern, or rename, unpack or convert what is there"
+            raise DataError(f"source {self.name!r}: no {', '.join(SUFFIXES)} file matches (found {found}); {advice}")
         return files
 
     def documents(self, split: str = "train") -> Iterator[str]:
@@ -181,10 +144,10 @@ class FileSource(Source):
         return hashlib.sha256(json.dumps(stats).encode()).hexdigest()
 
     def digest(self) -> str:
-        """Of names and content: whole up to `DIGEST_BYTES` together, beyond that of samples of every file."""
+        """Of content, in its order: whole up to `DIGEST_BYTES` together, beyond that of samples of every file."""
         samples, found = self.size() > DIGEST_BYTES, hashlib.sha256()
-        for name, path in self.files.items():
-            found.update(json.dumps([name, file_digest(path, samples)]).encode())
+        for path in self.files.values():
+            found.update(json.dumps([path.suffix, file_digest(path, samples)]).encode())
         return found.hexdigest()
 
     def _stats(self) -> Iterator[tuple[str, os.stat_result]]:
@@ -193,41 +156,15 @@ class FileSource(Source):
                 yield name, path.stat()
 
     def notes(self) -> list[str]:
-        return [f"passed over beside the text: {_listed(self.passed_over)}"] if +self.passed_over else []
+        beside = [f"passed over beside the text: {_listed(self.passed_over)}"] if +self.passed_over else []
+        return super().notes() + [printable(line) for line in beside]
 
 
-def _existing_part(pattern: str) -> tuple[Path, list[str]]:
-    """The longest beginning of a pattern that exists as it is written, and the parts that follow it."""
-    parts = list(Path(os.path.expanduser(pattern)).parts)
-    root = Path(parts[0]) if parts and Path(parts[0]).anchor else Path()
-    parts = parts[1:] if root.parts else parts
-    while parts and os.path.exists(root / parts[0]):
-        root /= parts.pop(0)
-    return root, parts
-
-
-def _fits(names: tuple[str, ...], parts: list[str]) -> bool:
-    """Whether a relative path fits a pattern, part by part; "**" is any number of folders, at its end of anything."""
-    if not parts or not names:
-        return not names and parts in ([], ["**"])
-    if parts[0] == "**":
-        return _fits(names, parts[1:]) or _fits(names[1:], parts)
-    return fnmatch.fnmatchcase(names[0], parts[0]) and _fits(names[1:], parts[1:])
-
-
-def _identity(path: Path) -> tuple[int, int] | None:
-    """What a file or folder is, under whatever name; None where there is none."""
-    with contextlib.suppress(OSError, ValueError):
-        stat = os.stat(path)
-        return stat.st_dev, stat.st_ino
-
-
-def _listed(counts: Counter[str], prefix: str = "") -> str:
+def _listed(counts: Counter[str]) -> str:
     """Counts as words, the most frequent first."""
-    counts = +counts
-    words = [f"{kind} ({count:,})" for kind, count in counts.most_common(8)]
-    rest = counts.total() - sum(count for _, count in counts.most_common(8))
-    return prefix + ", ".join(words + [f"others ({rest:,})"] * bool(rest)) if counts else "nothing"
+    most = (+counts).most_common(8)
+    rest = counts.total() - sum(count for _, count in most)
+    return ", ".join(f"{kind} ({count:,})" for kind, count in [*most, ("others", rest)] if count)
 
 
 class PythonSource(FileSource):
@@ -296,7 +233,7 @@ class HubSource(Source):
                     rows.load_state_dict(position["stream"])
                 taken = position["taken"]
                 for number, row in enumerate(rows, position["rows"] + 1):
-                    documents = [part for text in texts_of(row, number) for part in split_text(text, self.split_on)]
+                    documents = [part for text in texts_of(row, number) for part in self.split_text(text)]
                     for at, text in enumerate(documents[taken:], taken + 1):
                         if at == len(documents):
                             position = {"stream": rows.state_dict(), "rows": number, "taken": 0}
@@ -321,10 +258,9 @@ class HubSource(Source):
     def _open(self, split: str):
         """The rows of a split, and what gives the texts of one. Of JSON and Parquet, only that column is read."""
         datasets = _datasets()
-        name, _, config = self.name.partition(":")
         split = self.split(split)
         where = f"{self.name} ({split})"
-        builder = datasets.load_dataset_builder(name, config or None)
+        builder = datasets.load_dataset_builder(*self._address())
         if type(builder).__module__.startswith("datasets.packaged_modules.json"):
             # `datasets` gives each column the type that its first rows have, and fails where later ones differ
             options = {"data_files": {"train": builder.config.data_files[split]}, "split": "train", "streaming": True}
@@ -347,10 +283,14 @@ class HubSource(Source):
         line = line.removeprefix("\ufeff")
         return [json_text(line, self.text_column, where)] if line.strip() else []
 
+    def _address(self) -> tuple[str, str | None]:
+        """Name and configuration, as `datasets` takes them."""
+        name, _, config = self.name.partition(":")
+        return name, config or None
+
     def split(self, wanted: str) -> str:
         """The split to read: for held-out text the validation or test split, where there is one."""
-        name, _, config = self.name.partition(":")
-        available = _datasets().get_dataset_split_names(name, config or None) if wanted != "train" else []
+        available = _datasets().get_dataset_split_names(*self._address()) if wanted != "train" else []
         return next((split for split in (wanted, "test") if split in available), "train")
 
     def stamp(self) -> str:
@@ -385,9 +325,19 @@ SOURCES: dict[str, type[Source]] = {
 }
 
 
+def named() -> list[str]:
+    """The sources that have a name of their own."""
+    return [name for name in SOURCES if name not in ("files", "hub")]
+
+
+def choices() -> str:
+    """What a source may be, in words."""
+    return f"one file, folder or pattern, a data set of the hub as 'owner/name', or one of: {', '.join(named())}"
+
+
 def source_kind(source: str) -> str:
     """The entry of `SOURCES` that reads a source."""
-    if source in SOURCES and source not in ("files", "hub"):
+    if source in named():
         return source
     looks_local = os.path.exists(os.path.expanduser(source)) or source.endswith(SUFFIXES)
     name = r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*(:[\w.-]+)?"
@@ -397,22 +347,13 @@ def source_kind(source: str) -> str:
 def open_source(source: str, text_column: str = "text", split_on: str = "", apart: Iterable[Path] = ()) -> Source:
     """The text that a source names. Raises `DataError` where there is none."""
     if not source.strip():
-        raise DataError(
-            "source is empty; name a file, a folder, a pattern, a data set, or one of: " + ", ".join(SOURCES)
-        )
+        raise DataError(f"source is empty; name {choices()}")
     return SOURCES[source_kind(source)](source, text_column, split_on, apart)
 
 
 def iter_documents(source: str, text_column: str = "text", split: str = "train") -> Iterator[str]:
     """Yield the documents of `source`, whole and with their line breaks as they are. Empty ones are left out."""
-    return (text for text, _ in read_documents(source, text_column, split))
-
-
-def read_documents(
-    source: str, text_column: str = "text", split: str = "train", start: Position = 0
-) -> Iterator[tuple[str, Position]]:
-    """Yield each document from `start` on, with the position after it, where a later call would go on."""
-    return open_source(source, text_column).read(split, start)
+    return (text for text, _ in open_source(source, text_column).read(split))
 
 
 def refuse_overlap(source: Source, held_out: Source) -> None:
@@ -421,14 +362,14 @@ def refuse_overlap(source: Source, held_out: Source) -> None:
     if same_set and held_out.split("validation") == "train":
         raise _same_text(held_out, source, "it has no other split")
     if isinstance(source, FileSource) and isinstance(held_out, FileSource):
-        by_identity = {_identity(path): path for path in source.files.values()}
+        by_identity = {identity(path): path for path in source.files.values()}
         by_size: dict[int, list[Path]] = {}
         for name, stat in source._stats():
             by_size.setdefault(stat.st_size, []).append(source.files[name])
         digest = cache(file_digest)
         for name, stat in held_out._stats():
             path = held_out.files[name]
-            if same := by_identity.get(_identity(path)):
+            if same := by_identity.get(identity(path)):
                 raise _same_text(held_out, source, f"{path} is {same}")
             for other in by_size.get(stat.st_size, []) if stat.st_size else []:
                 if digest(path) == digest(other):

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import unicodedata
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -67,6 +68,8 @@ FORMATS = {  # first bytes, what they are of, and how to get at the text
     b"PAR1": ("Parquet", "give it the suffix .parquet"),
     b"ARROW1": ("Arrow", "convert it to Parquet"),
     b"Obj\x01": ("Avro", "convert it to Parquet"),
+    b"\x80\x04\x95": ("a Python pickle", "export its text"),
+    b"\x93NUMPY": ("a NumPy array", "export its text"),
     b"\x89HDF": ("HDF5", "export its text"),
     b"\x89PNG": ("PNG", "remove it"),
     b"\xff\xd8\xff": ("JPEG", "remove it"),
@@ -80,7 +83,8 @@ FORMATS = {  # first bytes, what they are of, and how to get at the text
 }
 WIDE = ("utf-32-le", "utf-32-be", "utf-16-le", "utf-16-be")
 CONTROLS = bytes(byte for byte in range(32) if byte not in b"\b\t\n\v\f\r\x1b")  # which text does not hold
-FEW_CONTROLS = 0.1  # share of them, beyond which a file is no text
+FEW_CONTROLS = 0.1  # share of them, beyond which a file is no text; a fifth of it where the file is not UTF-8
+NO_TEXT = re.compile(rb"\0(?:\0{15}|(?:[^\0]\0){15})")  # as binary data has it, or UTF-16
 
 
 def _check_format(path: Path, head: bytes, expected: str = "UTF-8 text") -> None:
@@ -88,22 +92,17 @@ def _check_format(path: Path, head: bytes, expected: str = "UTF-8 text") -> None
     name, advice = next((known for start, known in FORMATS.items() if head.startswith(start)), (None, None))
     if expected != "UTF-8 text":
         name = None if name == expected else name
-    elif name is None and (b"\0" in head or not _is_utf8(head)):
-        if wide := _wide_encoding(head):
+    elif name is None:
+        found, beyond_ascii = _controls(head), len(head) - len(head.translate(None, bytes(range(128, 256))))
+        is_utf8 = head.decode(errors="replace").count("\ufffd") <= 1 + beyond_ascii // 10  # but for a few wrong bytes
+        many = found > len(head) * FEW_CONTROLS / (1 if is_utf8 else 5)
+        maybe_wide = not is_utf8 or (beyond_ascii < len(head) / 10 and (many or b"\0" in head))
+        if maybe_wide and (wide := _wide_encoding(head)):
             name, advice = wide.upper(), f"convert it, for example with iconv -f {wide} -t utf-8"
-        elif (found := _controls(head)) > FEW_CONTROLS * len(head) and len(head) >= 64:
+        elif many and len(head) >= 64:
             name, advice = f"binary data ({found} control characters in its first {len(head)} bytes)", "remove it"
     if name:
         raise DataError(f"{path}: holds {name}, not {expected}; {advice}")
-
-
-def _is_utf8(head: bytes) -> bool:
-    """Whether the first bytes of a file are UTF-8 and more than control characters."""
-    try:
-        codecs.getincrementaldecoder("utf-8")().decode(head)  # the last character may be cut
-    except UnicodeDecodeError:
-        return False
-    return _controls(head) <= FEW_CONTROLS * len(head)
 
 
 def _controls(content: bytes) -> int:
@@ -131,15 +130,20 @@ def _wide_encoding(head: bytes) -> str | None:
 
 def texts(path: Path, separator: str, lenient: bool) -> Iterator[str]:
     """The text of a file, without its mark; in several parts where it is long, cut at a separator or a line end."""
-    decoder, rest = codecs.getincrementaldecoder("utf-8-sig")(), ""
+    decoder, rest, is_utf8 = codecs.getincrementaldecoder("utf-8-sig")(), "", False
     with path.open("rb") as file:
         if not lenient:
             _check_format(path, file.read(4096))
             file.seek(0)
         try:
             while block := file.read(MAX_DOCUMENT_BYTES):
-                rest += decoder.decode(block + file.readline(MAX_LINE_BYTES))
+                block += file.readline(MAX_LINE_BYTES)
+                if not lenient and (found := NO_TEXT.search(block)):
+                    at = file.tell() - len(block) + found.start()
+                    raise DataError(f"{path}: holds binary data or UTF-16 from byte {at} on; cut or convert it there")
+                rest += decoder.decode(block)
                 del block
+                is_utf8 = is_utf8 or not rest.isascii()
                 if separator and len(rest) < 4 * MAX_DOCUMENT_BYTES:  # what comes after the last one may go on
                     whole, _, rest = rest.rpartition(separator)
                 else:
@@ -149,9 +153,14 @@ def texts(path: Path, separator: str, lenient: bool) -> Iterator[str]:
         except UnicodeDecodeError as error:
             if not lenient:
                 at = file.tell() - len(error.object) + error.start
+                is_utf8 = is_utf8 or not error.object[: error.start].isascii()
+                advice = (
+                    "before that it is; mend these bytes, or leave such out with iconv -c -f utf-8 -t utf-8"
+                    if is_utf8
+                    else "convert it from the encoding that it is in, for example with iconv -f latin1 -t utf-8"
+                )
                 raise DataError(
-                    f"{path}: not UTF-8 at byte {at} (0x{error.object[error.start]:02x}); convert it from the"
-                    " encoding that it is in, for example with iconv -f latin1 -t utf-8"
+                    f"{path}: not UTF-8 at byte {at} (0x{error.object[error.start]:02x}); {advice}"
                 ) from None
 
 
@@ -177,14 +186,41 @@ def array_texts(content: str, text_column: str, where: str) -> list[str]:
 
 def _decode_json(content: str | bytes, where: str, expected: str) -> object:
     try:
-        return _DECODER.decode(content if isinstance(content, str) else content.decode("utf-8"))
+        return _DECODER.decode(content) if isinstance(content, str) else _decode_row(content)
     except UnicodeDecodeError as error:
-        raise DataError(f"{where}: not UTF-8 at byte {error.start} of the line; convert the file") from None
+        raise DataError(f"{where}: not UTF-8 at byte {error.start} of the line; convert or mend it") from None
     except json.JSONDecodeError as error:
         found = f"{error.msg.removesuffix(' at')} at character {error.pos + 1}"
         raise DataError(f"{where}: not JSON ({found}); mend it: {expected}") from None
     except RecursionError:
         raise DataError(f"{where}: nested too deeply; mend or remove it") from None
+
+
+def _decode_row(line: bytes) -> object:
+    """A row from its bytes. As a `str`, a long line takes four times as many where it holds a single emoji.
+
+    JSON is ASCII but for what stands in its texts, so bytes can be taken for characters until those are found.
+    """
+    if not line.isascii() and b"\\u" not in line:
+        with contextlib.suppress(ValueError, AttributeError):  # told below
+            row = _DECODER.decode(line.decode("latin-1"))
+            return {_as_utf8(name): _as_utf8(value) for name, value in row.items()}
+    return _DECODER.decode(line.decode("utf-8"))
+
+
+def _as_utf8(value: object) -> object:
+    return value.encode("latin-1").decode("utf-8") if isinstance(value, str) else value
+
+
+def in_parts(text: str, size: int) -> Iterator[str]:
+    """A text in parts of at most `size` characters, cut at line ends where there are any."""
+    start = 0
+    while start < len(text):
+        end = start + size
+        if end < len(text):
+            end = text.rfind("\n", start + size // 2, end) + 1 or end
+        yield text[start:end]
+        start = end
 
 
 def row_text(row: dict, text_column: str, where: str) -> str:
@@ -263,7 +299,7 @@ def _check_column(schema, text_column: str, path: Path) -> None:
     kind = kind.value_type if types.is_dictionary(kind) else kind
     text = types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind) or types.is_null(kind)
     if not text:
-        raise DataError(f"{path}: column {text_column!r} holds {kind}, not text; set text_column")
+        raise DataError(f"{path}: column {text_column!r} holds {kind}, not text; set text_column, or convert it")
 
 
 def _parquet_column(file, text_column: str, path: Path) -> Iterator[str]:
@@ -274,7 +310,7 @@ def _parquet_column(file, text_column: str, path: Path) -> Iterator[str]:
         at_once = max(1, min(1 << 16, ROWS_BYTES * rows // max(1, size)))
         options = {"row_groups": [group], "columns": [text_column], "use_threads": False}
         for batch in file.iter_batches(at_once, **options):
-            for number, value in enumerate(batch.column(0), first):
+            for number, value in enumerate(batch.column(text_column), first):  # "a.b" also names a field of a column
                 try:
                     yield value.as_py() or ""
                 except UnicodeDecodeError as error:

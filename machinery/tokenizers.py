@@ -9,6 +9,7 @@ import base64
 import hashlib
 import itertools
 import json
+import re
 from collections.abc import Iterable
 
 import regex
@@ -18,6 +19,9 @@ import torch
 from machinery.errors import DataError, told
 
 END_OF_TEXT = "<|endoftext|>"
+ENDS_OF_TEXT = re.compile(
+    r"<(?:\|(?:endoftext|end_of_text|eot_id|im_end|end▁of▁sentence)\|>|/s>|eos>)"
+)  # as others spell it
 # How text is cut into pieces before byte pairs merge: the pattern of GPT-4 and Llama 3, which keeps
 # words, runs of digits and runs of spaces apart (tiktoken: openai_public.py, cl100k_base).
 SPLIT_PATTERN = (

@@ -21,7 +21,7 @@ from machinery import text_files
 from machinery.errors import DataError
 from machinery.held_out import is_held_out
 from machinery.shards import new_manifest
-from machinery.sources import iter_documents, open_source, read_documents
+from machinery.sources import iter_documents, open_source
 from machinery.tokenizers import token_byte_counts, tokenizer_from_dict, tokenizer_to_dict
 from tests.text_config import TextConfig, batches_at
 
@@ -267,9 +267,9 @@ def test_preparation_in_parts_gives_the_same_shards(texts, tmp_path, monkeypatch
 
 def test_reading_goes_on_from_a_position(texts):
     pattern, _ = texts
-    everything = list(read_documents(pattern))
+    everything = list(open_source(pattern).read())
     for text, position in everything[::7]:
-        rest = [text for text, _ in read_documents(pattern, start=position)]
+        rest = [text for text, _ in open_source(pattern).read(start=position)]
         assert rest == [text for text, _ in everything[position:]]
 
 

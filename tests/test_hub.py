@@ -47,9 +47,9 @@ def test_every_document_arrives_once_whatever_the_network_does(folder, tmp_path,
 def test_a_hub_stream_goes_on_from_a_position(folder, tmp_path):
     program = (
         "import json, itertools; from machinery import sources as t\n"
-        "head = list(itertools.islice(t.read_documents('owner/name'), 333))\n"
+        "head = list(itertools.islice(t.open_source('owner/name').read(), 333))\n"
         "position = json.loads(json.dumps(head[-1][1]))\n"
-        "rest = [text for text, _ in t.read_documents('owner/name', start=position)]\n"
+        "rest = [text for text, _ in t.open_source('owner/name').read(start=position)]\n"
         "print(json.dumps([text for text, _ in head] + rest))"
     )
     with Hub(folder) as hub:

@@ -97,6 +97,11 @@ PATTERNS = {
     "?.txt": "a b",
     "**": "a b c d",
     "./sub": "c d",
+    ".*/*": "e",
+    ".*": "f",
+    "**/.*.txt": "f",
+    "s*/c.txt": "c",
+    "**/deep/**/*.txt": "d",
     "sub/": "c d",
     "sub/../a.txt": "a",
 }
@@ -123,7 +128,17 @@ def test_each_real_file_once_whatever_links_lead_to_it(tmp_path, pattern):
     os.link(root / "c.txt", root / "hard.txt")
     (root / "far").symlink_to(tmp_path / "elsewhere")
     (root / "broken.txt").symlink_to(root / "nothing")
+    (root / "0.html").symlink_to(root / "c.txt")
+    (root / "0.jsonl").symlink_to(root / "c.txt")
+    os.link(root / "c.txt", root / "1.html")
     assert sorted(iter_documents(f"{root}{pattern}")) == list("abcd")
+
+
+def test_a_link_to_a_folder_does_not_hide_it_from_a_pattern(tmp_path):
+    write(tmp_path, {"b1/x.txt": "x", "b1/sub/y.txt": "y"})
+    (tmp_path / "a").symlink_to(tmp_path / "b1")
+    for pattern, found in {"b*/*.txt": "x", "**/b1/**": "xy", "*/sub/*": "y", "a/*.txt": "x"}.items():
+        assert sorted(iter_documents(str(tmp_path / pattern))) == list(found)
 
 
 def test_the_order_does_not_depend_on_where_the_folder_lies(tmp_path):
@@ -146,10 +161,19 @@ def test_what_is_passed_over_is_said(tmp_path, capsys):
     write(
         tmp_path, {f"texts/{i}.html": "" for i in range(3)} | {"texts/a.TXT": "", "texts/b.txt.gz": "", "texts/c": ""}
     )
+    write(tmp_path, {"texts/.git/x.txt": "", "texts/.x.txt": "", "texts/a.\x1b[1m": ""})
     (tmp_path / "texts" / "broken.md").symlink_to("nothing")
     prepare(tmp_path, os.path.join(root, "texts"))
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("passed over"))
-    for part in (".html (3)", ".TXT (1)", ".gz (1)", "without a suffix (1)", "broken links, devices (1)"):
+    for part in (
+        "hidden files, folders (2)",
+        ".\\x1b[1m (1)",
+        ".html (3)",
+        ".TXT (1)",
+        ".gz (1)",
+        "without a suffix (1)",
+        "broken links, devices, unreadable files (1)",
+    ):
         assert part in line
     prepare(tmp_path, os.path.join(root, "texts", "*.txt"))
     assert "passed over" not in capsys.readouterr().out  # the pattern leaves them out
@@ -158,7 +182,10 @@ def test_what_is_passed_over_is_said(tmp_path, capsys):
 MISSING = {
     "none*.txt": "found nothing",
     "texts/none.txt": "found nothing",
-    "*.png": "only .png (1)",
+    "*.png": "only .png (1)); check the path or pattern, or rename, unpack or convert",
+    "texts/a.txt/*": "found nothing",
+    "https://host/a.txt": "found nothing); name one file, folder or pattern, a data set of the hub",
+    "Python": "or one of: python, python+site, english",
     "tex*": "folders, read with /** after them (1)",
     "\x00": "found nothing",
     "  ": "source is empty",
@@ -170,6 +197,14 @@ def test_what_is_not_there_is_one_line(tmp_path, monkeypatch, source):
     write(tmp_path, {"texts/a.txt": "a", "a.png": "a"})
     monkeypatch.chdir(tmp_path)
     assert MISSING[source] in refused(source)
+
+
+def test_a_name_that_is_built_in_and_here_is_said(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert open_source("python").notes() == []
+    write(tmp_path, {"python/a.txt": "mine"})
+    assert "for what has that name here, write './python'" in open_source("python").notes()[0]
+    assert list(iter_documents("./python")) == ["mine"]
 
 
 def test_a_name_taken_for_one_of_the_hub_is_said_before_the_network_is_asked(tmp_path, monkeypatch, capsys):
@@ -220,7 +255,7 @@ def test_wide_encodings_are_named(tmp_path, words, suffix):
 
 
 @pytest.mark.parametrize(
-    "text", ["1\n0\n1\n0\n", "a\0b\n" + "plain text\n" * 200, "\x1b[1mbold\x1b[0m\n" * 9, "é" * 50]
+    "text", ["1\n0\n1\n0\n", "Да\0\n" * 9, "a\0b\n" + "plain text\n" * 200, "\x1b[1mbold\x1b[0m\n" * 9, "é" * 50]
 )
 def test_odd_text_is_text(tmp_path, text):
     assert list(iter_documents(write(tmp_path, {"a.txt": text}))) == [text]
@@ -230,6 +265,27 @@ def test_latin1_is_not_taken_for_a_wide_encoding(tmp_path):
     for text in ("café", "Größe und Maß, für alle Fälle. " * 40, "élève" * 3, "naïve façade\n" * 5):
         message = refused(write(tmp_path, {"a.txt": text.encode("latin1")}))
         assert "not UTF-8 at byte" in message and "iconv -f latin1" in message
+
+
+ASCII, RUSSIAN = b"a line\n" * 999, "Все счастливые семьи похожи\n".encode()
+PARTS = {  # what begins as UTF-8 and goes on otherwise
+    "latin1 after ASCII": (ASCII + b"\xe9\n", "not UTF-8 at byte 6993 (0xe9); convert it", "iconv -f latin1"),
+    "latin1 after UTF-8": (RUSSIAN * 9 + b"\xe9\n", "byte 468 (0xe9); before that it is; mend"),
+    "latin1 in UTF-8": (RUSSIAN * 9 + b"\xe9\n" + RUSSIAN * 999, "byte 468 (0xe9); before that it is; mend"),
+    "latin1 far on": (RUSSIAN * 999 + b"\xe9\n" + RUSSIAN, "byte 51948 (0xe9); before that it is; mend"),
+    "a character cut off": (RUSSIAN[:-2], "byte 49 (0xd0); before that it is; mend these bytes"),
+    "UTF-16": (RUSSIAN * 99 + "a line\n".encode("utf-16-be") * 9, "binary data or UTF-16 from byte 5148 on"),
+    "binary data": (ASCII + b"\0" * 99, "binary data or UTF-16 from byte 6993 on"),
+    "a tape archive": (b"a.txt".ljust(257, b"\0") + b"ustar" + b"\0" * 250 + ASCII, "holds binary data (502"),
+    "packed, unknown": (bytes((i * i * 7 + i // 3) % 256 for i in range(4096)), "holds binary data ("),
+}
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_what_begins_as_text_and_goes_on_otherwise_is_told(tmp_path, name):
+    content, *said = PARTS[name]
+    message = refused(write(tmp_path, {"a.txt": content}))
+    assert all(part in message for part in said), message
 
 
 def test_a_byte_order_mark_is_not_text(tmp_path):
@@ -298,6 +354,18 @@ def test_texts_are_not_read_as_anything_else(tmp_path, texts):
     assert list(iter_documents(str(tmp_path))) == texts
 
 
+@pytest.mark.parametrize(
+    "value", ['"é🙂 ÿ"', '"\\u00e9\\ud83d\\ude42 \\u00ff"', '"é\\ud83d\\ude42 ÿ"', '"é🙂 \\u00ff"']
+)
+@pytest.mark.parametrize("other", ["1", '"Ж"', '"\\u0416"', '["Ж", {"Ж": null}]'])
+def test_rows_beyond_ascii_however_they_are_written(tmp_path, value, other):
+    write(tmp_path, {"a.jsonl": f'{{"Ж": {other}, "текст": {value}}}\n'})
+    assert list(iter_documents(str(tmp_path), text_column="текст")) == ["é🙂 ÿ"]
+    assert "no column 'text'; there are 'Ж', 'текст'" in refused(str(tmp_path))
+    write(tmp_path, {"a.jsonl": f'{{"Ж": {other}, "текст": {value}}} x\n'})
+    assert "line 1: not JSON (Extra data at character " in refused(str(tmp_path))
+
+
 WRONG_ROWS = {
     '{"body": "x"}': "no column 'text'; there are 'body'",
     '{"text": 5}': "holds a number, not text",
@@ -345,6 +413,9 @@ def test_kinds_of_text_columns_in_parquet(tmp_path, column):
     pyarrow.parquet.write_table(pyarrow.table({"a.b": column}), tmp_path / "b.parquet")
     assert list(iter_documents(str(tmp_path / "a.parquet"))) == ["a", "ü🙂"]
     assert list(iter_documents(str(tmp_path / "b.parquet"), text_column="a.b")) == ["a", "ü🙂"]
+    fields = {"a": [{"b": "no"}] * 4, "a.b": column}  # the field of a column has the same address as a column
+    pyarrow.parquet.write_table(pyarrow.table(fields), tmp_path / "c.parquet")
+    assert list(iter_documents(str(tmp_path / "c.parquet"), text_column="a.b")) == ["a", "ü🙂"]
 
 
 def test_wrong_parquet_is_named_and_empty_files_are_passed_over(tmp_path):
@@ -410,6 +481,18 @@ def test_end_of_text_spelt_in_texts_is_counted_and_said_or_split_at(tmp_path, ca
     data = prepare(tmp_path, root, split_on="<|endoftext|>")
     assert sorted(texts_of(data, "train") + texts_of(data, "val")) == sorted([*stories, "x" * 99])
     assert "<|endoftext|>" not in capsys.readouterr().out and data.manifest["held_out"] == "documents"
+
+
+@pytest.mark.parametrize("end", ["<|endoftext|>", "</s>", "<|end_of_text|>", "<|eot_id|>", "<eos>"])
+def test_ends_of_text_as_others_spell_them_are_said(tmp_path, capsys, end):
+    root = write(tmp_path / "texts", {"a.txt": end.join(f"story {i}\n" * 30 for i in range(60))})
+    data = prepare(tmp_path, root, split_on="<|other|>")
+    said = capsys.readouterr().out
+    assert f"{end!r} stands 59 times" in said and f"set split_on={end!r}" in said
+    assert data.manifest["end_of_text_spelt"] == {end: 59}
+    assert "split_on '<|other|>' stands nowhere in the texts" in said
+    prepare(tmp_path, root, split_on=end)
+    assert "stands" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("run", [" ", "\n", "a", "\t ", "é", "1"])

@@ -1,13 +1,16 @@
 """Held-out text is held out: no near-copy of it is trained on, and the split is a function of content."""
 
+import os
 import random
 import re
+from pathlib import Path
 
 import pytest
+import torch
 
 import data_utils
 from data_utils import prepare_data
-from machinery.errors import DataError
+from machinery.errors import DataError, UserError
 from tests.test_text import prepare, texts_of, told, write
 
 WORDS = ["time", "way", "year", "work", "day", "part", "place", "case", "week", "system", "program", "question"]
@@ -38,6 +41,8 @@ VARIANTS = {  # how a copy may differ from its original
     "blank lines": lambda text, i: text.replace("\n", "\n\n"),
     "indented": lambda text, i: re.sub("(?m)^", "\t", text),
     "blank space at line ends": lambda text, i: text.replace("\n", "  \n"),
+    "blank space of other kinds": lambda text, i: text.replace(" ", "\u3000\xa0\u2003"),
+    "line ends of other kinds": lambda text, i: text.replace("\n", "\x85\u2028\f"),
     "blank space within lines": lambda text, i: text.replace(" ", "   "),
     "another first line": lambda text, i: f"Copyright of the year {1900 + i}, all rights\n" + text,
     "another last line": lambda text, i: text + f"This copy was made by nobody in {1900 + i}\n",
@@ -68,7 +73,7 @@ def test_near_copies_are_not_on_both_sides(tmp_path, variant, kind):
     assert 0.05 * size < sum(map(len, held_out)) < 0.4 * size
     aside = data.manifest["set_aside"]["documents"]
     assert len(held_out) + len(texts_of(data, "train")) + aside == len(texts)
-    if variant in list(VARIANTS)[:7]:  # nothing but line ends and blank space: all copies on one side
+    if variant in list(VARIANTS)[:9]:  # nothing but line ends and blank space: all copies on one side
         assert aside == 0 and data.manifest["grouped"]["documents"] == len(held_out) / 2
 
 
@@ -301,3 +306,40 @@ def test_data_with_the_same_settings_is_not_tokenized_again(tmp_path, monkeypatc
     assert capsys.readouterr().out == ""
     with pytest.raises((TypeError, DataError)):
         prepare(tmp_path, root, val_fraction=0.3)
+
+
+@pytest.fixture
+def run_on(lm, tiny, tmp_path, monkeypatch):
+    """run_on(name, **fields): the weights after a run on t/, or after going on with it; v/ is held out."""
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path, {f"t/{i}.txt": prose(i) for i in range(20)} | {"v/a.txt": prose("v"), "v/b.txt": prose("w")})
+
+    def run(name, **fields):
+        few = {"eval_every": 100, "sample_every": 100, "sample_tokens": 2, "schedule": "constant", "vocab_size": 300}
+        lm.train(tiny(**few | {"run_name": name, "source": "t", "val_source": "v", "tokenizer": "bpe"} | fields))
+        return lm.load_run(f"runs/{name}")[1].state_dict()
+
+    return run
+
+
+def test_a_run_goes_on_where_its_text_was_moved(run_on):
+    straight = run_on("straight", max_steps=10)
+    run_on("moved", max_steps=5)
+    os.rename("t", "moved")
+    os.rename("v", "elsewhere")
+    moved = run_on("moved", max_steps=10, source="moved/**/*.txt", val_source="elsewhere", data_dir="other")
+    assert all(torch.equal(straight[name], moved[name]) for name in straight)
+
+
+def test_a_run_does_not_go_on_with_other_text_or_another_tokenizer(run_on):
+    def refused(said, **fields):
+        with pytest.raises(UserError, match=f"run 'r' was begun with {said}.*source 't'.*; use a new run_name"):
+            run_on("r", max_steps=10, **fields)
+
+    run_on("r", max_steps=5)
+    refused("another tokenizer", source="v", val_source="t")
+    refused("another tokenizer.*'bpe'", tokenizer="bytes")
+    write(Path("v"), {"a.txt": prose(1000)})
+    refused("other text than its source holds now")
+    write(Path("t"), {"0.txt": prose(2000)})
+    refused("another tokenizer, or one learned from other text")

@@ -1,0 +1,114 @@
+"""Which files a path, a folder or a pattern names: each real file once, whatever links lead to it."""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import os
+from collections import Counter
+from collections.abc import Iterable
+from functools import reduce
+from pathlib import Path
+
+from machinery.errors import DataError
+
+SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".parquet")
+
+
+def find_files(name: str, apart: Iterable[Path], passed_over: Counter[str]) -> dict[str, Path]:
+    """Name to path of every file of text or rows; names are relative to the folder that is searched.
+
+    A path that exists is that path, "~" is home, then patterns. Nothing inside the folders `apart` is found. Notes in
+    `passed_over` what else is there. Raises `DataError` for a device.
+    """
+    root, parts = _existing_part(name)
+    if parts or root.is_dir():
+        return _walk(root, parts or ["**"], apart, passed_over)
+    if root.is_file():
+        return {root.name: root} if _is_text(root, passed_over) else {}
+    raise DataError(f"source {name!r} is a device, a pipe or a socket; name a file or a folder")
+
+
+def _walk(root: Path, parts: list[str], apart: Iterable[Path], passed_over: Counter[str]) -> dict[str, Path]:
+    """The files under `root` that fit a pattern, once each, whatever links lead to them."""
+    set_apart = {found for folder in apart if (found := identity(folder))}
+    start, end, seen = _skipping({0}, parts), len(parts), set()
+    files: dict[tuple[int, int] | None, tuple[str, Path]] = {}
+
+    def unreadable(error: OSError) -> None:
+        passed_over["unreadable folders"] += not isinstance(error, NotADirectoryError)
+
+    for folder, subfolders, names in os.walk(root, onerror=unreadable, followlinks=True):
+        place, here = Path(folder).relative_to(root).parts, identity(Path(folder))
+        reached = reduce(lambda reached, name: _after(name, reached, parts), place, start)
+        no_text = place and (here in set_apart or "tokenizer.json" in names)
+        passed_over["folders of a run, shards or a checkpoint"] += bool(no_text)
+        if no_text or (here, reached) in seen:
+            subfolders.clear()
+            continue
+        seen.add((here, reached))
+        after = {name: _after(name, reached, parts) for name in subfolders + names}
+        if parts == ["**"]:
+            passed_over["hidden files, folders"] += sum(not after[name] for name in after)
+        elif "**" not in parts:
+            passed_over["folders, read with /** after them"] += sum(end in after[name] for name in subfolders)
+        subfolders[:] = sorted(name for name in subfolders if after[name] - {end})
+        for name in sorted(names):
+            path = Path(folder, name)
+            if end in after[name] and _is_text(path, passed_over):
+                _, known = files.get(found := identity(path), (None, None))
+                if known is None or (known.is_symlink() and not path.is_symlink()):  # its own name says how to read
+                    files[found] = "/".join((*place, name)), path
+    return dict(files.values())
+
+
+def _is_text(path: Path, passed_over: Counter[str]) -> bool:
+    """Whether a file is read; one that is not is noted as passed over."""
+    if not os.path.isfile(path):
+        passed_over["broken links, devices, unreadable files"] += 1
+    elif path.suffix not in SUFFIXES:
+        passed_over[path.suffix or "without a suffix"] += 1
+    else:
+        return True
+    return False
+
+
+def _existing_part(pattern: str) -> tuple[Path, list[str]]:
+    """The longest beginning of a pattern that exists as it is written, and the parts that follow it."""
+    parts = list(Path(os.path.expanduser(pattern)).parts)
+    root = Path(parts[0]) if parts and Path(parts[0]).anchor else Path()
+    parts = parts[1:] if root.parts else parts
+    while parts and os.path.exists(root / parts[0]):
+        root /= parts.pop(0)
+    return root, parts
+
+
+def _after(name: str, reached: frozenset[int], parts: list[str]) -> frozenset[int]:
+    """The parts of a pattern that may come next, by number, after `name` came for one of `reached`.
+
+    "**" is any number of folders, at its end of anything. A name that begins with a point fits a part that does.
+    """
+    found = set()
+    for number in reached - {len(parts)}:
+        if name.startswith(".") and not parts[number].startswith("."):
+            continue
+        if parts[number] == "**":
+            found.add(number)
+        elif fnmatch.fnmatchcase(name, parts[number]):
+            found.add(number + 1)
+    return _skipping(found, parts)
+
+
+def _skipping(reached: set[int], parts: list[str]) -> frozenset[int]:
+    """`reached`, and what comes after each "**" there."""
+    for number, part in enumerate(parts):
+        if part == "**" and number in reached:
+            reached.add(number + 1)
+    return frozenset(reached)
+
+
+def identity(path: Path) -> tuple[int, int] | None:
+    """What a file or folder is, under whatever name; None where there is none."""
+    with contextlib.suppress(OSError, ValueError):
+        stat = os.stat(path)
+        return stat.st_dev, stat.st_ino
