@@ -218,6 +218,7 @@ def _model_fields(folder: Path, raw: dict) -> dict:
         values["n_kv_head"] = 1 if theirs.get("multi_query") else values["n_head"]
     values["n_ffn"] = values["n_ffn"] or 4 * values["n_embd"]
     values["attention"] = "mha" if values["n_kv_head"] == values["n_head"] else "gqa"
+    values["embedding_norm"] = False
     rope = theirs.get("rope_parameters") or {}
     values["rope_base"] = rope.get("rope_theta", 10000.0) if family.position == "rope" else 10000.0
     same = to_hf_config(values).to_dict()

@@ -77,8 +77,12 @@ def _is_transposed(family: Family, name: str) -> bool:
 def _to_hf_model(config: dict, state: dict[str, Tensor]):
     """A `transformers` model to save, which shares our weights' memory. Raises `ExportError` where they do not fit."""
     family = family_of(config)
-    model = _empty_model(to_hf_config(config), len(state))
     state = {"head.weight": state["embedding.weight"], **state} if config["tie_embeddings"] else state
+    if config.get("embedding_norm"):  # of each row, so it can be done once; the head keeps the rows as they are
+        table = state["embedding.weight"].float()
+        unit = table * torch.rsqrt(table.square().mean(-1, keepdim=True) + config["norm_eps"])
+        state, config = {**state, "embedding.weight": unit}, config | {"tie_embeddings": False}
+    model = _empty_model(to_hf_config(config), len(state))
     renamed, used = {}, set()
     try:
         for name, ours in _renamed(family, model.state_dict()):
