@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from machinery.errors import UserError
-from machinery.files import read_jsonl
+from machinery.files import folder_path, read_jsonl
 
 
 def show(*pictures) -> None:
@@ -95,18 +95,20 @@ def plot_runs(*folders: str | Path) -> Figure:
 
     Raises `UserError` for a folder without an evaluation.
     """
-    figure, axes = plt.subplots(figsize=(6, 3), layout="constrained")
-    for folder in map(Path, folders):
-        evaluations = [line for line in read_jsonl(folder / "metrics.jsonl") if line.get("val_bpb") is not None]
-        if not evaluations:
-            plt.close(figure)
+    curves = []
+    for folder in [folder_path(folder, "the folder of a run") for folder in folders]:
+        lines = [line for line in read_jsonl(folder / "metrics.jsonl") if line.get("val_bpb") is not None]
+        points = [(line["tokens"] / 1e6, line["val_bpb"]) for line in lines if "tokens" in line]
+        if not points:
             raise UserError(
                 f"{folder} has no evaluation in metrics.jsonl: give the folder of a run, like runs/demo-123abc"
             )
-        tokens = [line["tokens"] / 1e6 for line in evaluations]
-        axes.plot(tokens, [line["val_bpb"] for line in evaluations], "o-", label=folder.name)
+        curves.append((folder.absolute().name, zip(*points)))
+    figure, axes = plt.subplots(figsize=(6, 3), layout="constrained")
+    drawn = [axes.plot(*curve, "o-")[0] for _, curve in curves]
     axes.set(xlabel="training tokens (millions)", ylabel="held-out bits per byte", title="Runs on held-out text")
-    axes.legend()
+    for label in axes.legend(drawn, [name for name, _ in curves]).get_texts():
+        label.set_parse_math(False)
     return figure
 
 

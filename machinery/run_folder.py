@@ -27,10 +27,24 @@ import torch
 from filelock import FileLock, Timeout
 
 from machinery.errors import UserError, first_line, printable, told
-from machinery.files import make_folder, no_links, read_json, read_jsonl, write_atomic, write_json
+from machinery.files import (
+    IS_IT_A_RUN,
+    folder_path,
+    make_folder,
+    no_links,
+    read_json,
+    read_jsonl,
+    refuse_link,
+    write_atomic,
+    write_json,
+)
 from machinery.machine import Machine, cpu_name
 from machinery.notebook import NOTEBOOK
+from machinery.screen import duration, keep_printing
 
+COPY = "bring it back from a copy, use a new run_name, or resume='never' to start over"
+ENDINGS = ("finished", "interrupted", "diverged")  # of a run, as summary.json tells them
+PLACES = ("source", "val_source", "tokenizer", "init_from", "data_dir", "runs_dir")  # fields that may hold a path
 WINDOWS_DEVICES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
 
 
@@ -49,7 +63,7 @@ class RunFolder:
             )
         if WINDOWS_DEVICES.fullmatch(run_name):
             raise UserError(f"run_name is {run_name!r}, which Windows keeps for a device; use another one")
-        self.path = Path(runs_dir).expanduser() / run_name
+        self.path = folder_path(runs_dir, "runs_dir, where runs are kept") / run_name
         self.writes = writes
         self._unwritten: list[tuple[str, str]] = []
         with told(self.path, problem="cannot be made", advice="set runs_dir to a folder of yours"):
@@ -60,6 +74,7 @@ class RunFolder:
         """Keep other trainers out until `unlock`, or until this process ends."""
         if not self.writes:
             return
+        refuse_link(self._lock.lock_file)
         try:
             self._lock.acquire()
         except Timeout:
@@ -79,7 +94,7 @@ class RunFolder:
         if not found or not self.writes:
             return
         names = (self.path.with_name(f"{self.path.name}.{n}") for n in itertools.count(1))
-        aside = next(path for path in names if not path.exists())
+        aside = next(path for path in names if not os.path.lexists(path))
         with told(aside, problem="the earlier run cannot be moved there"), contextlib.ExitStack() as undo:
             aside.mkdir()
             undo.callback(aside.rmdir)
@@ -92,33 +107,36 @@ class RunFolder:
     def compare(self, config: dict, fixed: Iterable[str]) -> set[str]:
         """Print how `config` differs from the one this run was begun with; returns the names that do.
 
-        Raises `UserError` when one of the `fixed` fields differs: what is on disk would not fit it.
+        Raises `UserError` when one of the `fixed` fields differs: what is on disk would not fit it. A field that only
+        one of the two has, of another version of this program, is told.
         """
-        saved = read_json(self.path / "config.json")
+        saved = read_json(self.path / "config.json", advice=COPY)
         now, changed = _portable(config), set()
-        for name in now:
-            if name in saved and saved[name] != now[name] and name != "resume":
+        for name in sorted(now.keys() & saved.keys() - {"resume"}):
+            if saved[name] != now[name]:
                 if name in fixed:
                     raise UserError(
                         f"{name} is {now[name]!r} but run {self.path.name!r} was begun with {saved[name]!r};"
                         " use a new run_name, or resume='never' to start over"
                     )
-                print(f"  {name}: {saved[name]!r} before, {now[name]!r} from here on")
                 changed.add(name)
+        for name in sorted(changed | now.keys() ^ saved.keys()):
+            before, after = (repr(values[name]) if name in values else "not known" for values in (saved, now))
+            print(printable(f"  {name}: {before[:60]} before, {after[:60]} from here on"))
         return changed
 
     def same_text(self, tokenizer: dict, key: str, dtype: str) -> None:
         """Raise `UserError` where a run would go on with another tokenizer or text; say where its precision changes."""
         name, advice = self.path.name, "use a new run_name, or resume='never' to start over"
-        if read_json(self.path / "tokenizer.json") != tokenizer:
+        if read_json(self.path / "tokenizer.json", advice=COPY) != tokenizer:
             raise UserError(f"run {name!r} was begun with another tokenizer, learned from other text; {advice}")
-        if read_json(self.path / "data.json", missing={"key": key}).get("key") != key:
+        if read_json(self.path / "data.json", missing={"key": key}, advice=COPY).get("key") != key:
             raise UserError(f"run {name!r} was begun with other text: what its source holds has changed; {advice}")
         before = dtype
         with contextlib.suppress(UserError):  # a mere note
             before = read_json(self.path / "environment.json").get("dtype", dtype)
         if before != dtype:
-            print(f"matrix products were in {before} until here, and go on in {dtype}")
+            print(printable(f"matrix products were in {before!s:.60} until here, and go on in {dtype}"))
 
     def begin(self, config: dict, at_step: int = 0, **files: dict) -> None:
         """Write config.json and the other `files`. Lines after `at_step`, of a run cut off later, are dropped."""
@@ -163,7 +181,7 @@ class RunFolder:
 def _portable(config: dict) -> dict:
     """The config without the folders of one machine: of an absolute path, the last part."""
     return {
-        name: f"…/{Path(value).name}" if isinstance(value, str) and Path(value).expanduser().is_absolute() else value
+        name: f"…/{Path(value).name}" if name in PLACES and Path(os.path.expanduser(value)).is_absolute() else value
         for name, value in config.items()
     }
 
@@ -210,12 +228,17 @@ def run_state(folder: str | Path) -> dict:
     "status" is "running", "finished", "interrupted" or "diverged", or "stopped" when its process is gone without
     a word; "progress" (0 to 1) and "seconds_left" are those of the last step; "metrics" and "samples" are its lines.
     """
-    folder = Path(folder).expanduser()
-    config, metrics = read_json(folder / "config.json"), read_jsonl(folder / "metrics.jsonl")
+    folder = folder_path(folder, "the folder of a run")
+    running, summary = _is_locked(folder / ".lock"), {}
+    missing = {} if running else None  # a new run makes its model and reads its text before it writes
+    config = read_json(folder / "config.json", missing, advice=IS_IT_A_RUN)
+    metrics = read_jsonl(folder / "metrics.jsonl")
     last = {name: value for line in metrics for name, value in line.items()}  # the latest of each
-    status = read_json(folder / "summary.json", missing={}).get("status", "stopped")
+    with contextlib.suppress(UserError):  # that it ended is all there is to know from it
+        summary = read_json(folder / "summary.json", missing={})
+    status = summary.get("status") if summary.get("status") in ENDINGS else "stopped"
     return {
-        "status": "running" if _is_locked(folder / ".lock") else status,
+        "status": "running" if running else status,
         "progress": last.get("progress") or 0.0,
         "seconds_left": last.get("seconds_left"),
         "last": last,
@@ -248,12 +271,13 @@ def _is_locked(path: Path) -> bool:
 
 
 def show_run(folder: str | Path) -> None:
-    """Print where a run stands and its latest sample, and draw its curves."""
+    """Print where a run stands and its latest sample, and draw its curves where there is a screen for them."""
     import matplotlib.pyplot as plt
 
-    state = run_state(folder)
+    keep_printing()
+    state, name = run_state(folder), folder_path(folder, "the folder of a run").absolute().name
     last, left = state["last"], state["seconds_left"]
-    print(f"{Path(folder).name}: {printable(str(state['status']))}, {state['progress']:.1%} of the budget", end="")
+    print(printable(f"{name}: {state['status']}, {state['progress']:.1%} of the budget"), end="")
     print(f", {duration(left)} left" if state["status"] == "running" and left is not None else "")
     numbers = [
         ("step", ",d"),
@@ -265,12 +289,15 @@ def show_run(folder: str | Path) -> None:
     print(", ".join(f"{name} {last[name]:{form}}" for name, form in numbers if last.get(name) is not None))
     for sample in state["samples"][-1:]:
         print(f"──── sample of step {sample['step']:,}\n{as_sample(sample)}")
+    if plt.get_backend().lower() == "agg":  # a terminal without a screen
+        return
     plt.figure(figsize=(7, 3))
-    for name, style in [("train_loss", "-"), ("val_loss", "o-")]:
-        lines = [line for line in state["metrics"] if line.get(name) is not None and "tokens" in line]
-        points = [(line["tokens"] / 1e6, line[name]) for line in lines]
-        plt.plot(*zip(*points), style, label=name) if points else None
-    plt.gca().set(xlabel="tokens (millions)", ylabel="nats per token", title=Path(folder).name)
+    for label, style in [("train_loss", "-"), ("val_loss", "o-")]:
+        lines = [line for line in state["metrics"] if line.get(label) is not None and "tokens" in line]
+        points = [(line["tokens"] / 1e6, line[label]) for line in lines]
+        plt.plot(*zip(*points), style, label=label) if points else None
+    plt.gca().set(xlabel="tokens (millions)", ylabel="nats per token")
+    plt.gca().set_title(name, parse_math=False)
     if plt.gca().lines:
         plt.legend()
     plt.show()
@@ -279,15 +306,3 @@ def show_run(folder: str | Path) -> None:
 def as_sample(sample: dict) -> str:
     """A line of samples.jsonl as text for a screen: prompt and continuation."""
     return printable(sample.get("prompt", "") + sample.get("text", ""), keep="\n\t\u200d")
-
-
-def duration(seconds: float) -> str:
-    """A time to read: "1 h 05 min", "12 min", "40 s"."""
-    minutes = round(seconds / 60)
-    return (
-        f"{seconds:.0f} s"
-        if seconds < 90
-        else f"{minutes} min"
-        if minutes < 60
-        else f"{minutes // 60} h {minutes % 60:02} min"
-    )

@@ -23,7 +23,9 @@ from machinery.checkpoints import (
     read_state,
 )
 from machinery.errors import UserError
+from machinery.figures import plot_runs
 from machinery.files import read_jsonl
+from machinery.huggingface import config_from_hf, export_hf, import_hf
 from machinery.loggers import LOGGERS, Logger
 from machinery.machine import Machine, datasheet_flops, is_out_of_memory, measure_matmul_flops
 from machinery.run_folder import RunFolder, run_state, show_run
@@ -399,8 +401,20 @@ def test_a_run_is_seen_from_elsewhere(lm, settings, capsys):
     show_run(folder)
     printed = capsys.readouterr().out
     assert "stopped, 100.0% of the budget" in printed and "sample of step 12" in printed
-    with pytest.raises(UserError, match="is it a run directory"):
+    with pytest.raises(UserError, match="is it the folder of a run"):
         run_state(folder / "checkpoints")
+    run.lock()
+    (folder / "config.json").unlink()  # as while a new run reads its text
+    show_run(folder)
+    assert "running, 100.0% of the budget" in capsys.readouterr().out
+    run.unlock()
+
+
+@pytest.mark.parametrize("odd", [None, 3, True, b"x", [], "", "~no such user/x", object()], ids=repr)
+def test_what_is_no_folder_of_a_run_is_one_line(lm, odd):
+    for call in (run_state, show_run, plot_runs, lm.load_run, import_hf, config_from_hf, lambda x: export_hf(x, x)):
+        with pytest.raises(UserError, match="^[^\n]+ is not |: not the folder of a"):
+            call(odd)
 
 
 def train_poisoned(lm, config, monkeypatch, bad) -> dict:
