@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, get_args
 
@@ -46,11 +47,23 @@ def one_of(name: str, value: str, known: Iterable[str]) -> None:
     require(value in known, f"{name} {value!r} is not known{meant}{listed}")
 
 
+def takes(method: Callable, arguments: str, who: str) -> None:
+    """Raise `ConfigError`, naming `who`, unless `method` can be called with these arguments, such as "q k v"."""
+    try:
+        inspect.signature(method).bind(*arguments.split())
+    except TypeError:
+        name, given = method.__qualname__, ", ".join(arguments.split())
+        raise ConfigError(
+            f"{who} do not go together: {name}{inspect.signature(method)} would be given {given}; let it take them, or"
+            " change one of the two"
+        ) from None
+
+
 @dataclass(frozen=True)
 class Settings:
     """Base of the notebook's Config: checked when it is made, whole in JSON."""
 
-    one_of = staticmethod(one_of)
+    one_of, takes = staticmethod(one_of), staticmethod(takes)
 
     def __post_init__(self) -> None:
         for rule in fields(self):

@@ -13,9 +13,14 @@ import argparse
 import contextlib
 import itertools
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+
+STOPPED = "stopped; the same command goes on from the last checkpoint"
+if __name__ == "__main__":  # until `main`: the rest takes seconds to import
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(STOPPED))
 
 import nbformat
 import papermill
@@ -115,6 +120,7 @@ def write_program(parameters: dict) -> None:
 
 def main() -> None:
     plain_errors()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="auto")
     parser.add_argument("--overrides", default="", help="fields of the configuration, in YAML or JSON")
@@ -131,7 +137,7 @@ def main() -> None:
             folder = run_notebook(parameters)
             print(f"{folder}/ has the executed notebook, LMHarness.ipynb, and a page to read or to send, report.html.")
     except KeyboardInterrupt:
-        sys.exit("stopped; the same command goes on from the last checkpoint")
+        sys.exit(STOPPED)
 
 
 if __name__ == "__main__":
