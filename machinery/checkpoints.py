@@ -64,8 +64,8 @@ def save_checkpoint(
         place = next(path for path in (run, *run.absolute().parents) if path.exists())
         needed, free = _bytes_needed(weights, optimizers), shutil.disk_usage(place).free
         raise CheckpointError(
-            f"{target} was not written ({first_line(error)}): it takes {needed / 1e9:.2f} GB and"
-            f" {free / 1e9:.2f} GB are free there; earlier checkpoints are kept"
+            f"{target} was not written ({first_line(error)}): it takes {needed / 1e9:,.4f} GB and"
+            f" {free / 1e9:,.4f} GB are free there; earlier checkpoints are kept, and a run goes on from them"
         ) from None
     read_state(target)
     _remove_older(target, keep, keep_step)

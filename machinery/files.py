@@ -61,14 +61,15 @@ def read_json(path: Path, missing: dict | None = None, advice: str = "") -> dict
 def read_jsonl(path: str | Path) -> list[dict]:
     """The lines of a JSON-lines file; a last line that a crash cut short is left out."""
     lines = []
-    if Path(path).exists():
-        with told(path):
-            content = regular_file(Path(path)).read_text("utf-8", errors="replace")
-        for text in content.splitlines():
-            with contextlib.suppress(ValueError, RecursionError):
-                line = json.loads(text)
-                if isinstance(line, dict) and type(line.get("step")) is int and _is_line_of_a_run(line):
-                    lines.append(line)
+    with told(path):
+        if not Path(path).exists():
+            return lines
+        content = regular_file(Path(path)).read_text("utf-8", errors="replace")
+    for text in content.splitlines():
+        with contextlib.suppress(ValueError, RecursionError):
+            line = json.loads(text)
+            if isinstance(line, dict) and type(line.get("step")) is int and _is_line_of_a_run(line):
+                lines.append(line)
     return lines
 
 

@@ -45,7 +45,7 @@ from machinery.screen import duration, keep_printing
 COPY = "bring it back from a copy, use a new run_name, or resume='never' to start over"
 ENDINGS = ("finished", "interrupted", "diverged")  # of a run, as summary.json tells them
 PLACES = ("source", "val_source", "tokenizer", "init_from", "data_dir", "runs_dir")  # fields that may hold a path
-WINDOWS_DEVICES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
+TAKEN = re.compile(r"wandb|(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # by W&B beside runs, by Windows
 
 
 class RunFolder:
@@ -61,8 +61,10 @@ class RunFolder:
                 f"run_name is {run_name!r}; use up to 100 letters, digits, '.', '_', '-', a letter or digit first,"
                 " no '.' at the end"
             )
-        if WINDOWS_DEVICES.fullmatch(run_name):
-            raise UserError(f"run_name is {run_name!r}, which Windows keeps for a device; use another one")
+        if TAKEN.fullmatch(run_name):
+            raise UserError(
+                f"run_name is {run_name!r}, which Windows keeps for a device, or W&B for its files; use another"
+            )
         self.path = folder_path(runs_dir, "runs_dir, where runs are kept") / run_name
         self.writes = writes
         self._unwritten: list[tuple[str, str]] = []
@@ -142,15 +144,15 @@ class RunFolder:
         """Write config.json and the other `files`. Lines after `at_step`, of a run cut off later, are dropped."""
         if not self.writes:
             return
-        with told(
-            self.path / "summary.json", problem="cannot be replaced", advice="remove it, or check the permissions"
-        ):
-            (self.path / "summary.json").unlink(missing_ok=True)  # of an earlier part of this run
+        logs = [self.path / name for name in ("metrics.jsonl", "samples.jsonl")]
+        kept = [[line for line in read_jsonl(log) if line["step"] <= at_step] if at_step else [] for log in logs]
+        summary, advice = self.path / "summary.json", "remove it, or check the permissions"
         for name, value in {"config": _portable(config), **files}.items():
             write_json(self.path / f"{name}.json", value)
-        for name in ("metrics.jsonl", "samples.jsonl"):
-            kept = [line for line in read_jsonl(self.path / name) if line["step"] <= at_step] if at_step else []
-            write_atomic(self.path / name, "".join(json.dumps(line) + "\n" for line in kept))
+        with told(summary, problem="cannot be replaced", advice=advice):
+            summary.unlink(missing_ok=True)  # of an earlier part of this run
+        for log, lines in zip(logs, kept):
+            write_atomic(log, "".join(json.dumps(line) + "\n" for line in lines))
 
     def append(self, name: str, line: dict) -> None:
         """Add a line to a file; on a full disk, keep it and try again with the next one."""
@@ -250,7 +252,7 @@ def run_state(folder: str | Path) -> dict:
 
 def _is_locked(path: Path) -> bool:
     """Whether another process holds the lock; needs no right to write where the system has `flock`."""
-    if not path.is_file():  # none, or a pipe, which would be waited for
+    if not os.path.isfile(path):  # none, or a pipe, which would be waited for
         return False
     try:
         import fcntl

@@ -150,6 +150,16 @@ def test_damaged_ones_do_not_count_and_stay(tmp_path):
     assert read_state(again)["step"] == 2 and "step_00000002.1" in names(tmp_path)
 
 
+def test_a_copy_under_a_later_number_does_not_count_and_files_of_others_stay(tmp_path, capsys):
+    shutil.copytree(save(tmp_path, 1), tmp_path / "checkpoints" / "step_00000099")
+    assert newest_checkpoint(tmp_path).name == "step_00000001"
+    assert "step_00000099: holds step 1" in capsys.readouterr().out
+    (tmp_path / "checkpoints/step_00000001/notes.txt").write_text("mine")
+    save(tmp_path, 2, keep=1)
+    save(tmp_path, 3, keep=1)
+    assert names(tmp_path) == ["step_00000001", "step_00000003", "step_00000099"]
+
+
 def test_where_none_is_whole_it_is_said(tmp_path, capsys):
     assert newest_checkpoint(tmp_path) is None
     (tmp_path / "checkpoints").mkdir()

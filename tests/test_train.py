@@ -87,7 +87,7 @@ def test_the_first_limit_of_a_budget_counts():
 
 
 @pytest.mark.parametrize(
-    "name", ["../x", "/etc", "a/b", "", ".hidden", "a" * 101, "with space", "end.", "CON", "aux.txt"]
+    "name", ["../x", "/etc", "a/b", "", ".hidden", "a" * 101, "with space", "end.", "CON", "aux.txt", "Wandb"]
 )
 def test_run_names_stay_inside_and_can_be_held_anywhere(tmp_path, name):
     with pytest.raises(UserError, match="run_name"):
@@ -111,6 +111,25 @@ def test_starting_over_keeps_the_earlier_run(tmp_path):
         run.append("metrics.jsonl", {"step": 1})
         assert expected is None or (tmp_path / expected / "metrics.jsonl").exists()
         (tmp_path / "run/config.json").unlink()  # not even that is needed
+
+
+def test_what_cannot_begin_leaves_what_was_there(tmp_path):
+    run = open_folder(tmp_path)
+    run.finish({"status": "finished"})
+    (tmp_path / "run/metrics.jsonl").unlink()
+    (tmp_path / "run/metrics.jsonl").mkdir()
+    with pytest.raises(UserError, match="metrics.jsonl: not a regular file"):
+        run.begin({"a": 2}, at_step=1)
+    assert (tmp_path / "run/summary.json").exists() and json.loads((tmp_path / "run/config.json").read_text()) == {
+        "a": 1
+    }
+
+
+@pytest.mark.parametrize("prompt", ["~nobody here", "/* a comment */", "C:\\x"])
+def test_a_text_that_looks_like_a_path_is_kept_as_it_is(tmp_path, prompt):
+    open_folder(tmp_path, {"prompt": prompt, "split_on": "/", "source": "/home/me/texts"})
+    saved = json.loads((tmp_path / "run/config.json").read_text())
+    assert saved == {"prompt": prompt, "split_on": "/", "source": "…/texts"}
 
 
 def test_a_log_is_live_and_drops_what_a_resume_will_write_again(tmp_path):
@@ -158,6 +177,9 @@ def test_changed_configs_are_told_and_what_does_not_fit_is_refused(tmp_path, cap
     run = RunFolder(tmp_path, "run")
     run.compare({"n_layer": 2, "max_steps": 20, "source": "/home/me/texts/*.txt"}, ["n_layer", "source"])
     assert "max_steps: 10 before, 20 from here on" in capsys.readouterr().out
+    run.compare({"n_layer": 2, "new": 1}, ["n_layer"])
+    told = capsys.readouterr().out
+    assert "new: not known before, 1 from here on" in told and "max_steps: 10 before, not known from here on" in told
     with pytest.raises(UserError, match="n_layer is 3 but run 'run' was begun with 2; use a new run_name"):
         run.compare({"n_layer": 3, "max_steps": 10}, ["n_layer"])
     assert "/home" not in (tmp_path / "run/config.json").read_text()

@@ -106,6 +106,8 @@ def export_hf(run_dir: str | Path, out_dir: str | Path) -> Path:
     An earlier export there is replaced when the new one is complete. Raises `ExportError` for a configuration without
     an equivalent, and for a folder that holds anything that this function did not write.
     """
+    import transformers  # noqa: F401 - where it is missing, that is the error
+
     run, out_dir = folder_path(run_dir, "the folder of a run"), folder_path(out_dir, "a folder to write to")
     config = _Fields(read_json(run / "config.json", advice=IS_IT_A_RUN))
     tokenizer = run / "tokenizer.json"
