@@ -16,8 +16,9 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -28,6 +29,7 @@ from machinery.errors import UserError, first_line, told
 from machinery.files import json_digest, make_folder, publish, read_json, refuse_link, regular_file, remove, sha256
 from machinery.processes import gather, shard_like
 
+T = TypeVar("T")
 FILES = ("model.safetensors", "training.pt")
 FRACTIONS = ("F16", "BF16", "F32", "F64")  # what weights may be made of
 NAME = re.compile(r"step_(\d{8,})(?:\.(\d+))?")  # .1, .2, …: moved out of the way of a newer one of the same step
@@ -143,6 +145,20 @@ def newest_checkpoint(run: Path) -> Path | None:
     return None
 
 
+def read_newest(run: Path, read: Callable[[Path], T]) -> T:
+    """What `read` gives of the newest checkpoint; of the next one where the run goes on and removes it meanwhile.
+
+    Raises `CheckpointError` where there is none.
+    """
+    while path := newest_checkpoint(run):
+        try:
+            return read(path)
+        except CheckpointError:
+            if os.path.lexists(path):
+                raise
+    raise CheckpointError(f"{run} has no checkpoint yet")
+
+
 def read_state(path: Path) -> dict:
     """The contents of state.json. Raises `CheckpointError` unless all three files match their checksums."""
     with told(path, CheckpointError, "not a whole checkpoint"):
@@ -245,10 +261,16 @@ def _kind(value: object) -> str:
 def load_weights(path: Path, model: torch.nn.Module) -> None:
     """Copy a checkpoint's weights into `model`. Raises `CheckpointError` when names or shapes differ."""
     check_weights(path, model)
-    weights = load_file(path / "model.safetensors")
+    weights = read_weights(path)
     with torch.no_grad():
         for name, tensor in _without_ties(model).items():
             tensor.copy_(shard_like(weights[name], tensor))
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """A checkpoint's weights by their names. Raises `CheckpointError`."""
+    with told(path / "model.safetensors", CheckpointError, "not readable"):
+        return load_file(path / "model.safetensors")
 
 
 def check_weights(path: Path, model: torch.nn.Module) -> None:

@@ -16,10 +16,9 @@ from pathlib import Path
 import tiktoken
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 
-from machinery.checkpoints import newest_checkpoint, read_state
+from machinery.checkpoints import read_newest, read_state, read_weights
 from machinery.errors import UserError, told
 from machinery.files import IS_IT_A_RUN, folder_path, publish, read_json, remove, sha256, write_json
 from machinery.huggingface.families import (
@@ -114,16 +113,14 @@ def export_hf(run_dir: str | Path, out_dir: str | Path) -> Path:
     encoding = tokenizer_from_dict(read_json(tokenizer, advice=COPY), tokenizer, COPY)
     with told(run / "config.json", ExportError):
         family_of(config)
-    checkpoint = newest_checkpoint(run)
-    if checkpoint is None:
-        raise ExportError(f"{run} has no checkpoint yet")
+    weights, state = read_newest(run, lambda checkpoint: (read_weights(checkpoint), read_state(checkpoint)))
     with told(out_dir, ExportError, "not usable"):
         out = out_dir.resolve()  # through a link: its user means the folder there
         _check_target(out)
     with told(run / "config.json", ExportError):
-        model = _to_hf_model(config, load_file(checkpoint / "model.safetensors"))
+        model = _to_hf_model(config, weights)
         _set_generation(model, encoding.eot_token, config["sample_tokens"])
-        card = _model_card(run, config, read_state(checkpoint))
+        card = _model_card(run, config, state)
     beside = out.with_name(f".{out.name}.{secrets.token_hex(4)}.part")
     with told(out_dir, ExportError, "not written"):
         beside.mkdir(parents=True)
