@@ -113,7 +113,8 @@ def export_hf(run_dir: str | Path, out_dir: str | Path) -> Path:
     encoding = tokenizer_from_dict(read_json(tokenizer, advice=COPY), tokenizer, COPY)
     with told(run / "config.json", ExportError):
         family_of(config)
-    weights, state = read_newest(run, lambda checkpoint: (read_weights(checkpoint), read_state(checkpoint)))
+    with told(run, ExportError):
+        weights, state = read_newest(run, lambda checkpoint: (read_weights(checkpoint), read_state(checkpoint)))
     with told(out_dir, ExportError, "not usable"):
         out = out_dir.resolve()  # through a link: its user means the folder there
         _check_target(out)
