@@ -26,6 +26,7 @@ from machinery.errors import UserError
 from machinery.figures import plot_runs
 from machinery.files import read_jsonl
 from machinery.huggingface import config_from_hf, export_hf, import_hf
+from machinery.interrupts import StopRequest
 from machinery.loggers import LOGGERS, Logger
 from machinery.machine import Machine, datasheet_flops, is_out_of_memory, measure_matmul_flops
 from machinery.run_folder import RunFolder, run_state, show_run
@@ -111,6 +112,27 @@ def test_starting_over_keeps_the_earlier_run(tmp_path):
         run.append("metrics.jsonl", {"step": 1})
         assert expected is None or (tmp_path / expected / "metrics.jsonl").exists()
         (tmp_path / "run/config.json").unlink()  # not even that is needed
+
+
+def test_a_terminal_that_closes_is_a_safe_stop_and_nohup_is_obeyed():
+    before = signal.signal(signal.SIGHUP, signal.default_int_handler)
+    try:
+        with StopRequest() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.requested
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        with StopRequest() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop.requested and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_model_that_has_diverged_still_writes(lm):
+    logits, generator = torch.tensor([[math.nan, math.inf, -math.inf, 0.0]]), torch.Generator()
+    for options in ((0.8, 0, 0.95), (1e-3, 2, 1.0), (0.8, 0, 1e-300)):
+        for given in (logits, logits * 0 + math.nan, torch.zeros(1, 4)):
+            assert 0 <= lm.sample_token(given, *options, generator) < 4
 
 
 def test_what_cannot_begin_leaves_what_was_there(tmp_path):
@@ -859,6 +881,25 @@ class Csv(Logger):
 class Broken(Logger):
     def metrics(self, step, values):
         raise ConnectionError("gone")
+
+
+@pytest.mark.parametrize("content", ["a/../b", "", "link"])
+def test_an_odd_id_of_wandb_is_replaced_and_a_link_is_not_followed(tmp_path, monkeypatch, content):
+    import types
+
+    made, path = [], tmp_path / "wandb_id"
+    fake = types.SimpleNamespace(Settings=dict, init=lambda **options: made.append(options["id"]))
+    monkeypatch.setitem(sys.modules, "wandb", fake)  # what it is given is looked at
+    if content == "link":
+        path.symlink_to(tmp_path / "elsewhere")
+        with pytest.raises(UserError, match="wandb_id is a link"):
+            LOGGERS["wandb"](tmp_path, {"wandb": "offline"})
+        assert not (tmp_path / "elsewhere").exists()
+        return
+    path.write_text(content)
+    for _ in range(2):
+        LOGGERS["wandb"](tmp_path, {"wandb": "offline"})
+    assert made[0] == made[1] == path.read_text() != content
 
 
 def test_a_logger_is_a_class_and_a_line_and_one_that_breaks_is_said_once(lm, settings, capsys, monkeypatch):
