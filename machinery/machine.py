@@ -35,7 +35,7 @@ DATASHEET_TFLOPS = {
     "RTX 4070": 58.3, "RTX 4060 Ti": 44.1, "RTX 4060": 30.2, "RTX 3090": 71.2, "V100-SXM2": 125, "V100-PCIE": 112,
     "T4": 65,
 }  # fmt: skip
-# What else may stand in a name: memory and socket. Other words make it another chip (D, Ti, Laptop) or part of one (MIG)
+# What else may stand in a name: memory and socket. Other words make it another chip (D, Ti, Laptop), or part of one
 SAME_CHIP = r"(?:NVIDIA |Tesla )?(?:GeForce )?{}(?:[ -](?:\d+GB?|HBM\d\w?|SXM\d?|PCIe|PCIE|AC))*"
 
 

@@ -9,7 +9,7 @@ from conftest import LM
 from machinery.errors import UserError
 from machinery.machine import Machine
 from tools import card
-from tools.bench import recipe, steps
+from tools.bench import recipe, steps, traffic
 from tools.bench.common import in_own_process, slug, take_turns
 from tools.bench.generation import compare_generation
 from tools.bench.peers import make_config
@@ -162,3 +162,11 @@ def test_the_row_of_a_card_is_what_its_run_left(texts, tmp_path, tiny, capsys, m
     printed = capsys.readouterr()
     assert printed.out.count("|") == card.PAGE.read_text().splitlines()[-1].count("|") and f"{hour:.3f}" in printed.out
     assert "| 50% |" in printed.out and "results/cards.md" in printed.err
+
+
+def test_a_stream_of_half_the_width_is_read_and_written_as_often():
+    """Sixteen times a block, forward and backward: planned for a card that is not there."""
+    small = {"n_embd": 256, "n_head": 2, "n_kv_head": 1, "n_ffn": 512}
+    wide, narrow = (traffic.count(stream, **small) for stream in (torch.float32, torch.bfloat16))
+    assert wide["both"] - narrow["both"] == pytest.approx(16 * 2 * 256 / 1024, abs=0.1)
+    assert 0 < narrow["forward"] < narrow["backward"] and narrow["kernels"] <= wide["kernels"]

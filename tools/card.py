@@ -47,7 +47,7 @@ def main() -> None:
     if len(sys.argv) != 2:
         raise UserError("python -m tools.card RUN: which run? For example runs/day-1a2b3c")
     print(table([card_row(Path(sys.argv[1]).expanduser())], COLUMNS).splitlines()[-1])
-    print(f"\nAdd this line to the table in {PAGE.parent.name}/{PAGE.name}, and send it as a pull request.", file=sys.stderr)
+    print(f"\nAdd this line to the table in results/{PAGE.name}, and send it as a pull request.", file=sys.stderr)
 
 
 if __name__ == "__main__":

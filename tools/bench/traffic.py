@@ -1,14 +1,15 @@
 """What one block of `day` reads and writes beside its matrix products and attention, counted without a GPU.
 
-    python -m tools.bench.traffic                 the block as it is, and edits of it: results/traffic.md
+    python -m tools.bench.traffic                 the block, and edits of it: results/traffic.md
 
 PyTorch's compiler plans the kernels of a stack of blocks for a CUDA card that is not there, forward and backward.
 Nothing is compiled or computed: each planned kernel tells the sizes of the buffers that it reads and writes. It takes
-a minute, on any machine. On a GPU the time of these kernels is their bytes over the bandwidth of its memory.
+minutes, on any machine, and asks parts of PyTorch that may change from one release to the next.
 """
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Callable
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -113,20 +114,24 @@ SIBLINGS = {
     "FFNS": {"one": OneProductFFN}, "NORMS": {"wide": Wide},
 }  # fmt: skip
 NARROW = {"stream": torch.bfloat16}
+NOW = "stream in float32"
 EDITS = {  # overrides of `day`; "stream", the type of the residual stream; "weights", of the matrices; compiler options
+    NOW: {},
     "stream in float32, norm and rotation after the transpose": {"attention": "after"},
-    "stream in float32": {},
-    "stream in bfloat16, norm and rotation after the transpose": NARROW | {"attention": "after"},
     "stream in bfloat16": NARROW,
-    "that, rotation by halves": NARROW | {"position": "halves"},
-    "that, norms multiply in float32": NARROW | {"norm": "wide"},
-    "that, no QK-norm": NARROW | {"qk_norm": False},
-    "that, one product for q, k, v": NARROW | {"attention": "one"},
-    "that, one product for gate and up": NARROW | {"ffn": "one"},
-    "that, matrices in bfloat16": NARROW | {"weights": torch.bfloat16},
-    "that, loop_ordering_after_fusion off": NARROW | {"options": {"loop_ordering_after_fusion": False}},
-    "that, aggressive_fusion": NARROW | {"options": {"aggressive_fusion": True}},
+    "stream in bfloat16, norm and rotation after the transpose": NARROW | {"attention": "after"},
+    "stream in bfloat16, rotation by halves": NARROW | {"position": "halves"},
+    "stream in bfloat16, norms multiply by their gain in float32": NARROW | {"norm": "wide"},
+    "stream in bfloat16, no QK-norm": NARROW | {"qk_norm": False},
+    "stream in bfloat16, one product for q, k, v": NARROW | {"attention": "one"},
+    "stream in bfloat16, one product for gate and up": NARROW | {"ffn": "one"},
+    "stream in bfloat16, matrices in bfloat16": NARROW | {"weights": torch.bfloat16},
+    "stream in bfloat16, loop_ordering_after_fusion off": NARROW | {"options": {"loop_ordering_after_fusion": False}},
+    "stream in bfloat16, aggressive_fusion": NARROW | {"options": {"aggressive_fusion": True}},
 }
+COLUMNS = {
+    "block": "", "forward": ".1f", "backward": ".1f", "both": ".1f", "kernels": "d", "against the first": "+.0%",
+}  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------ counting
@@ -226,10 +231,31 @@ def count(stream=torch.float32, weights=torch.float32, options=None, **overrides
         kernels[n_layer] = planned_kernels(model, x, options or {})
     row = {}
     for name, backward in (("forward", False), ("backward", True)):
-        one, two = ([size for part, size in kernels[n] if part == backward] for n in (1, 2))
+        one, two = ([size for later, size in kernels[n] if later == backward] for n in (1, 2))
         tokens = MICRO_BATCH * config.block_size
         row |= {name: (sum(two) - sum(one)) / tokens / 1024, f"{name} kernels": len(two) - len(one)}
     return row | {"both": row["forward"] + row["backward"], "kernels": row["forward kernels"] + row["backward kernels"]}
+
+
+def write_traffic(rows: list[dict]) -> None:
+    """results/traffic.md"""
+    found = {row["block"]: row["both"] for row in rows}
+    rows = [row | {"against the first": row["both"] / found[NOW] - 1} for row in rows]
+    casts = found["stream in bfloat16"] - found["stream in bfloat16, matrices in bfloat16"]
+    version = torch.__version__.split("+")[0]
+    RESULT.write_text(f"""# What a block reads and writes
+
+`make traffic`, {datetime.date.today()}: KiB per token and layer that the compiler's own kernels of one block of `day`
+read and write, beside matrix products and attention, in bfloat16, {MICRO_BATCH} sequences at a time. Planned by PyTorch
+{version} for a CUDA card; none was there, and nothing was computed ([how](../tools/bench/traffic.py)). The time of such
+kernels on a GPU is about these bytes over the bandwidth of its memory. An edit that saves 10% is worth a line of code,
+one that saves 2% is not.
+
+{table(rows, COLUMNS)}
+
+Casts of the block's matrices to bfloat16, and of their gradients back, are {casts:.1f} KiB of every row but that of
+*matrices in bfloat16*. They are made once a micro-batch: with 16 sequences they weigh four times as much per token.
+""")
 
 
 def main() -> None:
@@ -237,8 +263,10 @@ def main() -> None:
         getattr(lm, name).update(siblings)
     rows = []
     for name, edit in EDITS.items():
-        rows.append({"name": name, **count(**edit)})
+        rows.append({"block": name, **count(**edit)})
         print(rows[-1], flush=True)
+    write_traffic(rows)
+    print(RESULT)
 
 
 if __name__ == "__main__":
