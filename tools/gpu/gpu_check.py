@@ -72,18 +72,14 @@ def rates() -> None:
 
 def attention_choice() -> None:
     """Which kernel does scaled_dot_product_attention take, by itself, for what `day` asks?"""
-    from torch.nn.attention import SDPBackend
-
-    from model_utils import takes_groups
+    from machinery.attention import kernel_name, takes_groups
 
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         q, k = (torch.randn(2, heads, 256, 128, device=DEVICE, dtype=dtype, requires_grad=True) for heads in (8, 4))
         groups = takes_groups(q)
-        with contextlib.suppress(AttributeError):
-            if not groups:
-                k = k.repeat_interleave(2, 1)
-            backend = SDPBackend(torch._fused_sdp_choice(q, k, k, is_causal=True, enable_gqa=groups))
-            report.say(f"{str(dtype)[6:]}: takes_groups {groups}, the choice is {backend.name}")
+        if not groups:
+            k = k.repeat_interleave(2, 1)
+        report.say(f"{str(dtype)[6:]}: takes_groups {groups}, PyTorch's choice in training is {kernel_name(q, k, k)}")
 
 
 def day_model(dtype="auto", **values):
@@ -297,6 +293,8 @@ def out_of_memory() -> None:
 
 def generation() -> None:
     """Greedy with the cache against the whole forward pass, and tokens per second at the size of `day`."""
+    from machinery import attention
+
     config, card, model = day_model("float32", **({} if DRY else {"n_layer": 16}))
     model.to(DEVICE).eval()
     torch.set_float32_matmul_precision("highest")
@@ -308,13 +306,10 @@ def generation() -> None:
     torch.set_float32_matmul_precision("high")
     report.say(f"generation, float32: {same:.0%} of greedy tokens as without the cache")
     card, new = Machine.find(DEVICE), 16 if DRY else 96
-    switches = ("default",) if DEVICE == "cpu" else ("default", "without cuDNN")
+    # `attend` leaves cuDNN out in decoding and scoring, since it plans each length anew: was that right?
+    kernels = {"without cuDNN, as it is": attention.WITHOUT_CUDNN, "PyTorch's own choice": attention.ANY}
     whole = {}
-    for (
-        name
-    ) in switches:  # from 2.11 on, PyTorch takes cuDNN's kernel on Hopper by itself, and that plans each length anew
-        if DEVICE != "cpu":
-            torch.backends.cuda.enable_cudnn_sdp(name == "default")
+    for name, attention.WITHOUT_CUDNN in kernels.items():
         with card.autocast(decoding=True):
             rates = []
             for _ in range(2):
@@ -339,10 +334,8 @@ def generation() -> None:
             f"generation, {str(card.dtype)[6:]}, {name}: {rates[0]:.0f} tokens/s the first time, {rates[1]:.0f} the second;"
             f" with the cache and without it logits differ by {gap:.1e}; a batch of another length takes {scoring * 1e3:.1f} ms"
         )
-    if len(whole) > 1:
-        gap = ((whole["default"] - whole["without cuDNN"]).norm() / whole["default"].norm()).item()
-        report.say(f"generation: the two kernels' logits differ by {gap:.1e}")
-        torch.backends.cuda.enable_cudnn_sdp(True)
+    attention.WITHOUT_CUDNN, (ours, theirs) = next(iter(kernels.values())), whole.values()
+    report.say(f"generation: the two kernels' logits differ by {((ours - theirs).norm() / ours.norm()).item():.1e}")
 
 
 def parallel(kind: str) -> None:
