@@ -436,6 +436,8 @@ def main() -> None:
     WORK = Path(tempfile.mkdtemp(prefix="lmh-check-"))
     WIDE = {"n_layer": 2, "n_embd": 64, "n_head": 4, "n_kv_head": 2, "n_ffn": 128, "block_size": 64, "vocab_size": 512,
             "batch_tokens": 512} if DRY else {"n_layer": 4}  # fmt: skip
+    if report.only:
+        report.only = [*report.only, "definitions"]  # every part needs them
     report.part("versions", versions)
     if report.part("definitions", definitions) is None and "lm" not in globals():
         sys.exit("the definitions do not load: nothing else can be asked")
