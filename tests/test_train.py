@@ -943,9 +943,17 @@ def test_an_optimizer_is_a_class_and_a_line(lm, settings, monkeypatch):
 @pytest.mark.parametrize(
     "name, tflops",
     [
-        ("NVIDIA GeForce RTX 4090", 165.2), ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("Tesla T4", 65),
-        ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA A10G", None), ("NVIDIA RTX A4000", None), ("NVIDIA T400 4GB", None),
-        ("NVIDIA GeForce RTX 4090 Laptop GPU", None), ("Tesla V100-SXM2-16GB", 125),
+        ("NVIDIA GeForce RTX 4090", 165.2), ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA GeForce RTX 4090 D", None), ("NVIDIA GeForce RTX 3090 Ti", None), ("NVIDIA GeForce RTX 4060", 30.2),
+        ("NVIDIA GeForce RTX 4070 Ti SUPER", 88.2), ("NVIDIA GeForce RTX 5070 Ti", 87.9),
+        ("NVIDIA GeForce RTX 5070 Ti Laptop GPU", None), ("NVIDIA RTX PRO 6000 Blackwell Workstation Edition", 503.8),
+        ("NVIDIA RTX PRO 6000 Blackwell Max-Q Workstation Edition", None), ("NVIDIA RTX 6000 Ada Generation", 364.2),
+        ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA H100 NVL", 835), ("NVIDIA H200", 989),
+        ("NVIDIA H200 NVL", 835), ("NVIDIA GH200 480GB", 989), ("NVIDIA GH200 144G HBM3e", 989), ("NVIDIA B200", 2250),
+        ("NVIDIA B300 SXM6 AC", 2250), ("NVIDIA GB200", None), ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA L40S", 362),
+        ("NVIDIA A100 80GB PCIe", 312), ("NVIDIA A100-SXM4-40GB MIG 3g.20gb", None), ("NVIDIA A10", 125),
+        ("NVIDIA A10G", None), ("NVIDIA A10-24Q", None), ("NVIDIA RTX A4000", None), ("NVIDIA T400 4GB", None),
+        ("Tesla T4", 65), ("Tesla V100-SXM2-16GB", 125), ("Tesla V100-PCIE-32GB", 112), ("Tesla V100S-PCIE-32GB", None),
     ],
 )  # fmt: skip
 def test_datasheets_are_found_by_name(name, tflops):
