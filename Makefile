@@ -20,6 +20,8 @@ help:
 	@echo 'make drill  set up and run the fault drills, a quarter to three quarters of an hour: results/reliability.md'
 	@echo 'make rehearsal  set up and take day through two steps on GPUs that are not there, a quarter of an hour, on Linux with gcc: results/rehearsal.md'
 	@echo 'make bench  set up and compare with other libraries, a quarter of an hour on an idle machine: results/bench-….md'
+	@echo 'make traffic  set up and count what a block of day reads and writes on a GPU, without one, minutes: results/traffic.md'
+	@echo 'make card   print the row of your card for results/cards.md, from a run that has ended: RUN=runs/day-1a2b3c'
 	@echo 'make recipe train demo with one change at a time, hours, can be stopped: results/recipe.md'
 
 run: .venv/run
@@ -59,6 +61,13 @@ rehearsal: .venv/run
 bench: .venv/dev
 	$(BIN)/python -m tools.bench.bench
 
+traffic: .venv/run
+	$(BIN)/python -m tools.bench.traffic
+
+card: .venv/run
+	@test -n "$$RUN" || { echo 'make card RUN=runs/... : which run?'; exit 1; }
+	@$(BIN)/python -m tools.card "$$RUN"
+
 recipe: .venv/run
 	$(BIN)/python -m tools.bench.recipe
 
@@ -77,4 +86,4 @@ recipe: .venv/run
 experiments: .venv/run
 	$(BIN)/python -m tools.experiments --scale $(SCALE)
 
-.PHONY: help run script notebook lab test test-long browser scores drill rehearsal bench recipe experiments
+.PHONY: help run script notebook lab test test-long browser scores drill rehearsal bench traffic card recipe experiments

@@ -16,7 +16,9 @@ import math
 import os
 import re
 import shutil
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,10 +26,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from machinery.errors import UserError, first_line, told
-from machinery.files import json_digest, make_folder, publish, read_json, regular_file, remove, sha256
+from machinery.files import json_digest, make_folder, publish, read_json, refuse_link, regular_file, remove, sha256
 from machinery.processes import gather, shard_like
 
+T = TypeVar("T")
 FILES = ("model.safetensors", "training.pt")
+FRACTIONS = ("F16", "BF16", "F32", "F64")  # what weights may be made of
 NAME = re.compile(r"step_(\d{8,})(?:\.(\d+))?")  # .1, .2, …: moved out of the way of a newer one of the same step
 
 
@@ -62,8 +66,8 @@ def save_checkpoint(
         place = next(path for path in (run, *run.absolute().parents) if path.exists())
         needed, free = _bytes_needed(weights, optimizers), shutil.disk_usage(place).free
         raise CheckpointError(
-            f"{target} was not written ({first_line(error)}): it takes {needed / 1e9:.2f} GB and"
-            f" {free / 1e9:.2f} GB are free there; earlier checkpoints are kept"
+            f"{target} was not written ({first_line(error)}): it takes {needed / 1e9:,.4f} GB and"
+            f" {free / 1e9:,.4f} GB are free there; earlier checkpoints are kept, and a run goes on from them"
         ) from None
     read_state(target)
     _remove_older(target, keep, keep_step)
@@ -73,7 +77,7 @@ def save_checkpoint(
 def _write(target: Path, weights: dict[str, Tensor], training: dict, state: dict) -> None:
     """Write the three files beside and have them take the name `target`. What has the name already is moved away."""
     folder, beside = target.parent, target.with_name(f".{target.name}.part")
-    _refuse_link(folder)
+    refuse_link(folder)
     make_folder(folder)
     for left in folder.glob(".step_*.part"):  # by a process that was cut off
         remove(left)
@@ -91,9 +95,13 @@ def _write(target: Path, weights: dict[str, Tensor], training: dict, state: dict
 
 
 def _remove_older(newest: Path, keep: int, keep_step: int | None) -> None:
-    """Remove the whole checkpoints beside `newest` but the `keep` - 1 last ones and the one of `keep_step`."""
+    """Remove the whole checkpoints beside `newest` but the `keep` - 1 last ones and the one of `keep_step`.
+
+    One to which somebody has added files stays, as damaged ones do.
+    """
     stay = {newest.name} if keep_step is None else {newest.name, f"step_{keep_step:08d}"}
     older = [path for path in checkpoint_folders(newest.parents[1]) if path.name not in stay and _is_whole(path)]
+    older = [path for path in older if set(os.listdir(path)) == {*FILES, "state.json"}]
     for path in older[: max(0, len(older) - keep + 1)]:
         leaving = path.with_name(f".{path.name}.part")
         with contextlib.suppress(OSError):  # what cannot be removed stays; the new one is written all the same
@@ -107,8 +115,8 @@ def checkpoint_folders(run: Path) -> list[Path]:
     Raises `CheckpointError` where the folder of them is a link or cannot be read: that is not to have none.
     """
     folder = run / "checkpoints"
-    with told(folder, CheckpointError, "cannot be read", "check its permissions"):
-        _refuse_link(folder)
+    with told(folder, CheckpointError, "cannot be read", "is it a folder that you may read?"):
+        refuse_link(folder)
         found = [folder / name for name in os.listdir(folder)] if os.path.lexists(folder) else []
         named = [(NAME.fullmatch(path.name), path) for path in found if path.is_symlink() or path.is_dir()]
     ages = {path: (int(match[1]), int(match[2] or 1 << 62)) for match, path in named if match}
@@ -137,11 +145,25 @@ def newest_checkpoint(run: Path) -> Path | None:
     return None
 
 
+def read_newest(run: Path, read: Callable[[Path], T]) -> T:
+    """What `read` gives of the newest checkpoint; of the next one where the run goes on and removes it meanwhile.
+
+    Raises `CheckpointError` where there is none.
+    """
+    while path := newest_checkpoint(run):
+        try:
+            return read(path)
+        except CheckpointError:
+            if os.path.lexists(path):
+                raise
+    raise CheckpointError(f"{run} has no checkpoint yet")
+
+
 def read_state(path: Path) -> dict:
     """The contents of state.json. Raises `CheckpointError` unless all three files match their checksums."""
     with told(path, CheckpointError, "not a whole checkpoint"):
         for part in (path, *(path / name for name in (*FILES, "state.json"))):
-            _refuse_link(part)
+            refuse_link(part)
         state = read_json(path / "state.json")
         expected, files = state.pop("sha256"), state["files"]
         if expected != json_digest(state) or set(files) != set(FILES):
@@ -152,8 +174,11 @@ def read_state(path: Path) -> dict:
         numbers = [state.get("step"), state.get("tokens", 0), state.get("micro_batch") or 0]
         if not all(type(number) is int and 0 <= number < 1 << 62 for number in numbers):
             raise CheckpointError(f"{path / 'state.json'}: step, tokens and micro_batch are {numbers}, not counts")
+        if (name := NAME.fullmatch(path.name)) and int(name[1]) != state["step"]:
+            raise CheckpointError(f"{path}: holds step {state['step']}; give it the name of that step")
         scores = state.get("scores", {})
         good = all(type(value) in (int, float) for value in scores.values()) and type(scores.get("best_step", 0)) is int
+        good &= ("best_step" in scores) == ("best_val_bpb" in scores)
         if not (0 <= state.get("seconds", 0) < math.inf and good):
             raise CheckpointError(f"{path / 'state.json'}: seconds or scores are not what they should be")
     return state
@@ -173,40 +198,79 @@ def load_checkpoint(path: Path, model: torch.nn.Module, optimizers: list = ()) -
     another architecture or optimizer, and for a file that holds more than tensors and plain values.
     """
     state = read_state(path)
+    fresh = [_states_after_a_step(optimizer) for optimizer in optimizers]
     load_weights(path, model)
     if optimizers:
-        with told(path / "training.pt", CheckpointError, "refused", "use a new run_name"):
+        advice = "move that checkpoint away to go on from the one before it, or use a new run_name"
+        with told(path / "training.pt", CheckpointError, "refused", advice):
             training = torch.load(path / "training.pt", map_location="cpu", weights_only=True)
-            for optimizer, saved in zip(optimizers, training["optimizers"], strict=True):
-                _restore(optimizer, saved)
+            for optimizer, saved, states in zip(optimizers, training["optimizers"], fresh, strict=True):
+                _restore(optimizer, saved, states)
     return state
 
 
-def _restore(optimizer: torch.optim.Optimizer, saved: dict) -> None:
-    """Give an optimizer its saved state. Raises `ValueError` for tensors that are not shaped for its parameters."""
+def _states_after_a_step(optimizer: torch.optim.Optimizer) -> list[dict]:
+    """What this optimizer keeps for each of its parameters, by a step without gradient, at rate zero.
+
+    A kernel that is given a state of another shape writes past its end.
+    """
+    parameters, rates = _parameters(optimizer), [group["lr"] for group in optimizer.param_groups]
+    for p in parameters:
+        p.grad = torch.zeros_like(p) if p.requires_grad else None
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    optimizer.step()
+    optimizer.zero_grad()
+    for group, rate in zip(optimizer.param_groups, rates):
+        group["lr"] = rate
+    return [dict(optimizer.state.get(p, {})) for p in parameters]
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def _restore(optimizer: torch.optim.Optimizer, saved: dict, fresh: list[dict]) -> None:
+    """Give an optimizer its saved state. Raises `ValueError` unless all of it is of the kind that `fresh` is."""
     hyperparameters = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-    parameters = dict(enumerate(p for group in optimizer.param_groups for p in group["params"]))
+    parameters = _parameters(optimizer)
+    if any(fresh) and not saved["state"]:
+        raise ValueError("it holds no state of an optimizer")
     for number, values in saved["state"].items():
-        like = parameters[number]
-        for name, value in values.items():
-            if not torch.is_tensor(value):
-                continue
-            if len(value.shape) > like.dim() or torch.broadcast_shapes(value.shape, like.shape) != like.shape:
-                raise ValueError(f"{name} of parameter {number} is {tuple(value.shape)}, it is {tuple(like.shape)}")
-            if value.shape == like.shape:
-                values[name] = shard_like(value, like)
+        like, expected = parameters[number], fresh[number] if number >= 0 else {}
+        for name in expected.keys() | values.keys():
+            there, here = _kind(values.get(name)), _kind(expected.get(name))
+            if there != here:
+                raise ValueError(f"{name} of parameter {number} is {there} there and {here} here")
+            if torch.is_tensor(values[name]) and values[name].shape == like.shape:
+                values[name] = shard_like(values[name], like)
     optimizer.load_state_dict(saved)
     for group, kept in zip(optimizer.param_groups, hyperparameters):
         group.update(kept)
 
 
+def _kind(value: object) -> str:
+    """A value's type; of a tensor also its shape."""
+    if not torch.is_tensor(value):
+        return type(value).__name__
+    if value.layout != torch.strided or value.is_meta or 0 in value.stride():
+        return "no dense tensor"
+    return f"{str(value.dtype)[6:]} {tuple(value.shape)}"
+
+
 def load_weights(path: Path, model: torch.nn.Module) -> None:
     """Copy a checkpoint's weights into `model`. Raises `CheckpointError` when names or shapes differ."""
     check_weights(path, model)
-    weights = load_file(path / "model.safetensors")
+    weights = read_weights(path)
     with torch.no_grad():
         for name, tensor in _without_ties(model).items():
             tensor.copy_(shard_like(weights[name], tensor))
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """A checkpoint's weights by their names. Raises `CheckpointError`."""
+    with told(path / "model.safetensors", CheckpointError, "not readable"):
+        return load_file(path / "model.safetensors")
 
 
 def check_weights(path: Path, model: torch.nn.Module) -> None:
@@ -215,14 +279,20 @@ def check_weights(path: Path, model: torch.nn.Module) -> None:
         told(path / "model.safetensors", CheckpointError, "not readable"),
         safe_open(regular_file(path / "model.safetensors"), framework="pt") as file,
     ):
-        found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    expected = {name: tuple(tensor.shape) for name, tensor in _without_ties(model).items()}
+        parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        found = {name: _outline(part.get_shape(), part.get_dtype() in FRACTIONS) for name, part in parts.items()}
+    tensors = _without_ties(model).items()
+    expected = {name: _outline(tensor.shape, tensor.is_floating_point()) for name, tensor in tensors}
     if expected != found:
         name = next(n for n in sorted(expected | found) if expected.get(n) != found.get(n))
         raise CheckpointError(
             f"{path}: {name} is {found.get(name, 'missing')} there and {expected.get(name, 'missing')} in the model;"
             " build the model from the run's config.json"
         )
+
+
+def _outline(shape: Iterable[int], fractions: bool) -> str:
+    return f"{tuple(shape)}{'' if fractions else ', not of floating point'}"
 
 
 def _without_ties(model: torch.nn.Module) -> dict[str, Tensor]:
@@ -235,8 +305,3 @@ def _without_ties(model: torch.nn.Module) -> dict[str, Tensor]:
 def _bytes_needed(weights: dict[str, Tensor], optimizers: list) -> int:
     states = (value for optimizer in optimizers for state in optimizer.state.values() for value in state.values())
     return sum(t.numel() * t.element_size() for t in [*weights.values(), *states] if torch.is_tensor(t))
-
-
-def _refuse_link(path: Path) -> None:
-    if path.is_symlink():
-        raise CheckpointError(f"{path} is a link, which could lead anywhere; put the folder or file itself there")

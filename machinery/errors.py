@@ -8,7 +8,7 @@ import types
 import unicodedata
 from collections.abc import Iterator
 
-LONGEST = 600  # characters of a message
+LONGEST = 600  # characters of a message; of a longer one the middle is left out
 
 
 def printable(text: str, keep: str = "") -> str:
@@ -35,7 +35,7 @@ class UserError(ValueError):
 
     def __init__(self, message: object) -> None:
         text = printable(str(message))
-        super().__init__(text if len(text) <= LONGEST else text[: LONGEST - 1] + "…")
+        super().__init__(text if len(text) <= LONGEST else f"{text[: LONGEST - 201]}…{text[-200:]}")
 
     def _render_traceback_(self) -> list[str]:
         return [f"{type(self).__name__}: {self}"]

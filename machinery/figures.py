@@ -18,8 +18,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from machinery.errors import UserError, printable, readable, told
-from machinery.files import read_jsonl
-from machinery.run_folder import as_sample, duration, run_state
+from machinery.files import folder_path, read_jsonl
+from machinery.run_folder import as_sample, run_state
+from machinery.screen import duration, keep_printing
 
 
 def show(*pictures) -> None:
@@ -164,10 +165,11 @@ def _band(metrics: list[dict], expected: dict | None) -> tuple[list[float], list
 
 
 def show_run(folder: str | Path) -> None:
-    """Print where a run stands and its latest sample, and draw its curves."""
-    state = run_state(folder)
+    """Print where a run stands and its latest sample, and draw its curves where there is a screen for them."""
+    keep_printing()
+    state, name = run_state(folder), folder_path(folder, "the folder of a run").absolute().name
     last, left = state["last"], state["seconds_left"]
-    print(f"{Path(folder).name}: {printable(str(state['status']))}, {state['progress']:.1%} of the budget", end="")
+    print(printable(f"{name}: {state['status']}, {state['progress']:.1%} of the budget"), end="")
     print(f", {duration(left)} left" if state["status"] == "running" and left is not None else "")
     numbers = [
         ("step", ",d"),
@@ -179,6 +181,8 @@ def show_run(folder: str | Path) -> None:
     print(", ".join(f"{name} {last[name]:{form}}" for name, form in numbers if last.get(name) is not None))
     for sample in state["samples"][-1:]:
         print(as_sample(sample, heading=True))
+    if plt.get_backend().lower() == "agg":  # a terminal without a screen
+        return
     draw_run(state["metrics"], state["expected"])
     plt.show()
 
@@ -188,18 +192,20 @@ def plot_runs(*folders: str | Path) -> Figure:
 
     Raises `UserError` for a folder without an evaluation.
     """
-    figure, axes = plt.subplots(figsize=(6, 3), layout="constrained")
-    for folder in map(Path, folders):
-        evaluations = [line for line in read_jsonl(folder / "metrics.jsonl") if line.get("val_bpb") is not None]
-        if not evaluations:
-            plt.close(figure)
+    curves = []
+    for folder in [folder_path(folder, "the folder of a run") for folder in folders]:
+        lines = [line for line in read_jsonl(folder / "metrics.jsonl") if line.get("val_bpb") is not None]
+        points = [(line["tokens"] / 1e6, line["val_bpb"]) for line in lines if "tokens" in line]
+        if not points:
             raise UserError(
                 f"{folder} has no evaluation in metrics.jsonl: give the folder of a run, like runs/demo-123abc"
             )
-        tokens = [line["tokens"] / 1e6 for line in evaluations]
-        axes.plot(tokens, [line["val_bpb"] for line in evaluations], "o-", label=folder.name)
+        curves.append((folder.absolute().name, zip(*points)))
+    figure, axes = plt.subplots(figsize=(6, 3), layout="constrained")
+    drawn = [axes.plot(*curve, "o-")[0] for _, curve in curves]
     axes.set(xlabel="training tokens (millions)", ylabel="held-out bits per byte", title="Runs on held-out text")
-    axes.legend()
+    for label in axes.legend(drawn, [name for name, _ in curves]).get_texts():
+        label.set_parse_math(False)
     return figure
 
 

@@ -21,6 +21,19 @@ CANNOT_FLUSH = {
     errno.EROFS, errno.EACCES, errno.EPERM,
 }  # fmt: skip
 
+IS_IT_A_RUN = "is it the folder of a run?"  # what to ask of one without its config.json
+
+
+def folder_path(value: object, what: str) -> Path:
+    """The path of a folder that somebody names, `~` being home; its right to exist is not asked for.
+
+    Raises `UserError` for what is no path; `what` says in it what was to be named, such as "the folder of a run".
+    """
+    if not isinstance(value, str | os.PathLike) or not os.fspath(value):
+        raise UserError(f"{value!r} ({type(value).__name__}) is not {what}; give its path, like 'runs/demo-123abc'")
+    with told(value, problem=f"not {what}"):
+        return Path(value).expanduser()
+
 
 def regular_file(path: Path) -> Path:
     """`path`, where that is a file with an end. Raises `UserError` for a pipe, a device or a folder, else `OSError`."""
@@ -29,37 +42,47 @@ def regular_file(path: Path) -> Path:
     return path
 
 
-def read_json(path: Path, missing: dict | None = None) -> dict:
-    """The object in a JSON file; `missing`, if given, where there is none. Raises `UserError` for anything else."""
+def read_json(path: Path, missing: dict | None = None, advice: str = "") -> dict:
+    """The object in a JSON file; `missing`, if given, where there is none.
+
+    Raises `UserError` for anything else, with `advice`.
+    """
     if missing is not None and not os.path.lexists(path):
         return missing
-    with told(path, advice="is it a run directory?"):
+    with told(path, advice=advice):
         content = regular_file(path).read_bytes()
-    with told(path, problem="not readable as JSON"):
+    with told(path, problem="not readable as JSON", advice=advice):
         value = json.loads(content)
     if not isinstance(value, dict):
-        raise UserError(f"{path}: holds {type(value).__name__}, not an object")
+        raise UserError(f"{path}: holds {type(value).__name__}, not an object" + (f"; {advice}" if advice else ""))
     return value
 
 
 def read_jsonl(path: str | Path) -> list[dict]:
     """The lines of a JSON-lines file; a last line that a crash cut short is left out."""
     lines = []
-    if Path(path).exists():
-        with told(path):
-            content = regular_file(Path(path)).read_text("utf-8", errors="replace")
-        for text in content.splitlines():
-            with contextlib.suppress(ValueError, RecursionError):
-                line = json.loads(text)
-                if isinstance(line, dict) and type(line.get("step")) is int and _is_line_of_a_run(line):
-                    lines.append(line)
+    with told(path):
+        if not Path(path).exists():
+            return lines
+        content = regular_file(Path(path)).read_text("utf-8", errors="replace")
+    for text in content.splitlines():
+        with contextlib.suppress(ValueError, RecursionError):
+            line = json.loads(text)
+            if isinstance(line, dict) and type(line.get("step")) is int and _is_line_of_a_run(line):
+                lines.append(line)
     return lines
 
 
 def _is_line_of_a_run(line: dict) -> bool:
-    """Whether all values are numbers or missing, but for the text of a sample: others may have been at the file."""
+    """Whether all values are numbers to reckon with, or missing, but for the text of a sample: others may have been at
+    the file.
+    """
     kinds = {"tokens": int, "prompt": str, "text": str}
-    return all(isinstance(value, kinds.get(name, int | float | None)) for name, value in line.items())
+    return all(
+        isinstance(value, kinds.get(name, int | float | None))
+        and (value is None or isinstance(value, str) or -1e300 < value < 1e300)
+        for name, value in line.items()
+    )
 
 
 def write_json(path: Path, value: dict) -> None:
@@ -67,10 +90,15 @@ def write_json(path: Path, value: dict) -> None:
     write_atomic(path, json.dumps(value, indent=1) + "\n")
 
 
+def refuse_link(path: str | Path) -> None:
+    """Raise `FileError` where `path` is a link."""
+    if os.path.islink(path):
+        raise FileError(f"{path} is a link, which could lead anywhere; put the file or folder itself there")
+
+
 def no_links(path: str, flags: int) -> int:
     """An `opener` for `open` that does not write through a link."""
-    if os.path.islink(path):
-        raise FileError(f"{path} is a link, which could lead anywhere; remove it")
+    refuse_link(path)
     return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
 
 

@@ -1,17 +1,18 @@
-"""A safe stop: Ctrl-C, the notebook's stop button and SIGTERM become a request."""
+"""A safe stop: Ctrl-C, the notebook's stop button, SIGTERM and a terminal that closes become a request."""
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import threading
 import time
 
 
 class StopRequest:
-    """Turns Ctrl-C, the notebook's stop button and SIGTERM into a request that the loop honours between steps.
+    """Turns Ctrl-C, the notebook's stop button, SIGTERM and SIGHUP into a request that the loop honours between steps.
 
-    A second Ctrl-C interrupts at once, unless it comes within a second: torchrun passes on the one that the
-    terminal has sent already.
+    What is ignored stays so: `nohup` has a closed terminal end nothing. A second Ctrl-C interrupts at once, unless it
+    comes within a second: torchrun passes on the one that the terminal has sent already.
     """
 
     def __init__(self) -> None:
@@ -20,8 +21,10 @@ class StopRequest:
     def __enter__(self) -> StopRequest:
         self._previous = {}
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._handle)
+            names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]  # no SIGHUP on Windows
+            for number in [getattr(signal, name) for name in names]:
+                if signal.getsignal(number) != signal.SIG_IGN:
+                    self._previous[number] = signal.signal(number, self._handle)
         return self
 
     def _handle(self, number: int, frame) -> None:
@@ -30,7 +33,8 @@ class StopRequest:
                 raise KeyboardInterrupt
             return
         self.requested, self._when = True, time.monotonic()
-        print("\nstopping after this step; a checkpoint is written first (interrupt again to stop at once)")
+        with contextlib.suppress(RuntimeError):  # while another line is being printed
+            print("\nstopping after this step; a checkpoint is written first (interrupt again to stop at once)")
 
     def __exit__(self, *exception) -> None:
         for number, handler in self._previous.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 import secrets
 import time
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import matplotlib.pyplot as plt
 
 from machinery.errors import first_line
 from machinery.figures import describe, draw_run, in_notebook
-from machinery.files import read_json, read_jsonl
+from machinery.files import read_json, read_jsonl, refuse_link, write_atomic
 from machinery.run_folder import as_sample
 
 
@@ -48,8 +49,11 @@ class WandbLogger(Logger):
             print("W&B: no API key here, logging offline (later: wandb login, then wandb sync)")
         settings = wandb.Settings(console="off", silent=True, init_timeout=60, disable_git=True, disable_code=True)
         id_file = folder / "wandb_id"
-        run_id = id_file.read_text() if id_file.exists() else secrets.token_hex(4)
-        id_file.write_text(run_id)
+        refuse_link(id_file)
+        run_id = id_file.read_text("utf-8", errors="replace") if id_file.exists() else ""
+        if not re.fullmatch(r"[\w-]{1,64}", run_id, re.ASCII):
+            run_id = secrets.token_hex(4)
+            write_atomic(id_file, run_id)
         self.run = wandb.init(
             project="lmharness", name=folder.name, id=run_id, resume="allow",
             dir=folder.parent, config=config, mode=mode, settings=settings,

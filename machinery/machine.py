@@ -23,16 +23,20 @@ from torch.distributed import ReduceOp
 from machinery import processes
 from machinery.errors import UserError, first_line
 
-# Dense 16-bit matrix rate with 32-bit accumulation, in TFLOP/s, from the vendors' data sheets (without
-# sparsity). The first that stands as words in the device's name counts, so longer names come first.
+# Dense 16-bit matrix rate with 32-bit accumulation, in TFLOP/s, from the vendor's data sheets and white papers (without
+# sparsity). For a GeForce it is tensor cores x boost clock x 128, for an RTX PRO twice that; a card may run above that
+# clock. The first that fits the device's whole name counts.
 DATASHEET_TFLOPS = {
     "B300": 2250, "B200": 2250, "GH200": 989, "H200 NVL": 835, "H200": 989, "H100 PCIe": 756, "H100 NVL": 835,
     "H100": 989, "A100": 312, "L40S": 362, "L40": 181, "L4": 121, "A40": 149.7, "A10": 125, "RTX A6000": 154.8,
-    "RTX PRO 6000": 503.8, "RTX 6000 Ada": 364, "RTX 5090": 209.5, "RTX 5080": 112.6, "RTX 5070 Ti": 87.9,
-    "RTX 5070": 61.7, "RTX 5060 Ti": 47.4, "RTX 5060": 38.4, "RTX 4090": 165.2, "RTX 4080 SUPER": 104.4,
-    "RTX 4080": 97.5, "RTX 4070 Ti SUPER": 88.2, "RTX 4070 Ti": 80.2, "RTX 4070 SUPER": 71, "RTX 4070": 58.3,
-    "RTX 4060 Ti": 44.1, "RTX 4060": 30.2, "RTX 3090": 71.2, "V100": 125, "T4": 65,
+    "RTX PRO 6000 Blackwell Workstation Edition": 503.8, "RTX 6000 Ada Generation": 364.2, "RTX 5090": 209.5,
+    "RTX 5080": 112.6, "RTX 5070 Ti": 87.9, "RTX 5070": 61.7, "RTX 5060 Ti": 47.4, "RTX 5060": 38.4, "RTX 4090": 165.2,
+    "RTX 4080 SUPER": 104.4, "RTX 4080": 97.5, "RTX 4070 Ti SUPER": 88.2, "RTX 4070 Ti": 80.2, "RTX 4070 SUPER": 71,
+    "RTX 4070": 58.3, "RTX 4060 Ti": 44.1, "RTX 4060": 30.2, "RTX 3090": 71.2, "V100-SXM2": 125, "V100-PCIE": 112,
+    "T4": 65,
 }  # fmt: skip
+# What else may stand in a name: memory and socket. Other words make it another chip (D, Ti, Laptop), or part of one
+SAME_CHIP = r"(?:NVIDIA |Tesla )?(?:GeForce )?{}(?:[ -](?:\d+GB?|HBM\d\w?|SXM\d?|PCIe|PCIE|AC))*"
 
 
 @dataclass(frozen=True)
@@ -174,8 +178,9 @@ class Machine:
 
 def datasheet_flops(name: str) -> float | None:
     """Dense 16-bit FLOP/s of the GPU of this name by its data sheet; None where that is not known."""
-    known = (tflops * 1e12 for part, tflops in DATASHEET_TFLOPS.items() if re.search(rf"\b{part}\b", name))
-    return None if "Laptop" in name else next(known, None)
+    fits = (tflops for part, tflops in DATASHEET_TFLOPS.items() if re.fullmatch(SAME_CHIP.format(part), name))
+    tflops = next(fits, None)
+    return tflops and tflops * 1e12
 
 
 @cache

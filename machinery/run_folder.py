@@ -26,12 +26,25 @@ from pathlib import Path
 import torch
 from filelock import FileLock, Timeout
 
-from machinery.errors import UserError, first_line, readable, told
-from machinery.files import make_folder, no_links, read_json, read_jsonl, write_atomic, write_json
+from machinery.errors import UserError, first_line, printable, readable, told
+from machinery.files import (
+    IS_IT_A_RUN,
+    folder_path,
+    make_folder,
+    no_links,
+    read_json,
+    read_jsonl,
+    refuse_link,
+    write_atomic,
+    write_json,
+)
 from machinery.machine import Machine, cpu_name
 from machinery.notebook import NOTEBOOK
 
-WINDOWS_DEVICES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
+COPY = "bring it back from a copy, use a new run_name, or resume='never' to start over"
+ENDINGS = ("finished", "interrupted", "diverged")  # of a run, as summary.json tells them
+PLACES = ("source", "val_source", "tokenizer", "init_from", "data_dir", "runs_dir")  # fields that may hold a path
+TAKEN = re.compile(r"wandb|(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # by W&B beside runs, by Windows
 
 
 class RunFolder:
@@ -47,9 +60,11 @@ class RunFolder:
                 f"run_name is {run_name!r}; use up to 100 letters, digits, '.', '_', '-', a letter or digit first,"
                 " no '.' at the end"
             )
-        if WINDOWS_DEVICES.fullmatch(run_name):
-            raise UserError(f"run_name is {run_name!r}, which Windows keeps for a device; use another one")
-        self.path = Path(runs_dir).expanduser() / run_name
+        if TAKEN.fullmatch(run_name):
+            raise UserError(
+                f"run_name is {run_name!r}, which Windows keeps for a device, or W&B for its files; use another"
+            )
+        self.path = folder_path(runs_dir, "runs_dir, where runs are kept") / run_name
         self.writes = writes
         self._unwritten: list[tuple[str, str]] = []
         with told(self.path, problem="cannot be made", advice="set runs_dir to a folder of yours"):
@@ -60,6 +75,7 @@ class RunFolder:
         """Keep other trainers out until `unlock`, or until this process ends."""
         if not self.writes:
             return
+        refuse_link(self._lock.lock_file)
         try:
             self._lock.acquire()
         except Timeout:
@@ -79,7 +95,7 @@ class RunFolder:
         if not found or not self.writes:
             return
         names = (self.path.with_name(f"{self.path.name}.{n}") for n in itertools.count(1))
-        aside = next(path for path in names if not path.exists())
+        aside = next(path for path in names if not os.path.lexists(path))
         with told(aside, problem="the earlier run cannot be moved there"), contextlib.ExitStack() as undo:
             aside.mkdir()
             undo.callback(aside.rmdir)
@@ -92,31 +108,34 @@ class RunFolder:
     def compare(self, config: dict, fixed: Iterable[str]) -> set[str]:
         """Print how `config` differs from the one this run was begun with; returns the names that do.
 
-        Raises `UserError` when one of the `fixed` fields differs: what is on disk would not fit it.
+        Raises `UserError` when one of the `fixed` fields differs: what is on disk would not fit it. A field that only
+        one of the two has, of another version of this program, is told.
         """
-        saved = read_json(self.path / "config.json")
+        saved = read_json(self.path / "config.json", advice=COPY)
         now, changed = _portable(config), set()
-        for name in now:
-            if name in saved and saved[name] != now[name] and name != "resume":
+        for name in sorted(now.keys() & saved.keys() - {"resume"}):
+            if saved[name] != now[name]:
                 if name in fixed:
                     raise UserError(
                         f"{name} is {now[name]!r} but run {self.path.name!r} was begun with {saved[name]!r};"
                         " use a new run_name, or resume='never' to start over"
                     )
-                print(f"  {name}: {saved[name]!r} before, {now[name]!r} from here on")
                 changed.add(name)
+        for name in sorted(changed | now.keys() ^ saved.keys()):
+            before, after = (repr(values[name]) if name in values else "not known" for values in (saved, now))
+            print(printable(f"  {name}: {before[:60]} before, {after[:60]} from here on"))
         return changed
 
     def same_text(self, tokenizer: dict, key: str, dtype: str) -> None:
         """Raise `UserError` where a run would go on with another tokenizer or text; say where its precision changes."""
         name, advice = self.path.name, "use a new run_name, or resume='never' to start over"
         saved = read_json(self.path / "config.json")
-        if read_json(self.path / "tokenizer.json") != tokenizer:
+        if read_json(self.path / "tokenizer.json", advice=COPY) != tokenizer:
             raise UserError(
                 f"run {name!r} was begun with another tokenizer, or one learned from other text (tokenizer"
                 f" {saved.get('tokenizer')!r}, source {saved.get('source')!r}); {advice}"
             )
-        if read_json(self.path / "data.json").get("key") != key:
+        if read_json(self.path / "data.json", advice=COPY).get("key") != key:
             raise UserError(
                 f"run {name!r} was begun with other text than its source holds now (source {saved.get('source')!r},"
                 f" val_source {saved.get('val_source')!r} then); {advice}"
@@ -125,21 +144,21 @@ class RunFolder:
         with contextlib.suppress(UserError):  # a mere note
             before = read_json(self.path / "environment.json").get("dtype", dtype)
         if before != dtype:
-            print(f"matrix products were in {before} until here, and go on in {dtype}")
+            print(printable(f"matrix products were in {before!s:.60} until here, and go on in {dtype}"))
 
     def begin(self, config: dict, at_step: int = 0, **files: dict) -> None:
         """Write config.json and the other `files`. Lines after `at_step`, of a run cut off later, are dropped."""
         if not self.writes:
             return
-        with told(
-            self.path / "summary.json", problem="cannot be replaced", advice="remove it, or check the permissions"
-        ):
-            (self.path / "summary.json").unlink(missing_ok=True)  # of an earlier part of this run
+        logs = [self.path / name for name in ("metrics.jsonl", "samples.jsonl")]
+        kept = [[line for line in read_jsonl(log) if line["step"] <= at_step] if at_step else [] for log in logs]
+        summary, advice = self.path / "summary.json", "remove it, or check the permissions"
         for name, value in {"config": _portable(config), **files}.items():
             write_json(self.path / f"{name}.json", value)
-        for name in ("metrics.jsonl", "samples.jsonl"):
-            kept = [line for line in read_jsonl(self.path / name) if line["step"] <= at_step] if at_step else []
-            write_atomic(self.path / name, "".join(json.dumps(line) + "\n" for line in kept))
+        with told(summary, problem="cannot be replaced", advice=advice):
+            summary.unlink(missing_ok=True)  # of an earlier part of this run
+        for log, lines in zip(logs, kept):
+            write_atomic(log, "".join(json.dumps(line) + "\n" for line in lines))
 
     def append(self, name: str, line: dict) -> None:
         """Add a line to a file; on a full disk, keep it and try again with the next one."""
@@ -170,7 +189,7 @@ class RunFolder:
 def _portable(config: dict) -> dict:
     """The config without the folders of one machine: of an absolute path, the last part."""
     return {
-        name: f"…/{Path(value).name}" if isinstance(value, str) and Path(value).expanduser().is_absolute() else value
+        name: f"…/{Path(value).name}" if name in PLACES and Path(os.path.expanduser(value)).is_absolute() else value
         for name, value in config.items()
     }
 
@@ -218,12 +237,17 @@ def run_state(folder: str | Path) -> dict:
     a word; "progress" (0 to 1) and "seconds_left" are those of the last step; "metrics" and "samples" are its lines;
     "expected" is the band of its loss, where expected.json has one.
     """
-    folder = Path(folder).expanduser()
-    config, metrics = read_json(folder / "config.json"), read_jsonl(folder / "metrics.jsonl")
+    folder = folder_path(folder, "the folder of a run")
+    running, summary = _is_locked(folder / ".lock"), {}
+    missing = {} if running else None  # a new run makes its model and reads its text before it writes
+    config = read_json(folder / "config.json", missing, advice=IS_IT_A_RUN)
+    metrics = read_jsonl(folder / "metrics.jsonl")
     last = {name: value for line in metrics for name, value in line.items()}  # the latest of each
-    status = read_json(folder / "summary.json", missing={}).get("status", "stopped")
+    with contextlib.suppress(UserError):  # that it ended is all there is to know from it
+        summary = read_json(folder / "summary.json", missing={})
+    status = summary.get("status") if summary.get("status") in ENDINGS else "stopped"
     return {
-        "status": "running" if _is_locked(folder / ".lock") else status,
+        "status": "running" if running else status,
         "progress": last.get("progress") or 0.0,
         "seconds_left": last.get("seconds_left"),
         "last": last,
@@ -236,7 +260,7 @@ def run_state(folder: str | Path) -> dict:
 
 def _is_locked(path: Path) -> bool:
     """Whether another process holds the lock; needs no right to write where the system has `flock`."""
-    if not path.is_file():  # none, or a pipe, which would be waited for
+    if not os.path.isfile(path):  # none, or a pipe, which would be waited for
         return False
     try:
         import fcntl
@@ -260,15 +284,3 @@ def as_sample(sample: dict, heading: bool = False) -> str:
     """A line of samples.jsonl as text for a screen: prompt and continuation, where asked for under their step."""
     text = readable(sample.get("prompt", "") + sample.get("text", ""))
     return f"──── sample of step {sample['step']:,}\n{text}" if heading else text
-
-
-def duration(seconds: float) -> str:
-    """A time to read: "1 h 05 min", "12 min", "40 s"."""
-    minutes = round(seconds / 60)
-    return (
-        f"{seconds:.0f} s"
-        if seconds < 90
-        else f"{minutes} min"
-        if minutes < 60
-        else f"{minutes // 60} h {minutes % 60:02} min"
-    )

@@ -7,10 +7,13 @@ from pathlib import Path
 
 import torch
 
-from machinery.checkpoints import check_weights, load_weights, newest_checkpoint
-from machinery.errors import UserError
-from machinery.files import read_json
+from machinery.checkpoints import check_weights, load_weights, read_newest
+from machinery.errors import told
+from machinery.files import IS_IT_A_RUN, folder_path, read_json
+from machinery.settings import Settings
 from machinery.tokenizers import tokenizer_from_dict
+
+COPY = "bring it back from a copy of the run"
 
 
 class SavedRun:
@@ -20,20 +23,31 @@ class SavedRun:
     """
 
     def __init__(self, folder: str | Path) -> None:
-        folder = Path(folder).expanduser()
-        self.config = read_json(folder / "config.json")
-        self.encoding = tokenizer_from_dict(read_json(folder / "tokenizer.json"))
-        self.checkpoint = newest_checkpoint(folder)
-        if self.checkpoint is None:
-            raise UserError(f"{folder} has no checkpoint yet")
+        folder = folder_path(folder, "the folder of a run")
+        self._path, tokenizer = folder / "config.json", folder / "tokenizer.json"
+        self.config = read_json(self._path, advice=IS_IT_A_RUN)
+        self.encoding = tokenizer_from_dict(read_json(tokenizer, advice=COPY), tokenizer, COPY)
+        self.checkpoint = read_newest(folder, lambda path: path)
 
-    def model(self, build: Callable[[], torch.nn.Module]) -> torch.nn.Module:
-        """The model that `build()` makes, with the weights of the checkpoint, in evaluation mode.
+    def settings(self, kind: type[Settings]) -> Settings:
+        """The config as a `kind` of settings. Raises `UserError` for fields and values that it does not have."""
+        with told(self._path):
+            return kind.from_dict(self.config)
 
-        Names and shapes are compared before memory is taken.
+    def model(self, build: Callable[[], torch.nn.Module], device: str | torch.device = "cpu") -> torch.nn.Module:
+        """The model that `build()` makes, with the weights of the checkpoint, on a device and in evaluation mode.
+
+        Names and shapes are compared before memory is taken. Raises `UserError`.
         """
-        with torch.device("meta"):
-            check_weights(self.checkpoint, build())
-        model = build()
-        load_weights(self.checkpoint, model)
-        return model.eval()
+        with told(f"device {device!r}", advice="'cpu' and Machine.find().device are there"):
+            torch.empty(0, device=torch.device(device))
+
+        def load(checkpoint: Path) -> torch.nn.Module:
+            with torch.device("meta"):
+                check_weights(checkpoint, build())
+            model = build()
+            load_weights(checkpoint, model)
+            self.checkpoint = checkpoint
+            return model
+
+        return read_newest(self._path.parent, load).to(device).eval()

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import inspect
+import math
+import os
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, get_args
 
@@ -39,16 +42,29 @@ def require(condition: object, message: str) -> None:
 def one_of(name: str, value: str, known: Iterable[str]) -> None:
     """Raise `ConfigError`, naming the nearest, unless `value` is among `known`."""
     known = list(known)
-    near = difflib.get_close_matches(str(value), known, n=1, cutoff=0.0)[0]
-    listed = f" There are: {', '.join(known)}." if len(known) < 12 else ""
-    require(value in known, f"{name} {value!r} is not known; did you mean {near!r}?{listed}")
+    near = difflib.get_close_matches(str(value)[:100].lower(), known, n=1, cutoff=0.5)
+    meant = f"; did you mean {near[0]!r}?" if near else "."
+    listed = f" There are: {', '.join(known)}." if len(known) < 12 or not near else ""
+    require(value in known, f"{name} {value!r} is not known{meant}{listed}")
+
+
+def takes(method: Callable, arguments: str, who: str) -> None:
+    """Raise `ConfigError`, naming `who`, unless `method` can be called with these arguments, such as "q k v"."""
+    try:
+        inspect.signature(method).bind(*arguments.split())
+    except TypeError:
+        name, given = method.__qualname__, ", ".join(arguments.split())
+        raise ConfigError(
+            f"{who} do not go together: {name}{inspect.signature(method)} would be given {given}; let it take them, or"
+            " change one of the two"
+        ) from None
 
 
 @dataclass(frozen=True)
 class Settings:
     """Base of the notebook's Config: checked when it is made, whole in JSON."""
 
-    one_of = staticmethod(one_of)
+    one_of, takes = staticmethod(one_of), staticmethod(takes)
 
     def __post_init__(self) -> None:
         for rule in fields(self):
@@ -84,14 +100,25 @@ def parse_overrides(overrides) -> dict:
         import yaml
 
         try:
-            overrides = yaml.load(overrides, yaml.BaseLoader) or {}
-        except yaml.YAMLError as error:
+            text, overrides = overrides, yaml.load(overrides, yaml.BaseLoader) or {}
+            root = yaml.compose(text, yaml.BaseLoader)
+        except (yaml.YAMLError, RecursionError) as error:
             problem = getattr(error, "problem", None) or first_line(error)
-            raise ConfigError(f"overrides {overrides!r} cannot be read ({problem}); write {{n_layer: 2}}") from None
+            raise ConfigError(
+                f"overrides {overrides!r} cannot be read ({problem}); write {{n_layer: 2, source: '*.txt'}}"
+            ) from None
+        twice = isinstance(overrides, dict) and root and len(root.value) > len(overrides)
+        require(not twice, f"overrides {text!r} hold a name twice; write each once")
     require(
         isinstance(overrides, dict | None),
         f"overrides are {overrides!r}; write names with values, such as {{n_layer: 2}}",
     )
+    for name in overrides or {}:
+        require(
+            isinstance(name, str) and name.replace("-", "_").isidentifier(),
+            f"overrides {overrides!r} hold {name!r} as a name; write {{n_layer: 2}}, and no comma in a number",
+        )
+        require(name not in ("preset", "overrides"), f"{name} is a knob of its own, beside those in {overrides!r}")
     return overrides or {}
 
 
@@ -100,12 +127,17 @@ WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "of
 
 def _as_meant(value, rule):
     """`value` in the type of its field, where it is plain what was meant: 1e-3 or "1e-3", 4.0 for 4, off for "off"."""
-    kinds = get_args(rule.type) or (rule.type,)
-    if value is False and "off" in (rule.metadata.get("choices") or ()):
+    kinds, choices = get_args(rule.type) or (rule.type,), rule.metadata.get("choices") or ()
+    word = value.strip().lower() if isinstance(value, str) else None
+    if "off" in choices and (value is False or WORDS.get(word) is False):
         return "off"
+    if word in choices:
+        return word
+    if type(value) is int and value.bit_length() > 1000:  # too long to be printed
+        return math.inf if value > 0 else -math.inf
     if isinstance(value, str) and kinds != (str,):
         if bool in kinds:
-            return WORDS.get(value.strip().lower(), value)
+            return WORDS.get(word, value)
         try:
             value = float(value)
         except ValueError:
@@ -176,6 +208,9 @@ def _check_text_and_budget(c) -> None:
         f"vocab_size {c.vocab_size} is smaller than the {fewest} tokens of tokenizer {c.tokenizer!r};"
         f" set it to {-(-fewest // 64) * 64}, a multiple of 64",
     )
+    for name in ("data_dir", "runs_dir"):
+        folder = os.path.expanduser(getattr(c, name))
+        require(folder and folder[0] != "~", f"{name} is {folder!r}, which is no folder; '.' is this one")
     require(c.warmup + c.decay <= 1, f"warmup {c.warmup} and decay {c.decay} make more than the whole budget, 1")
     require(
         c.max_steps or c.max_tokens or c.max_hours, "no budget: set max_steps, max_tokens or max_hours to more than 0"

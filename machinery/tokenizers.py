@@ -42,9 +42,30 @@ def tokenizer_to_dict(encoding: tiktoken.Encoding) -> dict:
     }
 
 
-def tokenizer_from_dict(fields: dict) -> tiktoken.Encoding:
-    """The encoding that `tokenizer_to_dict` described. Raises `DataError` for what cannot encode every text."""
-    with told("tokenizer.json", DataError, "not usable", "remove its folder"):
+class CarefulEncoding(tiktoken.Encoding):
+    """An encoding whose pattern may come from anyone: a text that it fails on is a `DataError`.
+
+    tiktoken's own `encode_ordinary` gives the same ids, but panics there: no `Exception`, and printed by Rust before.
+    """
+
+    def encode_ordinary(self, text: str) -> list[int]:
+        """The ids of a text, in which special tokens are text like any other."""
+        with told(f"tokenizer {self.name!r}", DataError, "its pattern fails on this text", "use another tokenizer"):
+            return self.encode(text, disallowed_special=())
+
+    def encode_ordinary_batch(self, text: list[str], *, num_threads: int = 8) -> list[list[int]]:
+        """The ids of each text."""
+        return [self.encode_ordinary(one) for one in text]
+
+
+def tokenizer_from_dict(
+    fields: dict, where: object = "tokenizer.json", advice: str = "remove its folder"
+) -> tiktoken.Encoding:
+    """The encoding that `tokenizer_to_dict` described.
+
+    Raises `DataError` for what cannot encode every text, with the path `where` it was read and what to do about it.
+    """
+    with told(where, DataError, "not usable", advice):
         ranks = {base64.b64decode(token, validate=True): rank for rank, token in enumerate(fields["tokens"])}
         special = fields["special_tokens"]
         if len(ranks) != len(fields["tokens"]) or not all(bytes([byte]) in ranks for byte in range(256)):
@@ -53,7 +74,7 @@ def tokenizer_from_dict(fields: dict) -> tiktoken.Encoding:
             raise ValueError(f"{END_OF_TEXT} or another special token has no number of its own")
         if regex.compile(fields["pattern"]).fullmatch(""):
             raise ValueError("its pattern matches nothing at all")
-        encoding = tiktoken.Encoding(
+        encoding = CarefulEncoding(
             str(fields["name"]), pat_str=fields["pattern"], mergeable_ranks=ranks, special_tokens=special
         )
         if encoding.decode_bytes(encoding.encode_ordinary(PROBE)) != PROBE.encode():

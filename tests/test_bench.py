@@ -6,14 +6,16 @@ import pytest
 import torch
 from conftest import LM
 
+from machinery.errors import UserError
 from machinery.machine import Machine
-from tools.bench import recipe, steps
+from tools import card
+from tools.bench import recipe, steps, traffic
 from tools.bench.common import in_own_process, slug, take_turns
 from tools.bench.generation import compare_generation
 from tools.bench.peers import make_config
 from tools.bench.scaling import grows_faster, measure_scaling
 from tools.bench.tokenization import compare_tokenization
-from tools.common import table
+from tools.common import quietly, table
 
 MACHINE = Machine.find("cpu")
 
@@ -132,3 +134,39 @@ def test_reports_are_tables_with_names_of_files():
         "| a | b |\n| --- | --- |\n| 1 | 0.5 |\n|  | 2.0 |"
     )
     assert json.dumps(slug(MACHINE)).isascii() and " " not in slug(MACHINE)
+
+
+def test_the_row_of_a_card_is_what_its_run_left(texts, tmp_path, tiny, capsys, monkeypatch):
+    config = tiny(
+        source=texts[0], val_fraction=0.2, vocab_size=257, max_steps=4, eval_tokens=512, sample_tokens=4, prompt="line",
+        data_dir=str(tmp_path / "data"), runs_dir=str(tmp_path / "runs"), run_name="mine", compile=False, micro_batch=2,
+    )  # fmt: skip
+    monkeypatch.setattr("sys.argv", ["card", str(tmp_path / "runs" / "mine")])
+    run = tmp_path / "runs" / "mine"
+    run.mkdir(parents=True)
+    (run / "config.json").write_text("{}")
+    (run / "environment.json").write_text("{}")
+    with pytest.raises(UserError, match="has no summary.json of training; let the run end"):
+        card.card_row(run)
+    summary = quietly(LM.train, config)
+    row = card.card_row(run)
+    assert (row["micro-batch"], row["card"], row["loss after an hour"]) == (2, MACHINE.name, None)
+    assert (row["bits per byte"], row["tokens/s"]) == (summary["val_bpb"], summary["tokens_per_second"])
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    (run / "summary.json").write_text(json.dumps(summary | {"train_seconds": 3700.0, "mfu": 0.5}))
+    late = {"step": 9, "tokens": 9, "seconds": 3650.0, "val_loss": 0.1}
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [*lines, late]))
+    hour = [line["val_loss"] for line in lines if "val_loss" in line][-1]
+    assert card.card_row(run)["loss after an hour"] == hour
+    card.main()
+    printed = capsys.readouterr()
+    assert printed.out.count("|") == card.PAGE.read_text().splitlines()[-1].count("|") and f"{hour:.3f}" in printed.out
+    assert "| 50% |" in printed.out and "results/cards.md" in printed.err
+
+
+def test_a_stream_of_half_the_width_is_read_and_written_as_often():
+    """Sixteen times a block, forward and backward: planned for a card that is not there."""
+    small = {"n_embd": 256, "n_head": 2, "n_kv_head": 1, "n_ffn": 512}
+    wide, narrow = (traffic.count(stream, **small) for stream in (torch.float32, torch.bfloat16))
+    assert wide["both"] - narrow["both"] == pytest.approx(16 * 2 * 256 / 1024, abs=0.1)
+    assert 0 < narrow["forward"] < narrow["backward"] and narrow["kernels"] <= wide["kernels"]

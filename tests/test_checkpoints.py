@@ -150,6 +150,16 @@ def test_damaged_ones_do_not_count_and_stay(tmp_path):
     assert read_state(again)["step"] == 2 and "step_00000002.1" in names(tmp_path)
 
 
+def test_a_copy_under_a_later_number_does_not_count_and_files_of_others_stay(tmp_path, capsys):
+    shutil.copytree(save(tmp_path, 1), tmp_path / "checkpoints" / "step_00000099")
+    assert newest_checkpoint(tmp_path).name == "step_00000001"
+    assert "step_00000099: holds step 1" in capsys.readouterr().out
+    (tmp_path / "checkpoints/step_00000001/notes.txt").write_text("mine")
+    save(tmp_path, 2, keep=1)
+    save(tmp_path, 3, keep=1)
+    assert names(tmp_path) == ["step_00000001", "step_00000003", "step_00000099"]
+
+
 def test_where_none_is_whole_it_is_said(tmp_path, capsys):
     assert newest_checkpoint(tmp_path) is None
     (tmp_path / "checkpoints").mkdir()
@@ -195,6 +205,15 @@ def test_a_checkpoint_that_carries_code_is_refused(tmp_path):
     [
         lambda s: s["state"][0].update(exp_avg=torch.zeros(3, 3)),
         lambda s: s["state"][0].update(exp_avg=torch.zeros(32)),
+        lambda s: s["state"][0].update(exp_avg=torch.zeros(())),
+        lambda s: s["state"][0].update(exp_avg=torch.zeros(1, 4)),
+        lambda s: s["state"][0].update(exp_avg=torch.zeros(1).expand(8, 4)),
+        lambda s: s["state"][0].update(exp_avg=torch.zeros(8, 4).to_sparse()),
+        lambda s: s["state"][0].update(exp_avg=torch.zeros(8, 4, dtype=torch.long)),
+        lambda s: s["state"][0].update(exp_avg=None),
+        lambda s: s["state"][0].update(step="1"),
+        lambda s: s["state"][0].pop("exp_avg_sq"),
+        lambda s: s["state"].clear(),
         lambda s: s["state"][0].update(exp_avg_sq=torch.zeros(2, 8, 4)),
         lambda s: s["state"].update({7: s["state"][0]}),
         lambda s: s["state"].update({-1: s["state"][0]}),
@@ -202,7 +221,25 @@ def test_a_checkpoint_that_carries_code_is_refused(tmp_path):
         lambda s: s.update(param_groups=[]),
         lambda s: s.clear(),
     ],
-    ids=["shape", "flat", "more", "parameter", "negative", "list", "groups", "nothing"],
+    ids=[
+        "shape",
+        "flat",
+        "number",
+        "row",
+        "expanded",
+        "sparse",
+        "whole",
+        "none",
+        "text",
+        "without",
+        "empty",
+        "more",
+        "parameter",
+        "negative",
+        "list",
+        "groups",
+        "nothing",
+    ],
 )
 def test_odd_optimizer_states_are_one_line(tmp_path, change):
     path = save(tmp_path, 1)
@@ -210,7 +247,7 @@ def test_odd_optimizer_states_are_one_line(tmp_path, change):
     change(training["optimizers"][0])
     torch.save(training, path / "training.pt")
     seal(path)
-    with pytest.raises(CheckpointError, match=r"training\.pt: refused \(.+\); use a new run_name"):
+    with pytest.raises(CheckpointError, match=r"training\.pt: refused \(.+\); move .* or use a new run_name"):
         load_checkpoint(path, *small_model())
 
 
@@ -229,13 +266,22 @@ def test_optimizers_with_factored_states_are_restored(tmp_path):
 
 @pytest.mark.parametrize(
     "change",
-    [{"step": "1"}, {"step": -1}, {"seconds": float("nan")}, {"seconds": "x"}, {"scores": []}, {"tokens": 1.5}],
+    [
+        {"step": "1"},
+        {"step": -1},
+        {"step": 2},
+        {"seconds": float("nan")},
+        {"seconds": "x"},
+        {"scores": []},
+        {"tokens": 1.5},
+        {"scores": {"best_val_bpb": 1.0}},
+    ],
     ids=str,
 )
 def test_odd_states_are_one_line(tmp_path, change):
     path = save(tmp_path, 1)
     seal(path, **change)
-    with pytest.raises(CheckpointError, match="state.json|not a whole checkpoint"):
+    with pytest.raises(CheckpointError, match="state.json|not a whole checkpoint|holds step 2"):
         read_state(path)
 
 
@@ -390,14 +436,22 @@ def test_messages_are_one_printable_line_of_bounded_length():
         raise KeyboardInterrupt
 
 
-def test_a_pattern_that_the_engine_panics_on_is_one_line():
+def test_a_pattern_that_the_engine_panics_on_is_one_line(capfd):
     import base64
+    import copy
 
     tokens = [base64.b64encode(bytes([byte])).decode() for byte in range(256)]
     fields = {"name": "x", "tokens": tokens, "special_tokens": {"<|endoftext|>": 256}}
     assert tokenizer_from_dict(fields | {"pattern": r"[\s\S]"}).n_vocab == 257
-    with pytest.raises(DataError, match="BacktrackLimitExceeded"):
-        tokenizer_from_dict(fields | {"pattern": r"(?:(?=[\s\S])[\s\S]+)+(?<=never)|[\s\S]"})
+    with pytest.raises(DataError, match=r"^here: .*its pattern fails on this text \(.*[bB]acktrack"):
+        tokenizer_from_dict(fields | {"pattern": r"(?:(?=[\s\S])[\s\S]+)+(?<=never)|[\s\S]"}, "here")
+    late = tokenizer_from_dict(fields | {"pattern": r"(?:x+x+)+(?=y)|[\s\S]"})  # only on a text of many x
+    for one in (late, copy.copy(late)):  # as threads do
+        assert one.encode_ordinary("xx\ud800") == one.encode_ordinary_batch(["xx\ud800"])[0]
+        for call, text in ((one.encode_ordinary, "x" * 60), (one.encode_ordinary_batch, ["x" * 60])):
+            with pytest.raises(DataError, match="its pattern fails on this text"):
+                call(text)
+    assert not capfd.readouterr().err  # nor lines of Rust
 
 
 def test_lines_that_a_crash_cut_short_are_left_out(tmp_path):

@@ -108,6 +108,9 @@ def test_what_is_meant_is_taken_and_the_rest_is_one_line(lm):
         assert (config.lr, config.wandb, config.n_layer, config.seed, config.compile) == (1e-3, "off", 3, 10, False)
         assert type(config.n_layer) is int
     assert parse_overrides("") == parse_overrides(None) == parse_overrides("{}") == {}
+    for value in ("OFF", "false", "no", "off", False):
+        assert lm.Config.from_preset("smoke", wandb=value).wandb == "off"
+    assert lm.Config.from_preset("smoke", schedule=" Cosine").schedule == "cosine"
     for wrong in ("[a, b]", "{n_layer: 2", "n_layer", ["a"], 3):
         with pytest.raises(ConfigError, match="overrides.* write"):
             parse_overrides(wrong)
@@ -119,12 +122,28 @@ def test_what_is_meant_is_taken_and_the_rest_is_one_line(lm):
         {"norm_eps": float("nan")}, {"norm_eps": -1.0}, {"norm_eps": float("inf")}, {"rope_base": 1e-320},
         {"max_hours": 1e300}, {"max_hours": float("inf")}, {"block_size": 1 << 25, "batch_tokens": 1 << 25},
         {"n_position": 33_000_000}, {"source": "a\0b"}, {"n_layer": True}, {"lr": "fast"}, {"n_layer": 2.5},
+        {"lr": 10**5000}, {"seed": -(10**5000)}, {"wandb": []}, {"schedule": {}}, {"runs_dir": ""},
+        {"data_dir": "~no such user/x"},
     ],
 )  # fmt: skip
 def test_values_that_cannot_work_are_refused(lm, overrides):
     with pytest.raises(ConfigError) as caught:
         lm.Config.from_preset("smoke", **overrides)
     assert next(iter(overrides)) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text, named",
+    [
+        ("{n_layer: 2, n_layer: 3}", "a name twice"), ("{n_layer:3}", "'n_layer:3' as a name"),
+        ("{batch_tokens: 16,384}", "no comma in a number"), ("{preset: demo}", "preset is a knob of its own"),
+        ("{source: *.txt}", "source: '*.txt'"), ("[" * 2000, "recursion"), ("{1: 2}", "'1' as a name"),
+    ],
+)  # fmt: skip
+def test_overrides_that_say_something_else_are_one_line(text, named):
+    with pytest.raises(ConfigError) as caught:
+        parse_overrides(text)
+    assert named in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_a_device_that_is_none_is_named():

@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -11,10 +12,11 @@ import pytest
 import torch
 
 from machinery.errors import UserError
-from model_utils import count_parameters, flops_per_token
+from machinery.machine import Machine
+from model_utils import count_parameters, flops_per_token, predict
 from tools.experiments import choices, curves, equal_size, frontier, induction, lengths, plot_sweep, shape, sweep
 from tools.experiments.__main__ import FINDINGS, RESULTS, repeat
-from tools.experiments.tool import places
+from tools.experiments.tool import places, runs_that_fit
 
 
 @pytest.fixture
@@ -44,6 +46,9 @@ def test_sweep_makes_a_tidy_table_reuses_what_is_finished_and_reports_what_fails
     assert summary.stat().st_mtime_ns == written and (again.val_loss == good.val_loss).all()
     assert json.loads(summary.read_text())["val_loss"] == good.val_loss
 
+    sweep({"shallow": {"n_layer": 1}}, then=(folders := []).append, **common)
+    assert folders == [Path(good.run)]
+
     steps = curves(table)
     assert set(steps.label) == {"shallow"} and steps.step.max() == 6 and steps.flops.max() == good.flops
     axes = plot_sweep(steps, x="flops", y="val_loss")
@@ -57,6 +62,23 @@ def test_sweep_makes_a_tidy_table_reuses_what_is_finished_and_reports_what_fails
 
     losses = lengths.measure_length(good.run, 64, windows=3, **where)  # four times the trained 16
     assert losses.shape == (64,) and losses.isfinite().all()
+
+
+def test_as_many_runs_at_a_time_as_memory_and_disk_hold(lm, common, monkeypatch):
+    config = lm.Config.from_preset("smoke", **(common | {"max_steps": 10}))  # 5 checkpoints, and the best one
+    with torch.device("meta"):
+        model = lm.build_model(config)
+    machine = Machine.find("cpu", "float32")
+    optimizers = lm.build_optimizers(model, config, machine)
+    needed = predict(model, optimizers, config, machine, 1.0)
+    memory = 3.1 / 0.8 * 1e9 * (1 + needed["peak memory (GB)"])
+    monkeypatch.setattr(Machine, "free_memory", lambda self: int(memory))
+    for runs, disk in ((3, 10**15), (2, 2 * 2 * 6.1 * 1e9 * needed["checkpoint (GB)"]), (1, 0)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, disk=disk: SimpleNamespace(free=disk))
+        monkeypatch.setattr(
+            Machine, "free_memory", lambda self: int(3.1 / 0.8 * 1e9 * (1 + needed["peak memory (GB)"]))
+        )
+        assert runs_that_fit(config, model, optimizers, machine) == runs
 
 
 def test_a_configuration_that_cannot_work_is_refused_before_training(common):

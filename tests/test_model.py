@@ -430,6 +430,14 @@ def variants_of_the_text(lm) -> dict:
     return names
 
 
+def test_variants_that_do_not_go_together_are_told_before_anything_is_made(lm, tiny, monkeypatch):
+    names = variants_of_the_text(lm)
+    monkeypatch.setitem(lm.ATTENTIONS, "window", names["ATTENTIONS"]["window"])
+    monkeypatch.setitem(lm.POSITIONS, "alibi", names["POSITIONS"]["alibi"])
+    with pytest.raises(UserError, match=r"attention 'window' and position 'alibi' do not .*attend\(q, k, v\) .* bias;"):
+        lm.train(tiny(attention="window", position="alibi"))
+
+
 @pytest.mark.parametrize("field, name", [("attention", "window"), ("position", "alibi")])
 def test_the_variants_of_the_text_compute_what_they_say_with_and_without_a_cache(lm, tiny, monkeypatch, field, name):
     names = variants_of_the_text(lm)

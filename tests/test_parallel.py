@@ -20,12 +20,25 @@ from machinery.machine import Machine
 from machinery.notebook import NOTEBOOK
 
 PROGRAM = """
-import json, sys
+import json, os, sys
 import torch
 from machinery import notebook
 
 torch.set_num_threads(1)
 lm = notebook.load_definitions()
+
+class Drawing(lm.GatedFFN):  # as a dropout does; what it draws is noted with the seed, and changes nothing
+    def __init__(self, config):
+        super().__init__(config)
+        self.path = f"{config.runs_dir}/{config.run_name}.draws{os.environ['RANK']}"
+
+    def forward(self, x):
+        if self.training:
+            with open(self.path, "a") as file:
+                print(json.dumps([torch.initial_seed(), torch.rand(()).item()]), file=file)
+        return super().forward(x)
+
+lm.FFNS["drawing"] = Drawing
 for values in json.loads(sys.argv[1]):
     lm.train(lm.Config.from_dict(values))
 """
@@ -86,17 +99,34 @@ def check_losses(lm, together):
             assert (ours - theirs).abs().max() < 1e-4, name
 
 
-def test_two_processes_train_the_run_of_one(lm, settings, tmp_path):
-    """Copies of the model, and shares of it; four micro-batches each; stopped halfway and resumed, bit for bit."""
+def draws(runs, name, rank):
+    """What the layers of a run drew in one process, by the seed of the step; before the first step it is that of 0."""
+    found = {}
+    for line in (runs / f"{name}.draws{rank}").read_text().splitlines():
+        seed, number = json.loads(line)
+        found.setdefault(seed, []).append(number)
+    found.pop(0)
+    return found
+
+
+def test_two_processes_train_the_run_of_one(lm, settings, tmp_path, monkeypatch):
+    """Copies of the model, and shares of it; four micro-batches each; stopped halfway and resumed, bit for bit, with
+    the same random numbers, which are others in each process and step.
+    """
+    monkeypatch.setitem(lm.FFNS, "drawing", lm.GatedFFN)
     short = STEADY | {"max_steps": 8, "eval_every": 4, "sample_every": 8}
     copies = settings(run_name="ddp", parallel="ddp", **short | KINDS["muon"])
-    shares = settings(run_name="fsdp", parallel="fsdp", **short | KINDS["adamw"])
+    shares = settings(run_name="fsdp", parallel="fsdp", ffn="drawing", **short | KINDS["adamw"])
     halves = [replace(shares, run_name="halves", max_steps=steps) for steps in (4, 8)]
     printed = train_together(2, [copies, shares, *halves], tmp_path)
     assert printed.count("fsdp from step 0") == 1  # one process speaks
     check_losses(lm, [copies, shares])
     straight, resumed = (newest_checkpoint(tmp_path / "runs" / name) for name in ("fsdp", "halves"))
     assert read_state(straight)["files"] == read_state(resumed)["files"]
+    drawn = [draws(tmp_path / "runs", "fsdp", rank) for rank in (0, 1)]
+    assert drawn == [draws(tmp_path / "runs", "halves", rank) for rank in (0, 1)]
+    numbers = [number for process in drawn for step in process.values() for number in step]
+    assert len(drawn[0]) == len(drawn[1]) == 8 and len({*numbers}) == len(numbers) == 2 * 8 * 4 * shares.n_layer
 
 
 @pytest.mark.long

@@ -242,6 +242,8 @@ def test_checkpoints_that_cannot_be_read_are_not_none(tmp_path):
         ({"step": 1, "tokens": 1.5}, False),
         ({"step": True}, False),
         ({"step": 1.5}, False),
+        ({"step": 1, "tokens": 10**400}, False),
+        ({"step": 1, "progress": float("inf")}, False),
     ],
 )
 def test_lines_of_a_run_are_numbers(tmp_path, line, is_read):

@@ -23,8 +23,10 @@ from machinery.checkpoints import (
     read_state,
 )
 from machinery.errors import UserError
-from machinery.figures import show_run
+from machinery.figures import plot_runs, show_run
 from machinery.files import read_jsonl
+from machinery.huggingface import config_from_hf, export_hf, import_hf
+from machinery.interrupts import StopRequest
 from machinery.loggers import LOGGERS, Logger
 from machinery.machine import Machine, datasheet_flops, is_out_of_memory, measure_matmul_flops
 from machinery.run_folder import RunFolder, run_state
@@ -93,7 +95,7 @@ def test_the_first_limit_of_a_budget_counts():
 
 
 @pytest.mark.parametrize(
-    "name", ["../x", "/etc", "a/b", "", ".hidden", "a" * 101, "with space", "end.", "CON", "aux.txt"]
+    "name", ["../x", "/etc", "a/b", "", ".hidden", "a" * 101, "with space", "end.", "CON", "aux.txt", "Wandb"]
 )
 def test_run_names_stay_inside_and_can_be_held_anywhere(tmp_path, name):
     with pytest.raises(UserError, match="run_name"):
@@ -117,6 +119,46 @@ def test_starting_over_keeps_the_earlier_run(tmp_path):
         run.append("metrics.jsonl", {"step": 1})
         assert expected is None or (tmp_path / expected / "metrics.jsonl").exists()
         (tmp_path / "run/config.json").unlink()  # not even that is needed
+
+
+def test_a_terminal_that_closes_is_a_safe_stop_and_nohup_is_obeyed():
+    before = signal.signal(signal.SIGHUP, signal.default_int_handler)
+    try:
+        with StopRequest() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.requested
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        with StopRequest() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop.requested and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_model_that_has_diverged_still_writes(lm):
+    logits, generator = torch.tensor([[math.nan, math.inf, -math.inf, 0.0]]), torch.Generator()
+    for options in ((0.8, 0, 0.95), (1e-3, 2, 1.0), (0.8, 0, 1e-300)):
+        for given in (logits, logits * 0 + math.nan, torch.zeros(1, 4)):
+            assert 0 <= lm.sample_token(given, *options, generator) < 4
+
+
+def test_what_cannot_begin_leaves_what_was_there(tmp_path):
+    run = open_folder(tmp_path)
+    run.finish({"status": "finished"})
+    (tmp_path / "run/metrics.jsonl").unlink()
+    (tmp_path / "run/metrics.jsonl").mkdir()
+    with pytest.raises(UserError, match="metrics.jsonl: not a regular file"):
+        run.begin({"a": 2}, at_step=1)
+    assert (tmp_path / "run/summary.json").exists() and json.loads((tmp_path / "run/config.json").read_text()) == {
+        "a": 1
+    }
+
+
+@pytest.mark.parametrize("prompt", ["~nobody here", "/* a comment */", "C:\\x"])
+def test_a_text_that_looks_like_a_path_is_kept_as_it_is(tmp_path, prompt):
+    open_folder(tmp_path, {"prompt": prompt, "split_on": "/", "source": "/home/me/texts"})
+    saved = json.loads((tmp_path / "run/config.json").read_text())
+    assert saved == {"prompt": prompt, "split_on": "/", "source": "…/texts"}
 
 
 def test_a_log_is_live_and_drops_what_a_resume_will_write_again(tmp_path):
@@ -164,6 +206,9 @@ def test_changed_configs_are_told_and_what_does_not_fit_is_refused(tmp_path, cap
     run = RunFolder(tmp_path, "run")
     run.compare({"n_layer": 2, "max_steps": 20, "source": "/home/me/texts/*.txt"}, ["n_layer", "source"])
     assert "max_steps: 10 before, 20 from here on" in capsys.readouterr().out
+    run.compare({"n_layer": 2, "new": 1}, ["n_layer"])
+    told = capsys.readouterr().out
+    assert "new: not known before, 1 from here on" in told and "max_steps: 10 before, not known from here on" in told
     with pytest.raises(UserError, match="n_layer is 3 but run 'run' was begun with 2; use a new run_name"):
         run.compare({"n_layer": 3, "max_steps": 10}, ["n_layer"])
     assert "/home" not in (tmp_path / "run/config.json").read_text()
@@ -407,8 +452,20 @@ def test_a_run_is_seen_from_elsewhere(lm, settings, capsys):
     show_run(folder)
     printed = capsys.readouterr().out
     assert "stopped, 100.0% of the budget" in printed and "sample of step 12" in printed
-    with pytest.raises(UserError, match="is it a run directory"):
+    with pytest.raises(UserError, match="is it the folder of a run"):
         run_state(folder / "checkpoints")
+    run.lock()
+    (folder / "config.json").unlink()  # as while a new run reads its text
+    show_run(folder)
+    assert "running, 100.0% of the budget" in capsys.readouterr().out
+    run.unlock()
+
+
+@pytest.mark.parametrize("odd", [None, 3, True, b"x", [], "", "~no such user/x", object()], ids=repr)
+def test_what_is_no_folder_of_a_run_is_one_line(lm, odd):
+    for call in (run_state, show_run, plot_runs, lm.load_run, import_hf, config_from_hf, lambda x: export_hf(x, x)):
+        with pytest.raises(UserError, match="^[^\n]+ is not |: not the folder of a"):
+            call(odd)
 
 
 def train_poisoned(lm, config, monkeypatch, bad) -> dict:
@@ -841,6 +898,25 @@ class Broken(Logger):
         raise ConnectionError("gone")
 
 
+@pytest.mark.parametrize("content", ["a/../b", "", "link"])
+def test_an_odd_id_of_wandb_is_replaced_and_a_link_is_not_followed(tmp_path, monkeypatch, content):
+    import types
+
+    made, path = [], tmp_path / "wandb_id"
+    fake = types.SimpleNamespace(Settings=dict, init=lambda **options: made.append(options["id"]))
+    monkeypatch.setitem(sys.modules, "wandb", fake)  # what it is given is looked at
+    if content == "link":
+        path.symlink_to(tmp_path / "elsewhere")
+        with pytest.raises(UserError, match="wandb_id is a link"):
+            LOGGERS["wandb"](tmp_path, {"wandb": "offline"})
+        assert not (tmp_path / "elsewhere").exists()
+        return
+    path.write_text(content)
+    for _ in range(2):
+        LOGGERS["wandb"](tmp_path, {"wandb": "offline"})
+    assert made[0] == made[1] == path.read_text() != content
+
+
 def test_a_logger_is_a_class_and_a_line_and_one_that_breaks_is_said_once(lm, settings, capsys, monkeypatch):
     monkeypatch.setitem(LOGGERS, "csv", Csv)
     monkeypatch.setitem(LOGGERS, "broken", Broken)
@@ -867,9 +943,17 @@ def test_an_optimizer_is_a_class_and_a_line(lm, settings, monkeypatch):
 @pytest.mark.parametrize(
     "name, tflops",
     [
-        ("NVIDIA GeForce RTX 4090", 165.2), ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("Tesla T4", 65),
-        ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA A10G", None), ("NVIDIA RTX A4000", None), ("NVIDIA T400 4GB", None),
-        ("NVIDIA GeForce RTX 4090 Laptop GPU", None), ("Tesla V100-SXM2-16GB", 125),
+        ("NVIDIA GeForce RTX 4090", 165.2), ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA GeForce RTX 4090 D", None), ("NVIDIA GeForce RTX 3090 Ti", None), ("NVIDIA GeForce RTX 4060", 30.2),
+        ("NVIDIA GeForce RTX 4070 Ti SUPER", 88.2), ("NVIDIA GeForce RTX 5070 Ti", 87.9),
+        ("NVIDIA GeForce RTX 5070 Ti Laptop GPU", None), ("NVIDIA RTX PRO 6000 Blackwell Workstation Edition", 503.8),
+        ("NVIDIA RTX PRO 6000 Blackwell Max-Q Workstation Edition", None), ("NVIDIA RTX 6000 Ada Generation", 364.2),
+        ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA H100 NVL", 835), ("NVIDIA H200", 989),
+        ("NVIDIA H200 NVL", 835), ("NVIDIA GH200 480GB", 989), ("NVIDIA GH200 144G HBM3e", 989), ("NVIDIA B200", 2250),
+        ("NVIDIA B300 SXM6 AC", 2250), ("NVIDIA GB200", None), ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA L40S", 362),
+        ("NVIDIA A100 80GB PCIe", 312), ("NVIDIA A100-SXM4-40GB MIG 3g.20gb", None), ("NVIDIA A10", 125),
+        ("NVIDIA A10G", None), ("NVIDIA A10-24Q", None), ("NVIDIA RTX A4000", None), ("NVIDIA T400 4GB", None),
+        ("Tesla T4", 65), ("Tesla V100-SXM2-16GB", 125), ("Tesla V100-PCIE-32GB", 112), ("Tesla V100S-PCIE-32GB", None),
     ],
 )  # fmt: skip
 def test_datasheets_are_found_by_name(name, tflops):

@@ -13,9 +13,14 @@ import argparse
 import contextlib
 import itertools
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+
+STOPPED = "stopped; the same command goes on from the last checkpoint"
+if __name__ == "__main__":  # until `main`: the rest takes seconds to import
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(STOPPED))
 
 import nbformat
 import papermill
@@ -23,7 +28,9 @@ from nbclient.exceptions import DeadKernelError
 from nbconvert import HTMLExporter, ScriptExporter
 from nbconvert.preprocessors import CoalesceStreamsPreprocessor, TagRemovePreprocessor
 
-from machinery.errors import UserError, plain_errors
+from machinery.errors import UserError, first_line, plain_errors, told
+from machinery.files import folder_path
+from machinery.screen import keep_printing
 from machinery.settings import parse_overrides
 from tools.common import ROOT, lm
 
@@ -39,17 +46,19 @@ def free_names(folder: Path) -> tuple[Path, Path]:
     """Paths in `folder` for a notebook and its page, once files that have these names have made room."""
     paths = folder / "LMHarness.ipynb", folder / "report.html"
     for path in paths:
-        if path.exists():
+        if os.path.lexists(path):
             numbered = (path.with_suffix(f".{n}{path.suffix}") for n in itertools.count(1))
-            path.rename(next(other for other in numbered if not other.exists()))
+            path.rename(next(other for other in numbered if not os.path.lexists(other)))
     return paths
 
 
 @contextlib.contextmanager
 def kernel_errors_to(path: Path) -> Iterator[None]:
     """What the kernel and its client write to standard error past the notebook goes to `path`."""
+    with told(path, problem="cannot be written", advice="set runs_dir to a folder of yours"):
+        file = path.open("w")
     screen = os.dup(2)
-    with path.open("w") as file:
+    with file:
         os.dup2(file.fileno(), 2)
     try:
         yield
@@ -75,9 +84,15 @@ def execute(parameters: dict, unfinished: Path) -> nbformat.NotebookNode:
     except DeadKernelError:
         said = log.read_text(errors="replace").strip().splitlines()[-1:]
         raise UserError(f"the kernel died, mostly for lack of memory{': '.join(['', *said])}") from None
+    except UserError:
+        raise
+    except OSError as error:
+        place, said = error.filename or unfinished, first_line(error)
+        raise UserError(f"{place}: {said}; once that is mended, the same command goes on from what is kept") from None
     finally:
-        unfinished.unlink(missing_ok=True)
-        log.unlink(missing_ok=True)
+        for left in (unfinished, log):
+            with contextlib.suppress(OSError):
+                left.unlink()
 
 
 def report_page(notebook: nbformat.NotebookNode) -> str:
@@ -88,15 +103,17 @@ def report_page(notebook: nbformat.NotebookNode) -> str:
 def run_notebook(parameters: dict) -> Path:
     """Execute the notebook and put it into the folder of its run with a page to read; returns the folder."""
     config = knobs_config(parameters)
-    runs = Path(config.runs_dir).expanduser()
-    runs.mkdir(parents=True, exist_ok=True)
+    runs = folder_path(config.runs_dir, "runs_dir, where runs are kept")
+    with told(runs, problem="cannot be made", advice="set runs_dir to a folder of yours"):
+        runs.mkdir(parents=True, exist_ok=True)
     notebook = execute(parameters, runs / f"executing-{os.getpid()}.ipynb")  # a run that starts over moves its folder
     notebook, _ = CoalesceStreamsPreprocessor().preprocess(notebook, {})
-    page = report_page(notebook)
-    executed, report = free_names(runs / config.run_name)
-    nbformat.write(notebook, executed)
-    report.write_text(page, encoding="utf-8")
-    return executed.parent
+    page, folder = report_page(notebook), runs / config.run_name
+    with told(folder, problem="the run is there; its notebook and report cannot be written", advice="make room"):
+        executed, report = free_names(folder)
+        nbformat.write(notebook, executed)
+        report.write_text(page, encoding="utf-8")
+    return folder
 
 
 def write_program(parameters: dict) -> None:
@@ -110,6 +127,8 @@ def write_program(parameters: dict) -> None:
 
 def main() -> None:
     plain_errors()
+    keep_printing()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="auto")
     parser.add_argument("--overrides", default="", help="fields of the configuration, in YAML or JSON")
@@ -126,7 +145,7 @@ def main() -> None:
             folder = run_notebook(parameters)
             print(f"{folder}/ has the executed notebook, LMHarness.ipynb, and a page to read or to send, report.html.")
     except KeyboardInterrupt:
-        sys.exit("stopped; the same command goes on from the last checkpoint")
+        sys.exit(STOPPED)
 
 
 if __name__ == "__main__":

@@ -191,6 +191,8 @@ def to_hf_config(config: dict):
 
 def model_fields(folder: Path) -> dict:
     """The model fields of a Config that a checkpoint's config.json amounts to; see `config_from_hf`."""
+    import transformers  # noqa: F401 - where it is missing, that is the error
+
     path = folder / "config.json"
     raw = read_json(path)
     with told(path, ExportError):

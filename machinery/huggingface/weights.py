@@ -7,6 +7,7 @@ tensor: that is a matter of its files, the numbers keep their order.
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import secrets
 from collections.abc import Iterable, Iterator
@@ -15,12 +16,11 @@ from pathlib import Path
 import tiktoken
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 
-from machinery.checkpoints import newest_checkpoint, read_state
+from machinery.checkpoints import read_newest, read_state, read_weights
 from machinery.errors import UserError, told
-from machinery.files import publish, read_json, remove, sha256, write_json
+from machinery.files import IS_IT_A_RUN, folder_path, publish, read_json, remove, sha256, write_json
 from machinery.huggingface.families import (
     PARTS,
     ExportError,
@@ -33,6 +33,7 @@ from machinery.huggingface.families import (
 )
 from machinery.huggingface.tokenizers import read_tokenizer, save_tokenizer
 from machinery.processes import shard_like
+from machinery.saved_run import COPY
 from machinery.tokenizers import END_OF_TEXT, tokenizer_from_dict
 
 __all__ = ["ExportError", "check_tokenizer", "config_from_hf", "export_hf", "import_hf"]
@@ -108,21 +109,23 @@ def export_hf(run_dir: str | Path, out_dir: str | Path) -> Path:
     An earlier export there is replaced when the new one is complete. Raises `ExportError` for a configuration without
     an equivalent, and for a folder that holds anything that this function did not write.
     """
-    run = Path(run_dir)
-    config = _Fields(read_json(run / "config.json"))
-    encoding = tokenizer_from_dict(read_json(run / "tokenizer.json"))
+    import transformers  # noqa: F401 - where it is missing, that is the error
+
+    run, out_dir = folder_path(run_dir, "the folder of a run"), folder_path(out_dir, "a folder to write to")
+    config = _Fields(read_json(run / "config.json", advice=IS_IT_A_RUN))
+    tokenizer = run / "tokenizer.json"
+    encoding = tokenizer_from_dict(read_json(tokenizer, advice=COPY), tokenizer, COPY)
     with told(run / "config.json", ExportError):
         family_of(config)
-    checkpoint = newest_checkpoint(run)
-    if checkpoint is None:
-        raise ExportError(f"{run} has no checkpoint yet")
+    with told(run, ExportError):
+        weights, state = read_newest(run, lambda checkpoint: (read_weights(checkpoint), read_state(checkpoint)))
     with told(out_dir, ExportError, "not usable"):
-        out = Path(out_dir).expanduser().resolve()  # through a link: its user means the folder there
+        out = out_dir.resolve()  # through a link: its user means the folder there
         _check_target(out)
     with told(run / "config.json", ExportError):
-        model = _to_hf_model(config, load_file(checkpoint / "model.safetensors"))
+        model = _to_hf_model(config, weights)
         _set_generation(model, encoding.eot_token, config["sample_tokens"])
-        card = _model_card(run, config, read_state(checkpoint))
+        card = _model_card(run, config, state)
     beside = out.with_name(f".{out.name}.{secrets.token_hex(4)}.part")
     with told(out_dir, ExportError, "not written"):
         beside.mkdir(parents=True)
@@ -135,7 +138,7 @@ def export_hf(run_dir: str | Path, out_dir: str | Path) -> Path:
                 remove(earlier)
         finally:
             remove(beside)
-    return Path(out_dir)
+    return out_dir
 
 
 def _set_generation(model, end_of_text: int, max_new_tokens: int) -> None:
@@ -252,8 +255,8 @@ def config_from_hf(checkpoint: str | Path) -> dict:
 
 def checkpoint_folder(checkpoint: str | Path) -> Path:
     """A local folder as it is; of a hub name the local copy, fetched if need be. Nothing executable is fetched."""
-    folder = Path(checkpoint).expanduser()
-    if folder.is_dir():
+    folder = folder_path(checkpoint, "the folder of a Hugging Face checkpoint, or its hub name")
+    if os.path.isdir(folder):
         return folder
     from huggingface_hub import snapshot_download
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -115,11 +116,10 @@ def measure_run(folder: str | Path, sequences: int = 8, windows: int = 128, **wh
 
 def measure(scale: dict, **options) -> pd.DataFrame:
     """A row per checkpoint of each run."""
-    table = sweep(scale["variants"], seeds=scale["seeds"], **(scale["common"] | options))
-    parts = []
-    for run in table[table.status == "finished"].itertuples():
-        parts.append(measure_run(run.run, **places(options)).assign(label=run.label, seed=run.seed))
-    return pd.concat(parts, ignore_index=True)
+    measured = partial(measure_run, **places(options))  # after each run: all their checkpoints are 105 GB on a GPU
+    table = sweep(scale["variants"], seeds=scale["seeds"], then=measured, **(scale["common"] | options))
+    finished = table[table.status == "finished"].itertuples()
+    return pd.concat([measured(run.run).assign(label=run.label, seed=run.seed) for run in finished], ignore_index=True)
 
 
 def bump(tokens: pd.Series | np.ndarray, loss: pd.Series | np.ndarray) -> tuple[float, float]:

@@ -13,8 +13,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -28,11 +29,11 @@ from machinery.errors import UserError
 from machinery.files import read_json, read_jsonl
 from machinery.machine import Machine
 from machinery.notebook import defining_cells, load_definitions
-from model_utils import count_parameters, flops_per_token
+from model_utils import count_parameters, flops_per_token, predict
 from tools.training import train_apart
 
 # What a run of a sweep does without, unless it is asked for
-PLAIN = {"sample_every": 10**9, "sample_tokens": 1, "compile": False}
+PLAIN = {"sample_every": 10**9, "sample_tokens": 1, "compile": False, "keep_checkpoints": 1}
 # Fields that say where and how a run is kept, and nothing about what it learns
 KEEPING = ("run_name", "runs_dir", "data_dir", "resume", "wandb")
 COLOURS = plt.style.library["petroff10"]["axes.prop_cycle"].by_key()["color"]  # the notebook's
@@ -40,15 +41,22 @@ MARKERS = "os^DvPX*"
 
 
 def sweep(
-    variants: dict[str, dict], seeds: Iterable[int] = (0,), preset="smoke", jobs: int = 0, threads=1, **common
+    variants: dict[str, dict],
+    seeds: Iterable[int] = (0,),
+    preset="smoke",
+    jobs: int = 0,
+    threads=1,
+    then: Callable[[Path], object] | None = None,
+    **common,
 ) -> pd.DataFrame:
     """Train every variant with every seed, `jobs` at a time, each run in a process with `threads` threads.
 
     `variants` maps a label to its overrides of `preset`, `common` are overrides of all. Returns a row per run: label,
     seed, what the variants override, what the run's summary holds, FLOPs, and the run's folder. A run that is finished
     on disk is not made again, and one that was cut off goes on; a change of the notebook's definitions makes a new one.
-    A run that fails is a row with its `error`, and the others go on. `jobs` is, unless given, the number of cores over
-    `threads`, and 1 on a GPU. Raises UserError for a configuration that cannot work, before anything is trained.
+    A run that fails is a row with its `error`, and the others go on. `then` is called with the folder of each run that
+    is finished, before more are begun. `jobs` is, unless given, the number of cores over `threads`; on a GPU no more
+    than its memory and the disk hold. Raises UserError for a configuration that cannot work, before any training.
     """
     lm, source = load_definitions(), "\n".join(source for _, source in defining_cells())
     runs = []
@@ -58,9 +66,11 @@ def sweep(
             config = _named(config, source)
             with torch.device("meta"):  # an unknown variant, and what the model holds
                 runs.append((label, config, lm.build_model(config)))
-    on_gpu = any(Machine.find(config.device).device.type == "cuda" for _, config, _ in runs)
-    jobs = jobs or (1 if on_gpu else max(1, (os.cpu_count() or 1) // threads))
-
+    jobs = jobs or max(1, (os.cpu_count() or 1) // threads)
+    for _, config, model in runs:
+        machine = Machine.find(config.device, config.dtype)
+        if machine.device.type == "cuda":
+            jobs = min(jobs, runs_that_fit(config, model, lm.build_optimizers(model, config, machine), machine))
     different = {config.run_name: config for _, config, _ in runs}  # two labels may mean the same run
     with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(different), unit="run", file=sys.stdout) as bar:
 
@@ -68,6 +78,8 @@ def sweep(
             error = "" if _summary(config) else train_apart(config, threads)
             if not error and not _summary(config):
                 error = "it did not finish; see its folder"
+            if then and not error:
+                then(Path(config.runs_dir) / config.run_name)
             bar.update()
             return error
 
@@ -77,6 +89,16 @@ def sweep(
         if row["error"]:
             print(f"{row['label']}, seed {row['seed']} {row['status']}: {row['error']}")
     return pd.DataFrame(rows)
+
+
+def runs_that_fit(config, model: torch.nn.Module, optimizers: list, machine: Machine) -> int:
+    """How many such runs the memory of the GPU and half of the free disk hold at a time, at least 1."""
+    needed = predict(model, optimizers, config, machine, 1.0)
+    memory = 1e9 * needed["peak memory (GB)"] + 1e9  # a process has CUDA's own beside its tensors
+    kept = 1 + min(config.keep_checkpoints, config.max_steps // config.checkpoint_every)
+    runs_dir = Path(config.runs_dir).absolute()
+    free = shutil.disk_usage(next(path for path in (runs_dir, *runs_dir.parents) if path.exists())).free
+    return max(1, int(min(0.8 * machine.free_memory() / memory, 0.5 * free / (1e9 * kept * needed["checkpoint (GB)"]))))
 
 
 def equal_size(

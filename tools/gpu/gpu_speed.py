@@ -19,6 +19,7 @@ from torch import nn
 
 from machinery.machine import Machine, compile_or_eager, measure_matmul_flops
 from model_utils import LinearCrossEntropy, flops_per_token, training_memory
+from tools.bench.traffic import OneProduct, OneProductFFN
 from tools.common import lm
 from tools.gpu.common import OUT, Report, options, seconds_of, synchronize
 
@@ -410,24 +411,6 @@ def qwen3() -> None:
 
 
 # ------------------------------------------------------------------------------- what might make it faster
-
-
-class OneProduct(lm.GroupedQueryAttention):
-    """Queries, keys and values from one product; the weights are put together as they are cast."""
-
-    def forward(self, x, position, cache=None):
-        B, T, _ = x.shape
-        weight = torch.cat([p.weight for p in (self.q_proj, self.k_proj, self.v_proj)])
-        q, k, v = F.linear(x, weight).view(B, T, -1, self.D).split((self.H, self.K, self.K), dim=2)
-        q, k = position.rotate(self.q_norm(q), 0), position.rotate(self.k_norm(k), 0)
-        y = self.attend(*(z.transpose(1, 2) for z in (q, k, v)))
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, self.H * self.D))
-
-
-class OneProductFFN(lm.GatedFFN):
-    def forward(self, x):
-        gate, up = F.linear(x, torch.cat((self.gate_proj.weight, self.up_proj.weight))).chunk(2, dim=-1)
-        return self.down_proj(F.silu(gate) * up)
 
 
 class HalfStream(lm.RotaryPosition):
