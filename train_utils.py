@@ -93,8 +93,7 @@ class Run:
     """runs/<run_name> while this process trains in it, locked: what a run needs around its steps."""
 
     def __init__(self, config, machine: Machine) -> None:
-        config = settle_batch(config, machine)
-        self.config, self.machine = config, machine
+        self.config, self.machine = settle_batch(config, machine), machine
         self.budget = Budget(config.max_steps, config.max_tokens, config.max_hours)
         self.folder = RunFolder(config.runs_dir, config.run_name, writes=machine.rank == 0)
         self.loggers = Loggers()
