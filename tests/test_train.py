@@ -461,7 +461,7 @@ def test_a_run_is_seen_from_elsewhere(lm, settings, capsys):
     run.unlock()
 
 
-@pytest.mark.parametrize("odd", [None, 3, True, b"x", [], "", "~no such user/x", object()], ids=repr)
+@pytest.mark.parametrize("odd", [None, 3, True, b"x", [], "", "~no such user/x", Ellipsis], ids=repr)
 def test_what_is_no_folder_of_a_run_is_one_line(lm, odd):
     for call in (run_state, show_run, plot_runs, lm.load_run, import_hf, config_from_hf, lambda x: export_hf(x, x)):
         with pytest.raises(UserError, match="^[^\n]+ is not |: not the folder of a"):
