@@ -103,7 +103,7 @@ class Run:
         self._watch = Watch()
         self._line: dict[str, float | None] = {}  # of metrics.jsonl, for the present step
         self.predicted: dict[str, float] = {}
-        self._repeats, self._rise = False, 0.0  # whether text is read again; held-out loss over the best, at last
+        self._repeats, self._rise, self._forecast = False, 0.0, None  # is text read again; loss over the best, at last
 
     def __enter__(self) -> Run:
         keep_printing()
@@ -199,15 +199,14 @@ class Run:
             between += time_per_call(sample, machine, 1) / config.sample_every
             self.model.zero_grad(set_to_none=True)
             batches.seek()
-            measured = replace(config, micro_batch=at.micro_batch)
-            rate = config.batch_tokens / (step + between)
-            p = predict(self.model, self.optimizers, measured, machine, rate, self._in_use, used=spent)
+            own, rate = replace(config, micro_batch=at.micro_batch), config.batch_tokens / (step + between)
+            p = predict(self.model, self.optimizers, own, machine, rate, self._in_use, used=spent)
             p["tokens per second"] = self._watch.expected_rate = config.batch_tokens / step
             epochs, left = self._epochs(at.tokens + p["tokens"]), budget_left(config, rate, spent)
-            print_preflight(p, config, machine, self.note, self.folder.path, epochs, left)
+            self._forecast = print_preflight(p, config, machine, self.note, self.folder.path, epochs, left)
             self._repeats = self._epochs(at.tokens) >= 1
-            whole = {"tokens": at.tokens + p["tokens"], "seconds": at.seconds + p["seconds"]}
-            self.predicted = {name: value for name, value in (p | whole).items() if math.isfinite(value)}
+            p |= {"tokens": at.tokens + p["tokens"], "seconds": at.seconds + p["seconds"]}  # of the whole run
+            self.predicted = self.folder.predict({n: v for n, v in p.items() if math.isfinite(v)}, self._forecast)
         else:
             print("its budget is used: a larger one goes on, another run_name or resume='never' begins anew")
         print(f"{config.run_name} from step {at.step:,}")
@@ -253,7 +252,8 @@ class Run:
             self._repeats = True
             self.screen.say(f"step {at.step:,}: the whole text was read {epochs:.1f} times; from here on it repeats")
         numbers = f"step {at.step:7,} {at.tokens:15,} tokens {at.seconds:8,.0f} s"
-        self.screen.say(f"{numbers}   {scores['val_bpb']:.4f} bits per byte held out")
+        said = self._forecast.place(self.progress(), scores["val_bpb"]) if self._forecast else ""
+        self.screen.say(f"{numbers}   {scores['val_bpb']:.4f} bits per byte held out{said}")
 
     def _epochs(self, tokens: int) -> float:
         """How often so many tokens are the whole text; 0 while that is not known."""
@@ -316,5 +316,5 @@ class Run:
         self.folder.finish(summary)
         self.loggers.finish(summary)
         self.data.stop()
-        print_ending(at.scores, self._rise, diverged)
+        print_ending(at.scores, self._rise, diverged, self._forecast if progress >= 1 else None)
         return summary

@@ -43,6 +43,20 @@ class Forecast:
         width = math.hypot((self.high - self.low) / 2, 2 * float(np.interp(progress, shares, spread)))
         return middle - width, middle + width
 
+    def place(self, progress: float, bits_per_byte: float) -> str:
+        """Where a loss on the way lies: ", as expected", or above or below the band; nothing where none is known."""
+        if (band := self.at(progress)) is None:
+            return ""
+        low, high = band
+        where = "above" if bits_per_byte > high else "below" if bits_per_byte < low else ""
+        return f", {where} the band of {low:.3f} to {high:.3f}" if where else ", as expected"
+
+    def band(self) -> dict:
+        """The way as lists for a figure: tokens, and the two ends in bits per byte."""
+        shares = [share for share, *_ in self.law["way"]] if self.law else []
+        low, high = zip(*(self.at(share) for share in shares)) if shares else ((), ())
+        return {"tokens": [s * self.tokens for s in shares], "low": low, "high": high, "unit": "bits per byte"}
+
     def law_at(self, tokens: float) -> float:
         """Bits per byte of a run that ends after so many tokens."""
         return expected(self.law, self.parameters, tokens)

@@ -160,6 +160,14 @@ class RunFolder:
         for log, lines in zip(logs, kept):
             write_atomic(log, "".join(json.dumps(line) + "\n" for line in lines))
 
+    def predict(self, values: dict[str, float], forecast) -> dict[str, float]:
+        """`values` with the two ends of a forecast of the loss; its band on the way goes to expected.json."""
+        if forecast is None:
+            return values
+        if self.writes and forecast.law:
+            write_json(self.path / "expected.json", forecast.band())
+        return values | {"bits per byte, low": forecast.low, "bits per byte, high": forecast.high}
+
     def append(self, name: str, line: dict) -> None:
         """Add a line to a file; on a full disk, keep it and try again with the next one."""
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}

@@ -10,7 +10,9 @@ import statistics
 from collections import deque
 from pathlib import Path
 
+from machinery.budget import multiplying_and_flops
 from machinery.errors import UserError
+from machinery.forecast import Forecast, forecast
 from machinery.machine import Machine, measure_matmul_flops
 from machinery.sources import source_kind
 
@@ -91,9 +93,9 @@ def _clock(seconds: float) -> datetime.timedelta:
 
 def print_preflight(
     prediction: dict, config, machine: Machine, note: str, folder: Path, epochs: float, left: dict[str, float]
-) -> None:
+) -> Forecast | None:
     """A table of what the rest of a run takes; `note` says how the model runs, `epochs` how often the text is read,
-    `left` the tokens until each limit of the budget.
+    `left` the tokens until each limit of the budget. Returns the forecast of held-out loss, where there is one.
     """
     p, keep, matmul_flops = prediction, config.keep_checkpoints, measure_matmul_flops(machine)
     flops = p["tokens per second"] * p["FLOPs per token"] / machine.processes
@@ -105,6 +107,7 @@ def print_preflight(
     rate = p["tokens"] / p["seconds"]  # with evaluations and samples
     later = ", ".join(f"{name} would be after {_clock(left[name] / rate)}" for name in others)
     loss, best = p["expected loss"], p["compute-optimal parameters"]  # nan where the law knows nothing
+    expected = forecast(config, *multiplying_and_flops(config), p["tokens per parameter"] * p["parameters"])
     rows = {
         "device": f"{each}{machine.name}, {str(machine.dtype).removeprefix('torch.')}, {note}",
         "memory": f"{p['peak memory (GB)']:.2f} GB predicted at micro-batch {p['micro-batch']},"
@@ -121,13 +124,21 @@ def print_preflight(
         + ("" if math.isnan(loss) else " (best: about 20)"),
         "scaling law": ("loss n/a, too small" if math.isnan(loss) else f"loss {loss:.2f} on web text")
         + ("" if math.isnan(best) else f"; best size for so much compute {best:,.0f}"),
+        "forecast": f"{expected.low:.3f} to {expected.high:.3f} bits per byte held out" if expected else "",
     }  # fmt: skip
     print("\n".join(f"  {name:12s} {text}" for name, text in rows.items() if text))
     print("  go")
+    return expected
 
 
-def print_ending(scores: dict[str, float], rise: float, diverged: bool) -> None:
-    """What is worth a remark at the end of a run; `rise` is the held-out loss over the best one, in bits per byte."""
+def print_ending(scores: dict[str, float], rise: float, diverged: bool, expected: Forecast | None = None) -> None:
+    """What is worth a remark at the end of a run; `rise` is the held-out loss over the best one, in bits per byte.
+    `expected` is the forecast of a run that came to its end.
+    """
+    if expected and scores:
+        print(
+            f"forecast {expected.low:.3f} to {expected.high:.3f} bits per byte held out, came {scores['val_bpb']:.3f}"
+        )
     if rise > 0.005:
         print(f"held-out loss was best at step {scores['best_step']:,}, {rise:.4f} bits per byte lower than of late")
     if diverged:

@@ -68,3 +68,20 @@ def test_a_law_is_found_again_and_knows_where_it_ends(lm, monkeypatch, tmp_path)
 def test_the_settled_config_is_that_of_a_machine(lm):
     config = settle_batch(lm.Config.from_preset("hour", max_hours=0.0, max_steps=1000), CPU)
     assert config.batch_tokens % config.block_size == 0 and torch.tensor(config.lr).isfinite()
+
+
+def test_a_run_is_held_against_its_forecast(lm, tiny, texts, monkeypatch, tmp_path, capsys):
+    law = {"E": 3.0, "A": 0.0, "alpha": 0.3, "B": 0.0, "beta": 0.3, "error": 0.5}
+    law |= {"way": [[0.2, 3.0, 0.5], [1.0, 0.0, 0.0]], "parameters": [1e3, 1e6], "tokens": [100, 10000]}
+    monkeypatch.setattr(forecast, "LAWS", tmp_path / "forecast.json")
+    (tmp_path / "forecast.json").write_text(json.dumps({texts[0]: law}))
+    config = tiny(source=texts[0], max_steps=20, eval_every=10, val_fraction=0.2)
+    summary = lm.train(config)
+    said = capsys.readouterr().out
+    assert "forecast     2.000 to 4.000 bits per byte held out" in said
+    assert f"forecast 2.000 to 4.000 bits per byte held out, came {summary['val_bpb']:.3f}" in said
+    middle = next(line for line in said.splitlines() if line.startswith("step      10"))
+    assert "as expected" in middle or "the band of" in middle
+    band = json.loads((lm.Path(config.runs_dir) / config.run_name / "expected.json").read_text())
+    assert band["unit"] == "bits per byte" and len(band["tokens"]) == len(band["low"]) == 2
+    assert summary["predicted"]["bits per byte, low"] == 2.0
