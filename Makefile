@@ -16,13 +16,14 @@ help:
 	@echo 'make browser  set up and use the notebook in Chromium, minutes; screenshots in runs/browser/'
 	@echo 'make script set up and write the notebook as a program, LMHarness.py, for torchrun   (PRESET=day OVERRIDES="{…}")'
 	@echo 'make scores  set up and score a run with lm_eval, beside the notebook: RUN=runs/demo-b64f1d'
-	@echo 'make experiments  set up and answer the four questions, within an hour on two cores: results/experiments.md'
+	@echo 'make experiments  set up and answer the five questions, within an hour on two cores: results/experiments.md'
 	@echo 'make drill  set up and run the fault drills, a quarter to three quarters of an hour: results/reliability.md'
 	@echo 'make rehearsal  set up and take day through two steps on GPUs that are not there, a quarter of an hour, on Linux with gcc: results/rehearsal.md'
 	@echo 'make bench  set up and compare with other libraries, a quarter of an hour on an idle machine: results/bench-….md'
 	@echo 'make traffic  set up and count what a block of day reads and writes on a GPU, without one, minutes: results/traffic.md'
 	@echo 'make card   print the row of your card for results/cards.md, from a run that has ended: RUN=runs/day-1a2b3c'
-	@echo 'make recipe train demo with one change at a time, hours, can be stopped: results/recipe.md'
+	@echo 'make recipe train demo beside other recipes and with single changes, hours, can be stopped: results/recipe.md'
+	@echo 'make forecast  train the short runs behind the forecast, and longer ones to test it, an hour: results/forecast.md'
 
 run: .venv/run
 	@$(BIN)/python -m tools.execute --preset "$$PRESET" --overrides "$$OVERRIDES"
@@ -71,6 +72,9 @@ card: .venv/run
 recipe: .venv/run
 	$(BIN)/python -m tools.bench.recipe
 
+forecast: .venv/run
+	$(BIN)/python -m tools.forecast
+
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"LMHarness needs Python 3.11 or newer, this is {v[0]}.{v[1]}: make PYTHON=python3.12 …")'
 	$(PYTHON) -m venv .venv
@@ -86,4 +90,4 @@ recipe: .venv/run
 experiments: .venv/run
 	$(BIN)/python -m tools.experiments --scale $(SCALE)
 
-.PHONY: help run script notebook lab test test-long browser scores drill rehearsal bench traffic card recipe experiments
+.PHONY: help run script notebook lab test test-long browser scores drill rehearsal bench traffic card recipe forecast experiments

@@ -8,14 +8,15 @@ from conftest import LM
 
 from machinery.errors import UserError
 from machinery.machine import Machine
-from tools import card
-from tools.bench import recipe, steps, traffic
+from tools import card, runs
+from tools.bench import nanochat, recipe, steps, traffic
 from tools.bench.common import in_own_process, slug, take_turns
 from tools.bench.generation import compare_generation
 from tools.bench.peers import make_config
 from tools.bench.scaling import grows_faster, measure_scaling
 from tools.bench.tokenization import compare_tokenization
 from tools.common import quietly, table
+from tools.runs import Results
 
 MACHINE = Machine.find("cpu")
 
@@ -81,51 +82,93 @@ def test_cost_is_set_against_the_formula():
 
 def made_up(path, losses):
     """Results of the runs that `plan` asks for, with bits per byte that `losses(run)` gives, until it asks for none."""
-    results = recipe.Results(path)
-    while missing := [run for run in recipe.plan(results, 1000) if run.key not in results.lines]:
+    results = Results(path)
+    while missing := [run for run in recipe.plan(results) if run.key not in results.lines]:
         for run in missing:
-            line = {"identity": run.key[0], **vars(run), "status": "finished", "parameters": 1, "val_bpb": losses(run)}
+            line = {"key": run.key, **vars(run), "status": "finished", "parameters": 1, "val_bpb": losses(run)}
             line |= {"date": "2026-01-01", "device": "a machine", "dtype": "float32"}
             results.add(line)
     return results
 
 
-def test_the_nanogpt_recipe_is_tuned_until_both_neighbours_are_worse(tmp_path):
+@pytest.fixture
+def small_plan(monkeypatch):
+    """Fewer runs: two budgets and seeds, three choices."""
+    monkeypatch.setattr(recipe, "BUDGETS", (1000, 2000))
+    monkeypatch.setattr(recipe, "SEEDS", (0, 1))
+    monkeypatch.setattr(recipe, "CHOICE_SEEDS", (0, 1))
+    monkeypatch.setattr(recipe, "CHOICE_TOKENS", 1000)
+    monkeypatch.setattr(
+        recipe, "CHOICES", {"cosine": {"schedule": "cosine"}, "MLP": {"ffn": "mlp"}, "wide": {"n_ffn": 600}}
+    )
+
+
+def test_others_come_into_the_contest_with_their_best_rates(tmp_path, small_plan):
     def losses(run):
-        return 2 + abs(run.overrides["lr"] - 0.016) if "nanoGPT" in run.name else 1.5 + 100 / run.tokens
+        return 2 + abs(run.overrides.get("lr", 0.002) - 0.001) + abs(run.scale - 2.0) if "nano" in run.name else 1.5
 
     results = made_up(tmp_path / "recipe.jsonl", losses)
-    assert recipe.tune(results, 1000) == (0.016, True)
-    rates = {line["overrides"]["lr"] for line in results.lines.values() if "nanoGPT" in line["name"]}
-    assert {0.008, 0.016, 0.032} <= rates
-    again = recipe.Results(tmp_path / "recipe.jsonl")
-    assert again.lines == results.lines and all(run.key in again.lines for run in recipe.plan(again, 1000))
+    names = {run.name for run in recipe.contest(results, "english", 1, 2000)}
+    assert {"nanoGPT, lr 0.001", "nanochat, whole, rates × 2", "nanochat, llama, rates × 2"} < names
+    again = Results(tmp_path / "recipe.jsonl")
+    assert again.lines == results.lines and all(run.key in again.lines for run in recipe.plan(again))
+    assert not any(run.by for run in recipe.plan(again, others=False))
 
 
-def test_the_summary_says_what_helped_and_what_hurt(tmp_path):
-    first, last = [name for name in recipe.CHOICES if name != recipe.SAME][:2]
+def test_the_summary_says_what_helped_and_what_hurt(tmp_path, small_plan):
+    changes = {"cosine": -0.5, "MLP": 0.5, "wide": 0.0, "untied": -0.1}
 
     def losses(run):
-        if "nanoGPT" in run.name:
-            return 2 + abs(run.overrides["lr"] - 0.002)
-        return 1.5 + run.seed / 100 + 200 / run.tokens + {first: -0.5, last: 0.5}.get(run.name, 0.0)
+        return 1.5 + run.seed / 100 + 200 / run.tokens + changes.get(run.name, 0.0) + run.seed * (run.name == "wide")
 
-    results = made_up(tmp_path / "recipe.jsonl", losses)
-    recipe.write_summary(results, 1000, tmp_path)
+    recipe.write_summary(made_up(tmp_path / "recipe.jsonl", losses), tmp_path)
     text = (tmp_path / "recipe.md").read_text()
-    verdicts = {line.split(" | ")[0][2:]: line for line in text.splitlines() if line.startswith("| ")}
-    assert verdicts[first].endswith("| better |") and verdicts[last].endswith("| worse |")
-    assert "with 0.50× or less of its tokens" in text  # 1.51 + 200 / 500 is below 2, and 1.51 + 200 / 400 is not
+    rows = {line.split(" | ")[0][2:]: line for line in text.splitlines() if line.startswith("| ")}
+    assert rows["cosine"].endswith("| better |") and rows["MLP"].endswith("| worse |")
+    assert rows["wide"].endswith("| no difference seen |")
+    assert "| untied | 2,000 | 1.5050 | 0.0050 | 2 | 1 | -0.1000 | 0.0000 | better |" in text
     assert (tmp_path / "recipe.png").stat().st_size > 1000
 
 
+def test_an_effect_has_the_error_of_its_pairs():
+    assert runs.paired_effect({0: 1.1, 1: 2.3, 2: 9.0}, {0: 1.0, 1: 2.0}) == (pytest.approx(0.2), pytest.approx(0.1), 2)
+    assert [runs.verdict(-0.3, 0.1), runs.verdict(0.3, 0.1), runs.verdict(0.1, 0.1)] == [
+        "better", "worse", "no difference seen",
+    ]  # fmt: skip
+    assert runs.verdict(-1.0, float("nan")) == "one run"
+
+
+def test_nanochat_is_a_clone_of_the_users(monkeypatch, tmp_path):
+    monkeypatch.delenv("NANOCHAT", raising=False)
+    assert nanochat.clone() is None
+    monkeypatch.setenv("NANOCHAT", str(tmp_path))
+    with pytest.raises(UserError, match="has no nanochat/gpt.py"):
+        nanochat.clone()
+
+
+def test_nanochats_schedules_are_those_of_its_script():
+    weight = torch.nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.SGD([{"params": [weight], "lr": 1.0, "initial_lr": 2.0, "kind": "muon"}])
+    seen = []
+    for step in (0, 39, 400, 1000, 1999):
+        nanochat.set_rates(optimizer, step, 2000)
+        group = optimizer.param_groups[0]
+        seen.append((group["lr"] / 2, group["momentum"], group["weight_decay"]))
+    rates, momenta, decays = zip(*seen)
+    assert rates[:3] == pytest.approx([1 / 40, 1.0, 1.0]) and 0.05 < rates[4] < 0.051
+    assert rates[3] == pytest.approx(1000 / 1300 + (1 - 1000 / 1300) * 0.05)
+    assert momenta[0] == 0.85 and momenta[2] == pytest.approx(0.97) and momenta[4] == pytest.approx(0.90, abs=1e-3)
+    assert decays[0] == pytest.approx(0.28) and decays[3] == pytest.approx(0.14)
+
+
 def test_a_run_is_trained_and_a_failure_is_a_line(texts, tmp_path, monkeypatch):
-    monkeypatch.setattr(recipe, "DATA", tmp_path / "data")
+    monkeypatch.setattr(runs, "DATA", tmp_path / "data")
     overrides = {"source": texts[0], "tokenizer": "bytes", "vocab_size": 257, "n_layer": 1, "block_size": 32}
-    run = recipe.Run("tiny", overrides | {"batch_tokens": 64, "compile": False}, 0, 256)
-    line = recipe.train_run(run, threads=1)
-    assert line["status"] == "finished" and 0 < line["val_bpb"] < 9 and line["identity"] == run.key[0]
-    line = recipe.train_run(recipe.Run("absent", {"source": "nowhere/*.txt"}, 0, 256), threads=1)
+    run = runs.Run("tiny", overrides | {"batch_tokens": 64, "compile": False}, 0, 256, scores=2)
+    line = runs.train_run(run)
+    assert line["status"] == "finished" and 0 < line["val_bpb"] < 9 and line["key"] == run.key
+    assert [share for share, _ in line["curve"]] == [0.0, 0.5, 1.0]
+    line = runs.train_run(runs.Run("absent", {"source": "nowhere/*.txt"}, 0, 256))
     assert line["status"] == "failed" and "nowhere" in line["error"]
 
 

@@ -8,6 +8,8 @@ import torch
 from machinery import budget, forecast
 from machinery.budget import best_batch, settle_batch, tokens_of_steps
 from machinery.machine import Machine
+from tools import forecast as short
+from tools.runs import Results
 
 CPU = Machine.find("cpu", "float32")
 
@@ -85,3 +87,19 @@ def test_a_run_is_held_against_its_forecast(lm, tiny, texts, monkeypatch, tmp_pa
     band = json.loads((lm.Path(config.runs_dir) / config.run_name / "expected.json").read_text())
     assert band["unit"] == "bits per byte" and len(band["tokens"]) == len(band["low"]) == 2
     assert summary["predicted"]["bits per byte, low"] == 2.0
+
+
+def test_the_law_is_fitted_to_short_runs_and_held_against_others(tmp_path):
+    results = Results(tmp_path / "forecast.jsonl")
+    for run in short.fitted() + short.unseen():
+        line = {"key": run.key, **vars(run), "device": "a machine", "dtype": "float32", "val_bpb": 1.0}
+        results.add(line)
+        size = short.line_of(results, run)["multiplying"]
+        end = 0.6 + 20 / size**0.3 + 60 / run.tokens**0.4
+        curve = [[share / 10, end + 0.3 * (1 - share / 10)] for share in range(11)]
+        results.add(line | {"val_bpb": end, "curve": curve})
+    short.write_forecast(results, tmp_path)
+    law = json.loads((tmp_path / "forecast.json").read_text())["python"]
+    assert law["error"] < 0.01 and law["runs"] == len(short.fitted()) / 2 and law["way"][-1] == [1.0, 0.0, 0.0]
+    text = (tmp_path / "forecast.md").read_text()
+    assert f"of {len(short.unseen())} ended within their band" in text and "| python, 6 × 192 | 1,500,000 |" in text

@@ -12,7 +12,7 @@ from model_utils import count_parameters, expected_loss, flops_per_token
 
 NUMBER = r"([+-]?\d+(?:,\d{3})*(?:\.\d+)?)"
 BENCH, DEMO, RECIPE, REHEARSAL = (
-    f"results/{name}.md" for name in ("bench-amd-epyc-2-threads", "demo", "recipe", "rehearsal")
+    f"results/{name}.md" for name in ("bench-amd-epyc-2-threads", "demo", "recipe-2026-11-25", "rehearsal")
 )
 DOCS, README, TEXT, OUTPUTS = "docs/benchmarks.md", "README.md", "the notebook", "the notebook's outputs"
 
@@ -179,12 +179,6 @@ def test_a_claim_about_the_recipe_is_what_its_row_says(sentence, row, verdict):
     assert sentence in read(TEXT) and re.search(
         rf"\| {re.escape(row)} \|[^\n]*\| {verdict} \|", (ROOT / RECIPE).read_text()
     )
-
-
-def test_no_learning_rate_that_was_tried_is_clearly_better():
-    assert "of the learning rates tried, none was clearly better than its own" in read(TEXT)
-    rows = re.findall(r"^\| ((?:embedding_)?lr × \S+) \|.*\| ([^|]+) \|$", (ROOT / RECIPE).read_text(), re.MULTILINE)
-    assert len(rows) == 4 and not [name for name, verdict in rows if verdict == "better"]
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import json
 import math
 import statistics
 from datetime import date
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -98,18 +99,19 @@ def fit_source(lines: list[dict]) -> dict:
     return law | {"error": error, "runs": len(lines), "way": way}
 
 
-def write_forecast(results: Results) -> None:
-    """results/forecast.json and forecast.md, of the runs there are."""
+def write_forecast(results: Results, folder: Path = RESULTS) -> None:
+    """forecast.json and forecast.md in `folder`, of the runs there are; a kind of text with too few has no law."""
     laws, rows = {}, []
     for source in KINDS:
         lines = [line for run in fitted() if run.overrides["source"] == source and (line := line_of(results, run))]
         if len(lines) < 7:
-            raise UserError(
-                f"{results.path}: {len(lines)} runs of {source!r}, too few for a law; `make forecast` makes them"
-            )
+            continue
         laws[source] = fit_source(lines)
+    if not laws:
+        raise UserError(f"{results.path}: too few runs for a law; `make forecast` makes them")
     for run in unseen():
-        if line := line_of(results, run):
+        line = line_of(results, run)
+        if line and run.overrides["source"] in laws:
             law = laws[run.overrides["source"]]
             middle, width = expected(law, line["multiplying"], run.tokens), 2 * law["error"]
             way = Forecast(middle - width, middle + width, law, line["multiplying"], run.tokens)
@@ -119,7 +121,7 @@ def write_forecast(results: Results) -> None:
                 "off by": line["val_bpb"] - middle, "within": "yes" if abs(line["val_bpb"] - middle) <= width else "no",
                 "on the way": f"{sum(kept)} of {len(kept)}",
             })  # fmt: skip
-    write_atomic(RESULTS / "forecast.json", json.dumps(laws, indent=1) + "\n")
+    write_atomic(folder / "forecast.json", json.dumps(laws, indent=1) + "\n")
     within = sum(row["within"] == "yes" for row in rows)
     places = sorted({(line["device"], line["dtype"]) for line in results.lines.values()})
     law_rows = [{"text": source} | {k: v for k, v in law.items() if k != "way"} for source, law in laws.items()]
@@ -143,7 +145,7 @@ def write_forecast(results: Results) -> None:
         "beta": ".2f",
         "error": ".3f",
     }
-    write_atomic(RESULTS / "forecast.md", TEXT.format(
+    write_atomic(folder / "forecast.md", TEXT.format(
         today=date.today(), places="; ".join(", ".join(place) for place in places), within=within, count=len(rows),
         worst=max((abs(row["off by"]) for row in rows), default=math.nan),
         laws=table(law_rows, law_columns), rows=table(rows, columns),

@@ -71,7 +71,7 @@ def build_whole(config, scale: float) -> tuple[nn.Module, torch.optim.Optimizer]
 def build_llama(config, scale: float) -> tuple[nn.Module, torch.optim.Optimizer]:
     """The notebook's untied Transformer with nanochat's initial weights, groups and rates."""
     optim = importlib.import_module("nanochat.optim")
-    model = lm.build_model(replace(config, tie_embeddings=False))
+    model = lm.build_model(replace(config, tie_embeddings=False, embedding_norm=False))
     matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
     with torch.no_grad():
         bound = (3 / config.n_embd) ** 0.5

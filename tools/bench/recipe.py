@@ -32,16 +32,17 @@ TEXTS = {"python": {}, "english": {"source": "english", "prompt": "The"}}
 CHOICE_TOKENS, CHOICE_SEEDS = BUDGETS[0], SEEDS[:3]
 SCALES = (0.5, 1.0, 2.0)  # of all rates, tried for those whose rates are not made for this batch
 OURS, NANOGPT_NAME = "the default", "nanoGPT"
-NANOGPT = {"optimizer": "adamw", "schedule": "cosine", "weight_decay": 0.1}
+NANOGPT = {"optimizer": "adamw", "schedule": "cosine", "weight_decay": 0.1, "embedding_norm": False}
 NANOGPT_RATES = (0.001, 0.002, 0.004)
 
-UNTIED = {"tie_embeddings": False, "embedding_lr": 0.3, "head_lr": 0.016}
+UNTIED = {"tie_embeddings": False, "embedding_norm": False, "embedding_lr": 0.3, "head_lr": 0.016}
 VALUE = UNTIED | {"attention": "value"}
 
 # One change each. Where a change would add or remove parameters, n_ffn makes up for it, unless the name says otherwise.
 CHOICES: dict[str, dict] = {
     "untied, rates of its own (more parameters)": UNTIED,
     "and value embeddings (more parameters)": VALUE,
+    "no embedding_norm": {"embedding_norm": False},
     "embedding_lr × 0.5": {"embedding_lr": 0.03},
     "embedding_lr × 2": {"embedding_lr": 0.12},
     "head_lr × 0.3": {"head_lr": 0.003},
