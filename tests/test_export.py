@@ -79,6 +79,24 @@ CASES += [
 ]
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_normalised_embedding_leaves_as_a_table_of_unit_rows(lm, tiny, tmp_path, tied):
+    config, model, out = exported(tmp_path, tiny, embedding_norm=True, tie_embeddings=tied, norm_eps=1e-6)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(out)
+    assert theirs.config.model_type == "qwen3" and not theirs.config.tie_word_embeddings
+    tokens = torch.randint(0, 256, (2, config.block_size), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        ours, logits = model(tokens), theirs(tokens).logits
+    assert (ours - logits).norm() / ours.norm() < 1e-5
+    values, state = import_hf(out)
+    again = lm.build_model(tiny(**values | {"batch_tokens": 4 * config.positions}))
+    again.load_state_dict(state)
+    with torch.no_grad():
+        assert (again(tokens) - ours).norm() / ours.norm() < 1e-5
+    with pytest.raises(UserError, match="embedding_norm"):
+        import_hf(out, config.to_dict())
+
+
 @pytest.mark.parametrize(
     ("family", "change"), CASES, ids=[f"{f.model_type}-{'-'.join(map(str, c.values()))}" for f, c in CASES]
 )
@@ -154,6 +172,7 @@ def test_every_combination_exports_or_names_the_part_in_the_way(lm, tiny):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"attention": "value"}, "attention 'value' .*; 'mha' or 'gqa' has$"),
         ({"attention": "window", "position": "none", "ffn": "mlp"}, "attention 'window' .*; 'mha' or 'gqa' has$"),
         ({"position": "absolute", "ffn": "gated", "norm": "rms"}, "position 'absolute' .*there is one with position"),
         ({"position": "none", "norm": "layer", "qk_norm": False}, "norm 'layer' .*position 'rope', or with norm 'rms'"),
@@ -162,7 +181,7 @@ def test_every_combination_exports_or_names_the_part_in_the_way(lm, tiny):
             "position 'none' .* there is one with position 'rope' and",
         ),
     ],
-    ids=["window", "absolute", "layer", "two"],
+    ids=["value", "window", "absolute", "layer", "two"],
 )
 def test_the_part_in_the_way_is_the_one_whose_change_is_enough(tiny, change, message):
     with pytest.raises(ExportError, match=message):
