@@ -202,7 +202,7 @@ def plot_runs(*folders: str | Path) -> Figure:
             )
         curves.append((folder.absolute().name, zip(*points)))
     figure, axes = plt.subplots(figsize=(6, 3), layout="constrained")
-    drawn = [axes.plot(*curve, "o-")[0] for _, curve in curves]
+    drawn = [axes.plot(*curve, "o-", label=name)[0] for name, curve in curves]
     axes.set(xlabel="training tokens (millions)", ylabel="held-out bits per byte", title="Runs on held-out text")
     for label in axes.legend(drawn, [name for name, _ in curves]).get_texts():
         label.set_parse_math(False)
