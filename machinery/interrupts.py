@@ -22,8 +22,9 @@ class StopRequest:
         self._previous = {}
         if threading.current_thread() is threading.main_thread():
             names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]  # no SIGHUP on Windows
-            for number in [getattr(signal, name) for name in names]:
-                if signal.getsignal(number) != signal.SIG_IGN:
+            for name in names:
+                number = getattr(signal, name)
+                if name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN:  # `nohup` is obeyed
                     self._previous[number] = signal.signal(number, self._handle)
         return self
 
