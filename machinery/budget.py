@@ -52,11 +52,13 @@ def settle_batch(config, machine: Machine):
         return config
     unit = config.block_size * machine.processes * (1 if config.micro_batch == "auto" else config.micro_batch)
     begun = Path(config.runs_dir).expanduser() / config.run_name / "config.json"
-    saved = read_json(begun, missing={}).get("batch_tokens") if config.resume != "never" else None
-    tokens = 0.0 if saved else tokens_within(config, machine)
-    batch = saved or unit * 2 ** max(0, round(math.log2(best_batch(tokens) / unit)))
+    batch, why = 0, "as this run was begun"
+    if config.resume != "never":
+        batch = read_json(begun, missing={}).get("batch_tokens")
+    if type(batch) is not int or batch < 1:
+        tokens = machine.maximum(tokens_within(config, machine))[0]  # all processes agree
+        batch, why = unit * 2 ** max(0, round(math.log2(best_batch(tokens) / unit))), f"for a run of about {tokens:.2g}"
     factor = math.sqrt(batch / DAY_BATCH)
-    why = "as this run was begun" if saved else f"for a run of about {tokens:.2g}"
     print(f"batch_tokens 'auto': {batch:,} tokens a step {why}; learning rates × {factor:.2f}")
     rates = {name: getattr(config, name) * factor for name in ("lr", "embedding_lr", "head_lr")}
     return replace(config, batch_tokens=batch, **rates)

@@ -52,9 +52,11 @@ class Forecast:
         return f", {where} the band of {low:.3f} to {high:.3f}" if where else ", as expected"
 
     def band(self) -> dict:
-        """The way as lists for a figure: tokens, and the two ends in bits per byte."""
-        shares = [share for share, *_ in self.law["way"]] if self.law else []
-        low, high = zip(*(self.at(share) for share in shares)) if shares else ((), ())
+        """The way as lists for a figure: tokens, and the two ends in bits per byte; empty where it is not known."""
+        if self.law is None:
+            return {}
+        shares = [share for share, *_ in self.law["way"]]
+        low, high = zip(*(self.at(share) for share in shares))
         return {"tokens": [s * self.tokens for s in shares], "low": low, "high": high, "unit": "bits per byte"}
 
     def law_at(self, tokens: float) -> float:
@@ -75,10 +77,11 @@ def laws() -> dict[str, dict]:
 def forecast(config, parameters: float, flops_per_token: float, tokens: float) -> Forecast | None:
     """The forecast for a run of `tokens` in all, of a model with so many multiplying parameters.
 
-    None where nothing is known: other text, or a size or length far from what the law was fitted to.
+    None where nothing is known: other text or another recipe than those of the runs that the law was fitted to, or a
+    size or length far from theirs.
     """
     law = laws().get(config.source)
-    if law and not config.init_from:
+    if law and all(getattr(config, name, None) == value for name, value in law["recipe"].items()):
         near = zip((parameters, tokens), (law["parameters"], law["tokens"]))
         if all(least / REACH <= value <= most * REACH for value, (least, most) in near):
             middle, width = expected(law, parameters, tokens), 2 * law["error"]

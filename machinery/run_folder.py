@@ -162,10 +162,10 @@ class RunFolder:
 
     def predict(self, values: dict[str, float], forecast) -> dict[str, float]:
         """`values` with the two ends of a forecast of the loss; its band on the way goes to expected.json."""
+        if self.writes:
+            write_json(self.path / "expected.json", forecast.band() if forecast else {})
         if forecast is None:
             return values
-        if self.writes and forecast.law:
-            write_json(self.path / "expected.json", forecast.band())
         return values | {"bits per byte, low": forecast.low, "bits per byte, high": forecast.high}
 
     def append(self, name: str, line: dict) -> None:

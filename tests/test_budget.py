@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from conftest import LM
 
 from machinery import budget, forecast
 from machinery.budget import best_batch, settle_batch, tokens_of_steps
@@ -20,7 +21,7 @@ def test_the_law_of_the_batch():
     assert tokens == pytest.approx(1000 * best_batch(tokens))
 
 
-def test_auto_follows_the_budget_and_moves_the_rates(lm, capsys, monkeypatch):
+def test_auto_follows_the_budget_and_moves_the_rates(lm, capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(budget, "measure_matmul_flops", lambda _: 165e12 * 0.8)
     settled = {hours: settle_batch(lm.Config.from_preset("day", max_hours=hours), CPU) for hours in (1, 24, 600)}
     assert [config.batch_tokens for config in settled.values()] == [131072, 524288, 2097152]
@@ -29,8 +30,14 @@ def test_auto_follows_the_budget_and_moves_the_rates(lm, capsys, monkeypatch):
     assert "131,072 tokens a step for a run of about 1.5e+08; learning rates × 0.50" in capsys.readouterr().out
     limited = settle_batch(lm.Config.from_preset("day", max_tokens=10**8), CPU)  # the limit that is reached first
     assert limited.batch_tokens == 131072
+    odd = tmp_path / "odd" / "config.json"  # of a run that somebody wrote by hand
+    odd.parent.mkdir()
+    odd.write_text(json.dumps({"batch_tokens": "auto"}))
+    named = {"runs_dir": str(tmp_path), "run_name": "odd"}
+    assert settle_batch(lm.Config.from_preset("day", max_tokens=10**8, **named), CPU).batch_tokens == 131072
+    capsys.readouterr()
     given = lm.Config.from_preset("day", batch_tokens=65536)
-    assert settle_batch(given, CPU) is given and capsys.readouterr().out.count("auto") == 1
+    assert settle_batch(given, CPU) is given and not capsys.readouterr().out
 
 
 def test_a_run_keeps_its_batch_when_its_budget_grows(lm, tiny, capsys):
@@ -54,7 +61,7 @@ def test_a_law_is_found_again_and_knows_where_it_ends(lm, monkeypatch, tmp_path)
     ]  # fmt: skip
     law = forecast.fit_law(runs)
     assert forecast.expected(law, 2e6, 3e6) == pytest.approx(forecast.expected(true, 2e6, 3e6), abs=0.01)
-    law |= {"error": 0.02, "way": [[0.1, 0.3, 0.02], [0.5, 0.2, 0.02], [1.0, 0.0, 0.0]]}
+    law |= {"recipe": {"vocab_size": 4096}, "error": 0.02, "way": [[0.1, 0.3, 0.02], [0.5, 0.2, 0.02], [1.0, 0.0, 0.0]]}
     monkeypatch.setattr(forecast, "LAWS", tmp_path / "forecast.json")
     (tmp_path / "forecast.json").write_text(json.dumps({"python": law}))
     config = lm.Config.from_preset("demo")
@@ -62,7 +69,8 @@ def test_a_law_is_found_again_and_knows_where_it_ends(lm, monkeypatch, tmp_path)
     assert found.high - found.low == pytest.approx(0.08) and found.at(1.0) == pytest.approx((found.low, found.high))
     assert found.at(0.5)[0] > found.high and found.at(0.01) is None
     assert forecast.forecast(config, 2e6, 1e7, 1e8) is None  # far beyond the runs
-    assert forecast.forecast(lm.replace(config, source="texts/*.txt"), 2e6, 1e7, 2e6) is None
+    for other in ({"source": "texts/*.txt"}, {"vocab_size": 8192}):  # other text, another recipe
+        assert forecast.forecast(lm.replace(config, **other), 2e6, 1e7, 2e6) is None
     web = forecast.forecast(lm.Config.from_preset("day"), 2.2e8, 1.5e9, 3.7e9)
     assert 0.75 < web.low < 0.829 < web.high < 0.9 and web.at(0.5) is None
 
@@ -73,7 +81,7 @@ def test_the_settled_config_is_that_of_a_machine(lm):
 
 
 def test_a_run_is_held_against_its_forecast(lm, tiny, texts, monkeypatch, tmp_path, capsys):
-    law = {"E": 3.0, "A": 0.0, "alpha": 0.3, "B": 0.0, "beta": 0.3, "error": 0.5}
+    law = {"E": 3.0, "A": 0.0, "alpha": 0.3, "B": 0.0, "beta": 0.3, "error": 0.5, "recipe": {"tokenizer": "bytes"}}
     law |= {"way": [[0.2, 3.0, 0.5], [1.0, 0.0, 0.0]], "parameters": [1e3, 1e6], "tokens": [100, 10000]}
     monkeypatch.setattr(forecast, "LAWS", tmp_path / "forecast.json")
     (tmp_path / "forecast.json").write_text(json.dumps({texts[0]: law}))
@@ -100,6 +108,9 @@ def test_the_law_is_fitted_to_short_runs_and_held_against_others(tmp_path):
         results.add(line | {"val_bpb": end, "curve": curve})
     short.write_forecast(results, tmp_path)
     law = json.loads((tmp_path / "forecast.json").read_text())["python"]
+    demo = LM.Config.from_preset("demo")
+    assert all(getattr(demo, name) == value for name, value in law["recipe"].items())
+    assert "lr" in law["recipe"] and "n_layer" not in law["recipe"]
     assert law["error"] < 0.01 and law["runs"] == len(short.fitted()) / 2 and law["way"][-1] == [1.0, 0.0, 0.0]
     text = (tmp_path / "forecast.md").read_text()
     assert f"of {len(short.unseen())} ended within their band" in text and "| python, 6 × 192 | 1,500,000 |" in text

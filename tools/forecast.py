@@ -43,6 +43,11 @@ UNSEEN = [  # source, size, tokens, other overrides
     ("english", (2, 128), 3_200_000, {}),
     ("english", (4, 256), 1_000_000, {}),
 ]
+# Fields that a run may change and still be foretold by the law; of model, data and optimisation all others are fixed
+FREE = {
+    "n_layer", "n_embd", "n_head", "n_kv_head", "n_ffn", "n_position", "batch_tokens", "micro_batch", "max_steps",
+    "max_tokens", "max_hours", "data_dir",
+}  # fmt: skip
 SCORES = 10  # evaluations on the way, to know how a run gets there
 LINES = RESULTS / "forecast.jsonl"
 
@@ -75,8 +80,14 @@ def line_of(results: Results, run: Run) -> dict | None:
         return line | {"multiplying": multiplying_parameters(lm.build_model(run.config()))}
 
 
-def fit_source(lines: list[dict]) -> dict:
-    """The law of a kind of text, its error, and how runs get to their end."""
+def recipe_of(config) -> dict:
+    """The fields that make a run one of those that the law speaks of."""
+    groups = (lm.ModelFields, lm.DataFields, lm.OptimisationFields)
+    return {f.name: getattr(config, f.name) for group in groups for f in lm.fields(group) if f.name not in FREE}
+
+
+def fit_source(lines: list[dict], recipe: dict) -> dict:
+    """The law of a kind of text under a recipe, its error, and how runs get to their end."""
     law = fit_law(lines)
     # The error of a law that has not seen the longest run of each size, on those runs
     longest = {
@@ -96,17 +107,18 @@ def fit_source(lines: list[dict]) -> dict:
     way = [[float(s), float(np.mean(part)), float(np.std(part))] for s, part in zip(shares, zip(*rows))] + [
         [1.0, 0.0, 0.0]
     ]
-    return law | {"error": error, "runs": len(lines), "way": way}
+    return law | {"error": error, "runs": len(lines), "way": way, "recipe": recipe}
 
 
 def write_forecast(results: Results, folder: Path = RESULTS) -> None:
     """forecast.json and forecast.md in `folder`, of the runs there are; a kind of text with too few has no law."""
     laws, rows = {}, []
     for source in KINDS:
-        lines = [line for run in fitted() if run.overrides["source"] == source and (line := line_of(results, run))]
+        runs = [run for run in fitted() if run.overrides["source"] == source]
+        lines = [line for run in runs if (line := line_of(results, run))]
         if len(lines) < 7:
             continue
-        laws[source] = fit_source(lines)
+        laws[source] = fit_source(lines, recipe_of(runs[0].config()))
     if not laws:
         raise UserError(f"{results.path}: too few runs for a law; `make forecast` makes them")
     for run in unseen():
