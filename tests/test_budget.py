@@ -40,15 +40,14 @@ def test_auto_follows_the_budget_and_moves_the_rates(lm, capsys, monkeypatch, tm
     assert settle_batch(given, CPU) is given and not capsys.readouterr().out
 
 
-def test_a_run_keeps_its_batch_when_its_budget_grows(lm, tiny, capsys):
-    config = tiny(batch_tokens="auto", max_tokens=4096)
+def test_a_run_keeps_its_batch_when_its_budget_grows(lm, tiny, texts, tmp_path, capsys):
+    places = {"source": texts[0], "runs_dir": str(tmp_path / "runs"), "data_dir": str(tmp_path / "data")}
+    config = tiny(batch_tokens="auto", max_tokens=4096, max_steps=0, val_fraction=0.2, **places)
     first = lm.train(config)
     begun = json.loads((lm.Path(config.runs_dir) / config.run_name / "config.json").read_text())
     again = lm.train(lm.replace(config, max_tokens=4 * begun["batch_tokens"] + first["tokens"]))
-    assert (
-        again["tokens"] >= first["tokens"] + 4 * begun["batch_tokens"]
-        and "as this run was begun" in capsys.readouterr().out
-    )
+    assert again["tokens"] >= first["tokens"] + 4 * begun["batch_tokens"]
+    assert "as this run was begun" in capsys.readouterr().out
     saved = json.loads((lm.Path(config.runs_dir) / config.run_name / "config.json").read_text())
     assert saved["batch_tokens"] == begun["batch_tokens"] and saved["lr"] == begun["lr"]
 
@@ -85,7 +84,8 @@ def test_a_run_is_held_against_its_forecast(lm, tiny, texts, monkeypatch, tmp_pa
     law |= {"way": [[0.2, 3.0, 0.5], [1.0, 0.0, 0.0]], "parameters": [1e3, 1e6], "tokens": [100, 10000]}
     monkeypatch.setattr(forecast, "LAWS", tmp_path / "forecast.json")
     (tmp_path / "forecast.json").write_text(json.dumps({texts[0]: law}))
-    config = tiny(source=texts[0], max_steps=20, eval_every=10, val_fraction=0.2)
+    places = {"runs_dir": str(tmp_path / "runs"), "data_dir": str(tmp_path / "data")}
+    config = tiny(source=texts[0], max_steps=20, eval_every=10, val_fraction=0.2, **places)
     summary = lm.train(config)
     said = capsys.readouterr().out
     assert "forecast     2.000 to 4.000 bits per byte held out" in said
