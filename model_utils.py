@@ -18,9 +18,10 @@ from torch.overrides import TorchFunctionMode
 from machinery.attention import SHORT, attend, short_attention
 from machinery.budget import multiplying_and_flops, tokens_within
 from machinery.errors import UserError
-from machinery.forecast import forecast, laws
+from machinery.forecast import forecast
 from machinery.machine import Machine
 from machinery.settings import kv_heads
+from machinery.sources import source_kind
 
 __all__ = [
     "attend", "attention_maps", "best_shape", "budget_left", "cache_bytes_per_token", "choose_micro_batch",
@@ -86,8 +87,8 @@ def compute_optimal(flops: float) -> tuple[float, float]:
 def best_shape(config, machine: Machine, hours: float, channels: int = 64) -> dict[str, int]:
     """Overrides of `config` for the depth, at so many channels per layer, that should be best after `hours`.
 
-    Speed is taken to be half the rate of a large matrix product; loss is that of the law for the source, or of
-    `expected_loss`. Prints the candidates near the best. Raises `UserError` where no law covers them.
+    Speed is taken to be half the rate of a large matrix product; loss is that of the law fitted to the source, or for
+    text from the hub, `expected_loss`. Prints the candidates near the best. Raises `UserError` where no law covers it.
     """
     sized, rows = replace(config, max_hours=hours, max_steps=0, max_tokens=0), []
     for depth in range(1, 65):
@@ -101,11 +102,11 @@ def best_shape(config, machine: Machine, hours: float, channels: int = 64) -> di
         known = forecast(one, parameters, flops, tokens)
         if known and known.law:
             rows.append((known.middle, "bits per byte", shape, parameters, tokens))
-        elif parameters > 2e7 and config.source not in laws():  # the published law begins at 5e7
+        elif parameters > 2e7 and source_kind(config.source) == "hub":  # the published law begins at 5e7
             rows.append((expected_loss(parameters, tokens), "nats per token", shape, parameters, tokens))
-    if not rows:
-        raise UserError(f"no law covers {hours:g} hours of {config.source!r} on this machine; see results/forecast.md")
-    best = min(rows, key=lambda row: row[0])
+    best = min(rows, key=lambda row: row[0], default=None)
+    if not rows or best in (rows[0], rows[-1]):
+        raise UserError(f"no law covers the best size for {hours:g} hours of {config.source!r} on this machine")
     at = rows.index(best)
     for loss, unit, shape, parameters, tokens in rows[max(0, at - 2) : at + 3]:
         sizes = f"{shape['n_layer']:3d} × {shape['n_embd']:<5d}{parameters:14,.0f} weights {tokens:16,.0f} tokens"

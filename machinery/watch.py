@@ -54,7 +54,9 @@ def announce(config) -> None:
     """What a run is about to do, before anything is fetched, and where it takes hours, what to begin with."""
     limits = {"hours": config.max_hours, "tokens": config.max_tokens, "steps": config.max_steps}
     budget = ", or ".join(f"{limit:,.12g} {name}" for name, limit in limits.items() if limit)
-    print(f"{config.run_name} trains for {budget} on {config.source!r}; a table says what that takes before it begins")
+    print(
+        f"{config.run_name} trains for {budget} on {config.source!r}; before it starts, a table shows what it will take"
+    )
     if source_kind(config.source) == "hub":
         named = re.search(r"(\d+)BT\b", config.source)  # sample-10BT: ten billion tokens
         known = [tokens for tokens in (config.max_tokens / 1e9, named and int(named[1])) if tokens]

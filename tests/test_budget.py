@@ -8,7 +8,9 @@ from conftest import LM
 
 from machinery import budget, forecast
 from machinery.budget import best_batch, settle_batch, tokens_of_steps
+from machinery.errors import UserError
 from machinery.machine import Machine
+from model_utils import best_shape
 from tools import forecast as short
 from tools.runs import Results
 
@@ -114,3 +116,15 @@ def test_the_law_is_fitted_to_short_runs_and_held_against_others(tmp_path):
     assert law["error"] < 0.01 and law["runs"] == len(short.fitted()) / 2 and law["way"][-1] == [1.0, 0.0, 0.0]
     text = (tmp_path / "forecast.md").read_text()
     assert f"of {len(short.unseen())} ended within their band" in text and "| python, 6 × 192 | 1,500,000 |" in text
+
+
+def test_the_best_shape_is_inside_of_what_was_tried_or_not_known(lm, monkeypatch, capsys):
+    monkeypatch.setattr(budget, "measure_matmul_flops", lambda _: 165e12 * 0.8)
+    day = lm.Config.from_preset("day")
+    shape = best_shape(day, CPU, hours=24)
+    assert shape["n_embd"] % 128 == 0 and abs(shape["n_embd"] - 64 * shape["n_layer"]) <= 64
+    assert 10 <= shape["n_layer"] <= 20 and capsys.readouterr().out.count("<- best") == 1
+    settle_batch(lm.replace(day, **shape), CPU)  # it is a configuration
+    for config, hours in ((lm.replace(day, source="texts/*.txt"), 24), (day, 0.001)):
+        with pytest.raises(UserError, match="no law covers the best size for"):
+            best_shape(config, CPU, hours=hours)

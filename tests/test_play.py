@@ -253,9 +253,11 @@ def test_a_run_in_a_notebook_is_drawn_in_one_place_at_evaluations_and_no_figure_
         assert [text.split("\n")[0] for text in samples] == [f"──── sample of step {i}" for i in (0, 3, 6, 9, 12)]
         assert "bits per byte held out" in printed
 
-        band = {"tokens": [9], "low": [1], "high": [2], "unit": "nats per token"}
-        (tmp_path / "drawn" / "expected.json").write_text(json.dumps(band))
-        pictures, samples, printed = messages("train(30, 0.0)")
+        law = {"E": 3.0, "A": 0.0, "alpha": 0.3, "B": 0.0, "beta": 0.3, "error": 0.5, "recipe": {}}
+        law |= {"way": [[0.2, 3.0, 0.5], [1.0, 0.0, 0.0]], "parameters": [1, 1e9], "tokens": [1, 1e9]}
+        (tmp_path / "laws.json").write_text(json.dumps({texts[0]: law}))
+        known = f"from machinery import forecast\nforecast.LAWS = lm.Path({str(tmp_path / 'laws.json')!r})\n"
+        pictures, samples, printed = messages(f"{known}train(30, 0.0)")
         assert len(pictures) == 1 + 1 + 1  # what there was, the first evaluation, and no time for more until the end
         assert "for expected, training" in pictures[0]["metadata"]["image/png"]["alt"]
         assert samples[0].startswith("──── sample of step 12") and "from step 12" in printed

@@ -338,7 +338,7 @@ RULES = [
     (
         "AdamW, batch",
         "∝ √batch_tokens, up to a critical batch, which is larger for Muon",
-        "a value of its own in each preset",
+        '`batch_tokens="auto"` does it, for Muon too',
         link("Malladi et al. 2022", "2205.10643") + ", " + link("Shah et al. 2025", "2505.02222"),
     ),
     (
