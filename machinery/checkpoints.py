@@ -15,7 +15,6 @@ import json
 import math
 import os
 import re
-import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TypeVar
@@ -26,7 +25,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from machinery.errors import UserError, first_line, told
-from machinery.files import json_digest, make_folder, publish, read_json, refuse_link, regular_file, remove, sha256
+from machinery.files import (
+    free_bytes,
+    json_digest,
+    make_folder,
+    publish,
+    read_json,
+    refuse_link,
+    regular_file,
+    remove,
+    sha256,
+)
 from machinery.processes import gather, shard_like
 
 T = TypeVar("T")
@@ -63,8 +72,7 @@ def save_checkpoint(
     try:
         _write(target, weights, training, state)
     except (OSError, RuntimeError, SafetensorError) as error:  # each library reports a full disk in its own way
-        place = next(path for path in (run, *run.absolute().parents) if path.exists())
-        needed, free = _bytes_needed(weights, optimizers), shutil.disk_usage(place).free
+        needed, free = _bytes_needed(weights, optimizers), free_bytes(run)
         raise CheckpointError(
             f"{target} was not written ({first_line(error)}): it takes {needed / 1e9:,.4f} GB and"
             f" {free / 1e9:,.4f} GB are free there; earlier checkpoints are kept, and a run goes on from them"

@@ -55,7 +55,7 @@ def encode_all(
         return [(encode_text(own.encoding, text).astype(dtype), *look_at_lines(text)) for text in texts]
 
     with ThreadPoolExecutor(os.cpu_count(), initializer=start) as pool:
-        waiting: deque[tuple[list, list[Future]]] = deque()
+        waiting: deque[tuple[list, list[Future], int]] = deque()
         ahead = 0
         for batch in _batches(documents):
             size = sum(len(text) for _, text, _ in batch)

@@ -35,6 +35,12 @@ def folder_path(value: object, what: str) -> Path:
         return Path(value).expanduser()
 
 
+def free_bytes(path: str | Path) -> int:
+    """Free bytes on the disk where `path` is, or would be made."""
+    path = Path(path).expanduser().absolute()
+    return shutil.disk_usage(next(place for place in (path, *path.parents) if place.exists())).free
+
+
 def regular_file(path: Path) -> Path:
     """`path`, where that is a file with an end. Raises `UserError` for a pipe, a device or a folder, else `OSError`."""
     if not stat.S_ISREG(path.stat().st_mode):

@@ -5,12 +5,13 @@ results/forecast.json holds the fitted laws and is written by `make forecast`.
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+
+from machinery.files import read_json
 
 LAWS = Path(__file__).parents[1] / "results" / "forecast.json"
 # nanochat's runs on FineWeb-Edu, 0.829 bits per byte at 5e18 FLOPs and 0.800 at 1e19, as a power law
@@ -39,7 +40,7 @@ class Forecast:
         if self.law is None or progress < self.law["way"][0][0]:
             return None
         shares, above, spread = zip(*self.law["way"])
-        middle = self.law_at(progress * self.tokens) + float(np.interp(progress, shares, above))
+        middle = expected(self.law, self.parameters, progress * self.tokens) + float(np.interp(progress, shares, above))
         width = math.hypot((self.high - self.low) / 2, 2 * float(np.interp(progress, shares, spread)))
         return middle - width, middle + width
 
@@ -59,19 +60,21 @@ class Forecast:
         low, high = zip(*(self.at(share) for share in shares))
         return {"tokens": [s * self.tokens for s in shares], "low": low, "high": high, "unit": "bits per byte"}
 
-    def law_at(self, tokens: float) -> float:
-        """Bits per byte of a run that ends after so many tokens."""
-        return expected(self.law, self.parameters, tokens)
-
 
 def expected(law: dict, parameters: float, tokens: float) -> float:
     """E + A / parameters^α + B / tokens^β, in bits per byte (the form of Hoffmann et al. 2022)."""
     return law["E"] + law["A"] / parameters ** law["alpha"] + law["B"] / tokens ** law["beta"]
 
 
+def by_law(law: dict, parameters: float, tokens: float) -> Forecast:
+    """What a fitted law says of a run, twice its error either way."""
+    middle, width = expected(law, parameters, tokens), 2 * law["error"]
+    return Forecast(middle - width, middle + width, law, parameters, tokens)
+
+
 def laws() -> dict[str, dict]:
     """The fitted laws by source; empty where there are none."""
-    return json.loads(LAWS.read_text()) if LAWS.exists() else {}
+    return read_json(LAWS, missing={})
 
 
 def forecast(config, parameters: float, flops_per_token: float, tokens: float) -> Forecast | None:
@@ -84,8 +87,7 @@ def forecast(config, parameters: float, flops_per_token: float, tokens: float) -
     if law and all(getattr(config, name, None) == value for name, value in law["recipe"].items()):
         near = zip((parameters, tokens), (law["parameters"], law["tokens"]))
         if all(least / REACH <= value <= most * REACH for value, (least, most) in near):
-            middle, width = expected(law, parameters, tokens), 2 * law["error"]
-            return Forecast(middle - width, middle + width, law, parameters, tokens)
+            return by_law(law, parameters, tokens)
     flops = flops_per_token * tokens
     if "fineweb-edu" in config.source.lower() and flops > WEB_FLOPS / 50 and not config.init_from:
         middle = WEB * (flops / WEB_FLOPS) ** -WEB_POWER
@@ -94,7 +96,7 @@ def forecast(config, parameters: float, flops_per_token: float, tokens: float) -
 
 
 def fit_law(runs: list[dict]) -> dict:
-    """The law through runs with "parameters", "tokens" and "val_bpb": powers from a grid, the rest by least squares."""
+    """The law of runs with "multiplying", "tokens" and "val_bpb": powers from a grid, the rest by least squares."""
     n, d, y = (np.array([run[name] for run in runs], dtype=float) for name in ("multiplying", "tokens", "val_bpb"))
     best = None
     for alpha in np.arange(0.1, 1.01, 0.05):

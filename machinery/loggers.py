@@ -92,10 +92,8 @@ class FigureLogger(Logger):
             return
         from IPython.display import display
 
-        self.lines, self.expected = (
-            read_jsonl(folder / "metrics.jsonl"),
-            read_json(folder / "expected.json", missing={}),
-        )
+        self.lines = read_jsonl(folder / "metrics.jsonl")
+        self.expected = read_json(folder / "expected.json", missing={})
         self.started, self.spent = time.perf_counter(), 0.0  # seconds
         picture, options = self._picture()  # empty axes, or the steps of an earlier part; the first one takes longer
         self.curves = display(picture, **options, display_id=True)

@@ -53,10 +53,6 @@ class CarefulEncoding(tiktoken.Encoding):
         with told(f"tokenizer {self.name!r}", DataError, "its pattern fails on this text", "use another tokenizer"):
             return self.encode(text, disallowed_special=())
 
-    def encode_ordinary_batch(self, text: list[str], *, num_threads: int = 8) -> list[list[int]]:
-        """The ids of each text."""
-        return [self.encode_ordinary(one) for one in text]
-
 
 def tokenizer_from_dict(
     fields: dict, where: object = "tokenizer.json", advice: str = "remove its folder"

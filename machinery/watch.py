@@ -5,13 +5,13 @@ from __future__ import annotations
 import datetime
 import math
 import re
-import shutil
 import statistics
 from collections import deque
 from pathlib import Path
 
 from machinery.budget import multiplying_and_flops
 from machinery.errors import UserError
+from machinery.files import free_bytes
 from machinery.forecast import Forecast, forecast
 from machinery.machine import Machine, measure_matmul_flops
 from machinery.sources import source_kind
@@ -63,11 +63,9 @@ def announce(config) -> None:
         billions = min(known, default=1)
         sizes = billions * TEXT_BYTES, billions * (2 if config.vocab_size <= 1 << 16 else 4)
         fetched, kept = (format(size, ",.0f" if size >= 10 else ".2g") for size in sizes)
-        folder = Path(config.data_dir).expanduser().absolute()
-        free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free / 1e9
         amount = f"up to {billions:,.3g} billion tokens are" if known else "each billion tokens is"
         print(f"  its text comes from the Hugging Face hub during the run: {amount} some {fetched} GB to fetch", end="")
-        print(f" and {kept} GB in {config.data_dir}, where {free:,.0f} GB are free")
+        print(f" and {kept} GB in {config.data_dir}, where {free_bytes(config.data_dir) / 1e9:,.0f} GB are free")
     if config.max_hours > 4:
         print('  for a first look stop it and set preset to "hour", or to "demo", three minutes of training', end="")
         print(" (in a terminal: make run PRESET=hour)")
@@ -75,7 +73,7 @@ def announce(config) -> None:
 
 def refuse_what_does_not_fit(prediction: dict, machine: Machine, folder: Path) -> None:
     """Raise `UserError` where the device cannot hold one sequence at a time, or the disk one checkpoint."""
-    p, free, memory = prediction, shutil.disk_usage(folder).free / 1e9, machine.memory / 1e9
+    p, free, memory = prediction, free_bytes(folder) / 1e9, machine.memory / 1e9
     if p["micro-batch"] == 1 and p["peak memory (GB)"] > memory:
         raise UserError(
             f"no go: one sequence at a time is predicted to take {p['peak memory (GB)']:.1f} GB and the device has"
@@ -115,7 +113,7 @@ def print_preflight(
         "memory": f"{p['peak memory (GB)']:.2f} GB predicted at micro-batch {p['micro-batch']},"
         f" {machine.memory / 1e9:.1f} GB there",
         "disk": f"{p['checkpoint (GB)'] * (keep + 2):.2f} GB for {keep} checkpoints, the best and one being written,"
-        f" {shutil.disk_usage(folder).free / 1e9:.1f} GB free",
+        f" {free_bytes(folder) / 1e9:.1f} GB free",
         "speed": f"{p['tokens per second']:,.0f} tokens/s, {flops / matmul_flops:.0%} of the matrix rate{mfu}",
         "budget": f"{p['tokens']:,.0f} tokens in {length} with evaluations and samples, until {end:%Y-%m-%d %H:%M}",
         "limit": f"{first} is reached first; {later}" if later else "",

@@ -213,3 +213,15 @@ def test_a_stream_of_half_the_width_is_read_and_written_as_often():
     wide, narrow = (traffic.count(stream, **small) for stream in (torch.float32, torch.bfloat16))
     assert wide["both"] - narrow["both"] == pytest.approx(16 * 2 * 256 / 1024, abs=0.1)
     assert 0 < narrow["forward"] < narrow["backward"] and narrow["kernels"] <= wide["kernels"]
+
+
+def test_edits_of_a_block_compute_what_the_block_does(monkeypatch):
+    def computed(**fields):
+        torch.manual_seed(0)
+        config = traffic.lm.Config.from_preset("smoke", **fields)
+        return traffic.Stack(config)(torch.randn(2, 8, config.n_embd))
+
+    for choices, siblings in traffic.SIBLINGS.items():
+        for name, sibling in siblings.items():
+            monkeypatch.setitem(getattr(traffic.lm, choices), name, sibling)
+            assert (computed(**{choices[:-1].lower(): name}) - computed()).abs().max() < 1e-5, name

@@ -75,9 +75,6 @@ def test_as_many_runs_at_a_time_as_memory_and_disk_hold(lm, common, monkeypatch)
     monkeypatch.setattr(Machine, "free_memory", lambda self: int(memory))
     for runs, disk in ((3, 10**15), (2, 2 * 2 * 6.1 * 1e9 * needed["checkpoint (GB)"]), (1, 0)):
         monkeypatch.setattr(shutil, "disk_usage", lambda path, disk=disk: SimpleNamespace(free=disk))
-        monkeypatch.setattr(
-            Machine, "free_memory", lambda self: int(3.1 / 0.8 * 1e9 * (1 + needed["peak memory (GB)"]))
-        )
         assert runs_that_fit(config, model, optimizers, machine) == runs
 
 

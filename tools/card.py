@@ -7,7 +7,7 @@ from pathlib import Path
 
 from machinery.checkpoints import checkpoint_folders
 from machinery.errors import UserError, plain_errors
-from machinery.files import read_json, read_jsonl
+from machinery.files import IS_IT_A_RUN, folder_path, read_json, read_jsonl
 from tools.common import RESULTS, table
 
 PAGE = RESULTS / "cards.md"
@@ -21,7 +21,7 @@ COLUMNS = {
 def card_row(run: Path) -> dict:
     """The row of a run. Raises `UserError` for a folder that is no run, or one that has not ended."""
     config, environment, summary = (
-        read_json(run / f"{name}.json", {} if name == "summary" else None)
+        read_json(run / f"{name}.json", {} if name == "summary" else None, IS_IT_A_RUN)
         for name in ("config", "environment", "summary")
     )
     if not summary.get("train_seconds"):
@@ -46,7 +46,7 @@ def main() -> None:
     plain_errors()
     if len(sys.argv) != 2:
         raise UserError("python -m tools.card RUN: which run? For example runs/day-1a2b3c")
-    print(table([card_row(Path(sys.argv[1]).expanduser())], COLUMNS).splitlines()[-1])
+    print(table([card_row(folder_path(sys.argv[1], "the folder of a run"))], COLUMNS).splitlines()[-1])
     print(f"\nAdd this line to the table in results/{PAGE.name}, and send it as a pull request.", file=sys.stderr)
 
 

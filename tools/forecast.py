@@ -20,7 +20,7 @@ import torch
 
 from machinery.errors import UserError, plain_errors
 from machinery.files import write_atomic
-from machinery.forecast import Forecast, expected, fit_law
+from machinery.forecast import by_law, expected, fit_law
 from model_utils import multiplying_parameters
 from tools.common import RESULTS, lm, table
 from tools.runs import Results, Run, run_missing
@@ -125,12 +125,12 @@ def write_forecast(results: Results, folder: Path = RESULTS) -> None:
         line = line_of(results, run)
         if line and run.overrides["source"] in laws:
             law = laws[run.overrides["source"]]
-            middle, width = expected(law, line["multiplying"], run.tokens), 2 * law["error"]
-            way = Forecast(middle - width, middle + width, law, line["multiplying"], run.tokens)
-            kept = [low <= bpb <= high for at, bpb in line["curve"] if (band := way.at(at)) for low, high in [band]]
+            foretold, width = by_law(law, line["multiplying"], run.tokens), 2 * law["error"]
+            off = line["val_bpb"] - foretold.middle
+            kept = [band[0] <= bpb <= band[1] for at, bpb in line["curve"] if (band := foretold.at(at))]
             rows.append({
-                "run": run.name, "tokens": run.tokens, "foretold": middle, "±": width, "came": line["val_bpb"],
-                "off by": line["val_bpb"] - middle, "within": "yes" if abs(line["val_bpb"] - middle) <= width else "no",
+                "run": run.name, "tokens": run.tokens, "foretold": foretold.middle, "±": width, "came": line["val_bpb"],
+                "off by": off, "within": "yes" if abs(off) <= width else "no",
                 "on the way": f"{sum(kept)} of {len(kept)}",
             })  # fmt: skip
     write_atomic(folder / "forecast.json", json.dumps(laws, indent=1) + "\n")

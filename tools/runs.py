@@ -7,10 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
@@ -21,6 +18,7 @@ from pathlib import Path
 from data_utils import prepare_data
 from machinery.files import read_json, read_jsonl
 from machinery.machine import Machine
+from tools.bench.common import in_own_process
 from tools.common import ROOT, lm, quietly
 from tools.training import train_apart
 
@@ -29,7 +27,7 @@ DATA = ROOT / "data"
 
 @dataclass(frozen=True)
 class Run:
-    """One training of `preset` with `overrides` until `tokens`, scored `scores` times, the last on all held-out text.
+    """One training of `demo` with `overrides` until `tokens`, scored `scores` times, the last on all held-out text.
 
     `by` is who trains: "" the notebook, or a variant of tools/bench/nanochat.py, whose rates are times `scale`.
     """
@@ -58,16 +56,16 @@ class Run:
         return f"{self.config().identity} {self.tokens} {self.by} {self.scale:g} {self.scores}"
 
 
-def train_run(run: Run, threads: int = 1) -> dict:
+def train_run(run: Run) -> dict:
     """Train in a process of its own; returns the line for the results, which says so where it failed."""
     machine = Machine.find()
-    where = {"date": str(date.today()), "device": machine.name, "dtype": str(machine.dtype)[6:], "threads": threads}
+    where = {"date": str(date.today()), "device": machine.name, "dtype": str(machine.dtype)[6:], "threads": 1}
     line = {"key": run.key, **vars(run), **where}
     if run.by:
-        return line | _train_nanochat(run, threads)
+        return line | _train_nanochat(run)
     with tempfile.TemporaryDirectory() as folder:
         config = run.config(folder)
-        if error := train_apart(config, threads):
+        if error := train_apart(config, threads=1):
             return line | {"status": "failed", "error": error}
         summary = read_json(Path(folder) / config.run_name / "summary.json")
         metrics = read_jsonl(Path(folder) / config.run_name / "metrics.jsonl")
@@ -76,13 +74,11 @@ def train_run(run: Run, threads: int = 1) -> dict:
     return line | kept | ({"curve": curve} if run.scores > 1 else {})
 
 
-def _train_nanochat(run: Run, threads: int) -> dict:
-    command = [sys.executable, "-m", "tools.bench.nanochat", json.dumps([run.config().to_dict(), run.by, run.scale])]
-    env = os.environ | {"OMP_NUM_THREADS": str(threads)}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
-    if done.returncode:
-        return {"status": "failed", "error": (done.stderr.strip() or "it said nothing").splitlines()[-1][:300]}
-    return json.loads(done.stdout.splitlines()[-1])
+def _train_nanochat(run: Run) -> dict:
+    try:
+        return in_own_process("tools.bench.nanochat", run.config().to_dict(), run.by, run.scale, threads=1)
+    except RuntimeError as error:
+        return {"status": "failed", "error": str(error)[:300]}
 
 
 class Results:
@@ -109,7 +105,7 @@ class Results:
         return {seed: loss for seed in seeds if (loss := self.loss(make(seed))) is not None}
 
 
-def run_missing(results: Results, plan: Callable[[], list[Run]], jobs: int = 1, threads: int = 1) -> None:
+def run_missing(results: Results, plan: Callable[[], list[Run]], jobs: int) -> None:
     """Run what of `plan()` is missing, in its order and `jobs` at a time, until nothing is."""
     running, prepared = {}, set()
     with ThreadPoolExecutor(jobs) as pool:
@@ -120,7 +116,7 @@ def run_missing(results: Results, plan: Callable[[], list[Run]], jobs: int = 1, 
                     if config.source not in prepared:  # once, and not by several at a time
                         quietly(prepare_data, config)
                         prepared.add(config.source)
-                    running[pool.submit(train_run, run, threads)] = run.key
+                    running[pool.submit(train_run, run)] = run.key
             if not running:
                 return
             for future in wait(running, return_when=FIRST_COMPLETED).done:

@@ -37,10 +37,13 @@ def take_turns(calls: dict[str, Callable], machine, rounds: int) -> dict[str, fl
     return {name: statistics.median(values[1:]) for name, values in seconds.items()}
 
 
-def in_own_process(module: str, *arguments) -> dict:
-    """What `python -m module` prints as its last line, given `arguments` as JSON. Raises its error as RuntimeError."""
+def in_own_process(module: str, *arguments, threads: int = 0) -> dict:
+    """What `python -m module` prints as its last line, given `arguments` as JSON; `threads` are as here unless given.
+
+    Raises its error as RuntimeError.
+    """
     command = [sys.executable, "-m", module, json.dumps(arguments)]
-    env = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    env = os.environ | {"OMP_NUM_THREADS": str(threads or torch.get_num_threads())}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     if done.returncode:
         errors = re.findall(r"^[\w.]*(?:Error|Exception)\b.*", done.stderr, re.MULTILINE)

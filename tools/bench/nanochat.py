@@ -27,7 +27,6 @@ from machinery.errors import UserError, plain_errors
 from machinery.machine import Machine
 from tools.common import lm
 
-VARIANTS = ("whole", "llama")
 MATRIX, EMBEDDING, HEAD, SCALAR, DECAY = 0.02, 0.3, 0.008, 0.5, 0.28  # the defaults of its scripts/base_train.py
 WARMUP_STEPS, WARMDOWN, FINAL = 40, 0.65, 0.05
 
@@ -105,6 +104,9 @@ def build_llama(config, scale: float) -> tuple[nn.Module, torch.optim.Optimizer]
     return model, optimizer
 
 
+VARIANTS = {"whole": build_whole, "llama": build_llama}
+
+
 def set_rates(optimizer: torch.optim.Optimizer, step: int, steps: int) -> None:
     """Learning rate, Muon's momentum and its weight decay at a step, by the schedules of its scripts/base_train.py."""
     down = round(WARMDOWN * steps)
@@ -121,7 +123,7 @@ def set_rates(optimizer: torch.optim.Optimizer, step: int, steps: int) -> None:
 def train_nanochat(config, variant: str, scale: float) -> dict:
     """Train on the batches that the notebook would have read, and score all held-out text as it does."""
     machine, data = Machine.find(config.device, config.dtype), prepare_data(config)
-    model, optimizer = {"whole": build_whole, "llama": build_llama}[variant](config, scale)
+    model, optimizer = VARIANTS[variant](config, scale)
     model = model.to(machine.device)
     windows, sequences = data.windows("train", config.block_size, config.seed), config.batch_tokens // config.block_size
     steps, started = config.max_tokens // config.batch_tokens, time.perf_counter()

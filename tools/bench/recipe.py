@@ -237,7 +237,7 @@ def seconds_per_step(machine, rounds: int = 30, **changes) -> dict[str, float]:
     steps = {}
     for name, overrides in [
         (OURS, {}),
-        (NANOGPT_NAME, NANOGPT | {"lr": 0.002, "embedding_lr": 0.002, "head_lr": 0.002}),
+        (NANOGPT_NAME, nanogpt(0.002, 0, 0, "python").overrides),
     ]:
         config = lm.Config.from_preset("demo", **overrides | changes, micro_batch=8)
         model = lm.build_model(config).to(machine.device)

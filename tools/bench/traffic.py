@@ -58,7 +58,7 @@ class Card(device_interface.CudaInterface):
 class AfterTranspose(lm.GroupedQueryAttention):
     """Norm and rotation of queries and keys on (B, H, T, D), where attention wants them."""
 
-    def forward(self, x: Tensor, position, cache=None) -> Tensor:
+    def forward(self, x: Tensor, position, *_) -> Tensor:
         B, T, _ = x.shape
         q, k, v = (p(x).view(B, T, -1, self.D).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
         q, k = (turn(norm(z), position.cos[:T], position.sin[:T]) for norm, z in ((self.q_norm, q), (self.k_norm, k)))
@@ -84,7 +84,7 @@ class TurnedByHalves(lm.RotaryPosition):
 class OneProduct(lm.GroupedQueryAttention):
     """Queries, keys and values from one product; the weights are put together as they are cast."""
 
-    def forward(self, x: Tensor, position, cache=None) -> Tensor:
+    def forward(self, x: Tensor, position, *_) -> Tensor:
         B, T, _ = x.shape
         weight = torch.cat([p.weight for p in (self.q_proj, self.k_proj, self.v_proj)])
         q, k, v = F.linear(x, weight).view(B, T, -1, self.D).split((self.H, self.K, self.K), dim=2)

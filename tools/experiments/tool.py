@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 import sys
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -26,7 +25,7 @@ import torch
 from tqdm import tqdm
 
 from machinery.errors import UserError
-from machinery.files import read_json, read_jsonl
+from machinery.files import free_bytes, read_json, read_jsonl
 from machinery.machine import Machine
 from machinery.notebook import defining_cells, load_definitions
 from model_utils import count_parameters, flops_per_token, predict
@@ -96,9 +95,8 @@ def runs_that_fit(config, model: torch.nn.Module, optimizers: list, machine: Mac
     needed = predict(model, optimizers, config, machine, 1.0)
     memory = 1e9 * needed["peak memory (GB)"] + 1e9  # a process has CUDA's own beside its tensors
     kept = 1 + min(config.keep_checkpoints, config.max_steps // config.checkpoint_every)
-    runs_dir = Path(config.runs_dir).absolute()
-    free = shutil.disk_usage(next(path for path in (runs_dir, *runs_dir.parents) if path.exists())).free
-    return max(1, int(min(0.8 * machine.free_memory() / memory, 0.5 * free / (1e9 * kept * needed["checkpoint (GB)"]))))
+    disk = 1e9 * kept * needed["checkpoint (GB)"]
+    return max(1, int(min(0.8 * machine.free_memory() / memory, 0.5 * free_bytes(config.runs_dir) / disk)))
 
 
 def equal_size(

@@ -485,7 +485,9 @@ def candidates() -> None:
             report.keep(**{f"variant_ms {name}": seconds * 1e3})
             model = runner = micro = None
         except Exception as error:
-            report.say(f"variant {name}: {type(error).__name__}: {(str(error).strip() or '?').splitlines()[0][:200]}")
+            report.say(
+                f"FAILED variant {name}: {type(error).__name__}: {(str(error).strip() or '?').splitlines()[0][:200]}"
+            )
 
 
 def main() -> None:
