@@ -55,7 +55,7 @@ def test_a_run_keeps_its_batch_when_its_budget_grows(lm, tiny, texts, tmp_path, 
 
 
 def test_a_law_is_found_again_and_knows_where_it_ends(lm, monkeypatch, tmp_path):
-    true = {"E": 0.6, "A": 20.0, "alpha": 0.3, "B": 60.0, "beta": 0.4}
+    true = {"floor": 0.6, "powers": [0.2, -0.3, -0.05, -0.06]}
     runs = [
         {"multiplying": n, "tokens": d, "val_bpb": forecast.expected(true, n, d)}
         for n in (5e5, 2e6, 5e6) for d in (2e5, 5e5, 1e6)
@@ -82,7 +82,7 @@ def test_the_settled_config_is_that_of_a_machine(lm):
 
 
 def test_a_run_is_held_against_its_forecast(lm, tiny, texts, monkeypatch, tmp_path, capsys):
-    law = {"E": 3.0, "A": 0.0, "alpha": 0.3, "B": 0.0, "beta": 0.3, "error": 0.5, "recipe": {"tokenizer": "bytes"}}
+    law = {"floor": 2.0, "powers": [0.0, 0.0, 0.0, 0.0], "error": 0.5, "recipe": {"tokenizer": "bytes"}}  # 3 everywhere
     law |= {"way": [[0.2, 3.0, 0.5], [1.0, 0.0, 0.0]], "parameters": [1e3, 1e6], "tokens": [100, 10000]}
     monkeypatch.setattr(forecast, "LAWS", tmp_path / "forecast.json")
     (tmp_path / "forecast.json").write_text(json.dumps({texts[0]: law}))
@@ -105,7 +105,7 @@ def test_the_law_is_fitted_to_short_runs_and_held_against_others(tmp_path):
         line = {"key": run.key, **vars(run), "device": "a machine", "dtype": "float32", "val_bpb": 1.0}
         results.add(line)
         size = short.line_of(results, run)["multiplying"]
-        end = 0.6 + 20 / size**0.3 + 60 / run.tokens**0.4
+        end = forecast.expected({"floor": 0.6, "powers": [0.2, -0.3, -0.05, -0.06]}, size, run.tokens)
         curve = [[share / 10, end + 0.3 * (1 - share / 10)] for share in range(11)]
         results.add(line | {"val_bpb": end, "curve": curve})
     short.write_forecast(results, tmp_path)

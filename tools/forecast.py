@@ -136,7 +136,10 @@ def write_forecast(results: Results, folder: Path = RESULTS) -> None:
     write_atomic(folder / "forecast.json", json.dumps(laws, indent=1) + "\n")
     within = sum(row["within"] == "yes" for row in rows)
     places = sorted({(line["device"], line["dtype"]) for line in results.lines.values()})
-    law_rows = [{"text": source} | {k: v for k, v in law.items() if k != "way"} for source, law in laws.items()]
+    law_rows = [
+        {"text": source} | law | dict(zip(("c", "p", "r", "q"), law["powers"])) | {"c": math.exp(law["powers"][0])}
+        for source, law in laws.items()
+    ]
     columns = {
         "run": "",
         "tokens": ",d",
@@ -147,16 +150,8 @@ def write_forecast(results: Results, folder: Path = RESULTS) -> None:
         "within": "",
         "on the way": "",
     }
-    law_columns = {
-        "text": "",
-        "runs": "d",
-        "E": ".3f",
-        "A": ".3g",
-        "alpha": ".2f",
-        "B": ".3g",
-        "beta": ".2f",
-        "error": ".3f",
-    }
+    law_columns = {"text": "", "runs": "d", "floor": ".2f", "c": ".3f", "p": "+.3f", "q": "+.3f", "r": "+.3f"}
+    law_columns |= {"error": ".3f"}
     write_atomic(folder / "forecast.md", TEXT.format(
         today=date.today(), places="; ".join(", ".join(place) for place in places), within=within, count=len(rows),
         worst=max((abs(row["off by"]) for row in rows), default=math.nan),
@@ -166,10 +161,12 @@ def write_forecast(results: Results, folder: Path = RESULTS) -> None:
 
 TEXT = """# The forecast
 
-`make forecast`, {today}, {places}. Bits per byte of held-out text at the end of a run, by
-E + A / N^α + B / D^β for N parameters in matrix products and D tokens (the form of [Hoffmann et al.
-2022](https://arxiv.org/abs/2203.15556)), fitted to runs of up to a minute on two cores. *Error* is how far the law
-misses the longest run of each size, root mean square, when it is fitted without them; the band is twice that.
+`make forecast`, {today}, {places}. Bits per byte of held-out text at the end of a run of D tokens, with N million
+parameters in matrix products: floor + c · d^(p + q · ln n) · n^r, for d = D / 500,000 and n = N / 2 (the form of
+[Hoffmann et al. 2022](https://arxiv.org/abs/2203.15556), a term of size and a term of tokens, missed the longer runs:
+here larger models gain more from the same tokens). It is fitted to runs of up to a minute on two cores. *Error* is how
+far the law misses the longest run of each size, root mean square, when it is fitted without them; the band is twice
+that.
 
 {laws}
 
