@@ -108,7 +108,7 @@ def test_the_law_is_fitted_to_short_runs_and_held_against_others(tmp_path):
         end = forecast.expected({"floor": 0.6, "powers": [0.2, -0.3, -0.05, -0.06]}, size, run.tokens)
         curve = [[share / 10, end + 0.3 * (1 - share / 10)] for share in range(11)]
         results.add(line | {"val_bpb": end, "curve": curve})
-    short.write_forecast(results, tmp_path)
+    short.write_forecast(results, results, tmp_path)
     law = json.loads((tmp_path / "forecast.json").read_text())["python"]
     demo = LM.Config.from_preset("demo")
     assert all(getattr(demo, name) == value for name, value in law["recipe"].items())

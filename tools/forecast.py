@@ -13,6 +13,7 @@ import json
 import math
 import statistics
 from datetime import date
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from machinery.errors import UserError, plain_errors
 from machinery.files import write_atomic
 from machinery.forecast import by_law, expected, fit_law
 from model_utils import multiplying_parameters
+from tools.bench import recipe
 from tools.common import RESULTS, lm, table
 from tools.runs import Results, Run, run_missing
 
@@ -110,8 +112,11 @@ def fit_source(lines: list[dict], recipe: dict) -> dict:
     return law | {"error": error, "runs": len(lines), "way": way, "recipe": recipe}
 
 
-def write_forecast(results: Results, folder: Path = RESULTS) -> None:
-    """forecast.json and forecast.md in `folder`, of the runs there are; a kind of text with too few has no law."""
+def write_forecast(results: Results, others: Results, folder: Path = RESULTS) -> None:
+    """forecast.json and forecast.md in `folder`, of the runs there are; a kind of text with too few has no law.
+
+    The laws are held against `unseen` runs and, among `others`, those of `demo` that the recipe was measured by.
+    """
     laws, rows = {}, []
     for source in KINDS:
         runs = [run for run in fitted() if run.overrides["source"] == source]
@@ -121,17 +126,20 @@ def write_forecast(results: Results, folder: Path = RESULTS) -> None:
         laws[source] = fit_source(lines, recipe_of(runs[0].config()))
     if not laws:
         raise UserError(f"{results.path}: too few runs for a law; `make forecast` makes them")
-    for run in unseen():
-        line = line_of(results, run)
-        if line and run.overrides["source"] in laws:
-            law = laws[run.overrides["source"]]
+    seeds = [recipe.ours(*case) for case in product(recipe.SEEDS[1:], recipe.BUDGETS, recipe.TEXTS)]  # 0: above
+    for run, kept_in in [(run, results) for run in unseen()] + [(run, others) for run in seeds]:
+        line, config = line_of(kept_in, run), run.config()
+        if line and config.source in laws:
+            law = laws[config.source]
             foretold, width = by_law(law, line["multiplying"], run.tokens), 2 * law["error"]
             off = line["val_bpb"] - foretold.middle
-            kept = [band[0] <= bpb <= band[1] for at, bpb in line["curve"] if (band := foretold.at(at))]
+            curve = line.get("curve", [])  # of the recipe's runs only the end is known
+            kept = [band[0] <= bpb <= band[1] for at, bpb in curve if (band := foretold.at(at))]
+            name = run.name if curve else f"{config.source}, demo, seed {run.seed}"
             rows.append({
-                "run": run.name, "tokens": run.tokens, "foretold": foretold.middle, "±": width, "came": line["val_bpb"],
+                "run": name, "tokens": run.tokens, "foretold": foretold.middle, "±": width, "came": line["val_bpb"],
                 "off by": off, "within": "yes" if abs(off) <= width else "no",
-                "on the way": f"{sum(kept)} of {len(kept)}",
+                "on the way": f"{sum(kept)} of {len(kept)}" if kept else None,
             })  # fmt: skip
     write_atomic(folder / "forecast.json", json.dumps(laws, indent=1) + "\n")
     within = sum(row["within"] == "yes" for row in rows)
@@ -187,7 +195,7 @@ def main() -> None:
     results = Results(LINES)
     if not options.summary:
         run_missing(results, lambda: fitted() + unseen(), options.jobs)
-    write_forecast(results)
+    write_forecast(results, Results(RESULTS / "recipe.jsonl"))
 
 
 if __name__ == "__main__":
