@@ -19,7 +19,7 @@ import torch
 
 from data_utils import Batches, TokenData
 from machinery.budget import settle_batch
-from machinery.checkpoints import CheckpointError, check_weights, load_checkpoint, newest_checkpoint, save_checkpoint
+from machinery.checkpoints import CheckpointError, Saver, check_weights, load_checkpoint, newest_checkpoint
 from machinery.errors import told
 from machinery.files import read_jsonl
 from machinery.interrupts import StopRequest
@@ -191,8 +191,9 @@ class Run:
         spent = at.step, at.tokens, at.seconds
         if self.progress() < 1:
             states = copy.deepcopy([part.state_dict() for part in (*self.optimizers, self.scaler)])
-            step = time_per_call(lambda: batches.retry(self.model, gradient), machine, 3) * batches.micro_steps
-            step += time_per_call(lambda: (gradient(), update()), machine, 3) - step / batches.micro_steps
+            long = min(2.0, 36 * config.max_hours)  # seconds, a hundredth of a run by the clock
+            step = time_per_call(lambda: batches.retry(self.model, gradient), machine, 3, long) * batches.micro_steps
+            step += time_per_call(lambda: (gradient(), update()), machine, 3, long) - step / batches.micro_steps
             for part, state in zip((*self.optimizers, self.scaler), states):
                 part.load_state_dict(state)
             between = time_per_call(lambda: batches.retry(self.model, evaluation), machine, 1) / config.eval_every
@@ -214,6 +215,8 @@ class Run:
             self.loggers.start(self.folder.path, config.to_dict())
         self._stop = self._closing.enter_context(StopRequest())
         self.screen = self._closing.enter_context(Screen(self.progress(), config.max_hours))
+        self._saver = Saver(self.screen.say)
+        self._closing.callback(self._saver.wait)
         gc.collect()
         gc.freeze()  # Python's collector looks at all objects again and again, and a step makes no circles
         self._closing.callback(gc.unfreeze)
@@ -252,13 +255,12 @@ class Run:
             self._repeats = True
             self.screen.say(f"step {at.step:,}: the whole text was read {epochs:.1f} times; from here on it repeats")
         numbers = f"step {at.step:7,} {at.tokens:15,} tokens {at.seconds:8,.0f} s"
-        said = self._forecast.place(self.progress(), scores["val_bpb"]) if self._forecast else ""
+        said = self._forecast.place(self.progress(), at.tokens, scores["val_bpb"]) if self._forecast else ""
         self.screen.say(f"{numbers}   {scores['val_bpb']:.4f} bits per byte held out{said}")
 
     def _epochs(self, tokens: int) -> float:
         """How often so many tokens are the whole text; 0 while that is not known."""
-        manifest = self.data.manifest
-        return tokens / manifest["tokens"]["train"] if manifest["complete"] else 0.0
+        return tokens / self.data.manifest["tokens"]["train"] if self.data.manifest["complete"] else 0.0
 
     def progress(self, more_steps: float = 0.0) -> float:
         """The used share of the budget, 0 to 1; with `more_steps`, after so many more."""
@@ -287,16 +289,11 @@ class Run:
         return self.at.step % self.config.checkpoint_every == 0 or minutes >= self.config.checkpoint_minutes
 
     def save(self) -> None:
-        """Write a checkpoint; the best one stays beside the newest. A full disk is told, and the run goes on."""
+        """Begin to write a checkpoint, beside training; the best one stays beside the newest."""
         at, config, self._saved_seconds = self.at, self.config, self.at.seconds
         state = vars(at) | {"scaler": self.scaler.state_dict()}
-        try:
-            save_checkpoint(
-                self.folder.path, self.model, self.optimizers, state, config.keep_checkpoints, self.folder.writes,
-                keep_step=at.scores.get("best_step"),
-            )  # fmt: skip
-        except CheckpointError as error:
-            self.screen.say(str(error))
+        kept = config.keep_checkpoints, self.folder.writes, at.scores.get("best_step")
+        self._saver.save(self.folder.path, self.model, self.optimizers, state, *kept)
 
     def finish(self, progress: float, diverged: bool) -> dict:
         """Write and return the summary; end a tokenization that still goes on."""
@@ -316,5 +313,5 @@ class Run:
         self.folder.finish(summary)
         self.loggers.finish(summary)
         self.data.stop()
-        print_ending(at.scores, self._rise, diverged, self._forecast if progress >= 1 else None)
+        print_ending(at.scores, self._rise, diverged, self._forecast if progress >= 1 else None, at.tokens)
         return summary

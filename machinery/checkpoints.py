@@ -16,6 +16,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
@@ -57,29 +58,59 @@ def save_checkpoint(
     writes: bool = True,
     keep_step: int | None = None,
 ) -> Path:
-    """Write `checkpoints/step_…` of a run: beside, flushed, renamed, read back. Then older ones are removed.
+    """Write `checkpoints/step_…` of a run: beside, flushed, renamed. Then older ones are removed.
 
     Of the whole ones stay the `keep` newest, this one among them, and the one of `keep_step`. `state` holds "step" and
     whatever else continues the run, as JSON values. Raises `CheckpointError` when it cannot be written; what was there
     before is untouched. Where several processes train, all call it, since weights may be shared out among them, and
     one `writes`: the files are the same.
     """
+    return take_checkpoint(run, model, optimizers, state, keep, writes, keep_step)()
+
+
+def take_checkpoint(
+    run: Path, model: torch.nn.Module, optimizers: list, state: dict, keep: int, writes: bool, keep_step: int | None
+) -> Callable[[], Path]:
+    """What `save_checkpoint` does, in two parts: this copies all into memory, and what it returns writes it."""
     target = run / "checkpoints" / f"step_{state['step']:08d}"
     weights = gather(_without_ties(model), keep=writes)
     training = {"optimizers": gather([optimizer.state_dict() for optimizer in optimizers], keep=writes)}
-    if not writes:
+
+    def write() -> Path:
+        try:
+            _write(target, weights, training, state)
+        except (OSError, RuntimeError, SafetensorError) as error:  # each library reports a full disk in its own way
+            needed, free = _bytes_needed(weights, training), free_bytes(run)
+            raise CheckpointError(
+                f"{target} was not written ({first_line(error)}): it takes {needed / 1e9:,.4f} GB and"
+                f" {free / 1e9:,.4f} GB are free there; earlier checkpoints are kept, and a run goes on from them"
+            ) from None
+        _remove_older(target, keep, keep_step)
         return target
-    try:
-        _write(target, weights, training, state)
-    except (OSError, RuntimeError, SafetensorError) as error:  # each library reports a full disk in its own way
-        needed, free = _bytes_needed(weights, optimizers), free_bytes(run)
-        raise CheckpointError(
-            f"{target} was not written ({first_line(error)}): it takes {needed / 1e9:,.4f} GB and"
-            f" {free / 1e9:,.4f} GB are free there; earlier checkpoints are kept, and a run goes on from them"
-        ) from None
-    read_state(target)
-    _remove_older(target, keep, keep_step)
-    return target
+
+    return write if writes else lambda: target
+
+
+class Saver:
+    """Writes the checkpoints of a run beside its training, one at a time. What fails is told, and the run goes on."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say, self._pool = say, ThreadPoolExecutor(1)
+        self._writing: Future | None = None
+
+    def save(self, run: Path, model: torch.nn.Module, optimizers: list, state: dict, *rest) -> None:
+        """Begin with what `save_checkpoint` does, once the one before is on the disk."""
+        self.wait()
+        self._writing = self._pool.submit(take_checkpoint(run, model, optimizers, state, *rest))
+
+    def wait(self) -> None:
+        """Until nothing is being written."""
+        writing, self._writing = self._writing, None
+        try:
+            if writing:
+                writing.result()
+        except CheckpointError as error:
+            self._say(str(error))
 
 
 def _write(target: Path, weights: dict[str, Tensor], training: dict, state: dict) -> None:
@@ -91,7 +122,7 @@ def _write(target: Path, weights: dict[str, Tensor], training: dict, state: dict
         remove(left)
     beside.mkdir()
     try:
-        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, beside / "model.safetensors")
+        save_file(weights, beside / "model.safetensors")
         torch.save(training, beside / "training.pt")
         state = state | {"files": {name: sha256(beside / name) for name in FILES}}
         (beside / "state.json").write_text(
@@ -310,6 +341,8 @@ def _without_ties(model: torch.nn.Module) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in model.state_dict().items() if name not in again}
 
 
-def _bytes_needed(weights: dict[str, Tensor], optimizers: list) -> int:
-    states = (value for optimizer in optimizers for state in optimizer.state.values() for value in state.values())
+def _bytes_needed(weights: dict[str, Tensor], training: dict) -> int:
+    states = (
+        value for saved in training["optimizers"] for state in saved["state"].values() for value in state.values()
+    )
     return sum(t.numel() * t.element_size() for t in [*weights.values(), *states] if torch.is_tensor(t))

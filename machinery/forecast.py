@@ -44,9 +44,15 @@ class Forecast:
         width = math.hypot((self.high - self.low) / 2, 2 * float(np.interp(progress, shares, spread)))
         return middle - width, middle + width
 
-    def place(self, progress: float, bits_per_byte: float) -> str:
-        """Where a loss on the way lies: ", as expected", or above or below the band; nothing where none is known."""
-        if (band := self.at(progress)) is None:
+    def with_tokens(self, tokens: float) -> Forecast:
+        """That of the same model after so many in all: a run by the clock comes to more, or fewer, than foretold."""
+        return by_law(self.law, self.parameters, tokens) if self.law else self
+
+    def place(self, progress: float, tokens: float, bits_per_byte: float) -> str:
+        """Where a loss after so many tokens, a share of the run, lies: ", as expected", or above or below the band;
+        nothing where none is known.
+        """
+        if not progress or (band := self.with_tokens(tokens / progress).at(progress)) is None:
             return ""
         low, high = band
         where = "above" if bits_per_byte > high else "below" if bits_per_byte < low else ""

@@ -225,10 +225,12 @@ def measure_matmul_flops(machine: Machine) -> float:
     return 2 * size**3 / time_per_call(lambda: a @ b, machine, 30 if largest == 8192 else 10)
 
 
-def time_per_call(call: Callable, machine: Machine, calls: int = 5) -> float:
-    """Median seconds of a call, after one that is not timed."""
-    seconds = []
-    for _ in range(1 + calls):
+def time_per_call(call: Callable, machine: Machine, calls: int = 5, least: float = 0.0) -> float:
+    """Median seconds of a call, after one that is not timed; more calls where they are done before `least` seconds,
+    so that what else the machine did for a moment does not count.
+    """
+    seconds, begun = [], time.perf_counter()
+    while len(seconds) <= calls or time.perf_counter() - begun < least:
         machine.synchronize()
         start = time.perf_counter()
         call()

@@ -85,13 +85,13 @@ def parallelize(model: nn.Module, device: torch.device, dtype: torch.dtype, proc
 
 
 def gather(value, keep: bool = True):
-    """A tensor with all its parts gathered, on the CPU where it was sharded; other values as they are.
+    """A copy of a tensor on the CPU, with all its parts where it is sharded; other values as they are.
 
     Takes dicts and lists of them too. Every process has to call it, also one that will not `keep` what is gathered.
     """
-    if isinstance(value, DTensor):
-        gathered = value.full_tensor()
-        return gathered.cpu() if keep else None
+    if isinstance(value, Tensor):
+        whole = value.full_tensor() if isinstance(value, DTensor) else value
+        return whole.detach().to("cpu", copy=True, memory_format=torch.contiguous_format) if keep else None
     if isinstance(value, dict):
         return {key: gather(part, keep) for key, part in value.items()}
     return [gather(part, keep) for part in value] if isinstance(value, list) else value

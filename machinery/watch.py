@@ -131,14 +131,17 @@ def print_preflight(
     return expected
 
 
-def print_ending(scores: dict[str, float], rise: float, diverged: bool, expected: Forecast | None = None) -> None:
+def print_ending(
+    scores: dict[str, float], rise: float, diverged: bool, expected: Forecast | None = None, tokens: int = 0
+) -> None:
     """What is worth a remark at the end of a run; `rise` is the held-out loss over the best one, in bits per byte.
-    `expected` is the forecast of a run that came to its end.
+    `expected` is the forecast of a run that came to its end, and `tokens` what it took.
     """
     if expected and scores:
-        print(
-            f"forecast {expected.low:.3f} to {expected.high:.3f} bits per byte held out, came {scores['val_bpb']:.3f}"
-        )
+        print(f"forecast {expected.low:.3f} to {expected.high:.3f}, came {scores['val_bpb']:.3f} bits per byte", end="")
+        now = expected.with_tokens(tokens)
+        more = tokens / (expected.tokens or tokens)
+        print("" if 0.9 < more < 1.1 else f"; with {more:.2f} of the tokens foretold, {now.low:.3f} to {now.high:.3f}")
     if rise > 0.005:
         print(f"held-out loss was best at step {scores['best_step']:,}, {rise:.4f} bits per byte lower than of late")
     if diverged:

@@ -10,6 +10,7 @@ from machinery import budget, forecast
 from machinery.budget import best_batch, settle_batch, tokens_of_steps
 from machinery.errors import UserError
 from machinery.machine import Machine
+from machinery.watch import print_ending
 from model_utils import best_shape
 from tools import forecast as short
 from tools.runs import Results
@@ -91,12 +92,25 @@ def test_a_run_is_held_against_its_forecast(lm, tiny, texts, monkeypatch, tmp_pa
     summary = lm.train(config)
     said = capsys.readouterr().out
     assert "forecast     2.000 to 4.000 bits per byte held out" in said
-    assert f"forecast 2.000 to 4.000 bits per byte held out, came {summary['val_bpb']:.3f}" in said
+    assert f"forecast 2.000 to 4.000, came {summary['val_bpb']:.3f} bits per byte\n" in said
     middle = next(line for line in said.splitlines() if line.startswith("step      10"))
     assert "as expected" in middle or "the band of" in middle
     band = json.loads((lm.Path(config.runs_dir) / config.run_name / "expected.json").read_text())
     assert band["unit"] == "bits per byte" and len(band["tokens"]) == len(band["low"]) == 2
     assert summary["predicted"]["bits per byte, low"] == 2.0
+
+
+def test_a_run_that_came_to_more_tokens_is_held_against_the_law_for_these(capsys):
+    law = {"floor": 1.0, "powers": [0.0, -1.0, 0.0, 0.0], "error": 0.1, "way": [[0.5, 0.0, 0.0], [1.0, 0.0, 0.0]]}
+    foretold = forecast.by_law(law, 2e6, 5e5)  # 2.0; twice the tokens give 1.5
+    assert foretold.place(0.5, 250_000, 3.0) == ", as expected" == foretold.place(0.5, 500_000, 2.0)
+    assert foretold.place(0.5, 500_000, 3.0) == ", above the band of 1.800 to 2.200" and not foretold.place(0.0, 0, 9.0)
+    print_ending({"val_bpb": 1.5}, 0.0, False, foretold, tokens=1_000_000)
+    print_ending({"val_bpb": 2.0}, 0.0, False, foretold, tokens=510_000)
+    assert capsys.readouterr().out.splitlines() == [
+        "forecast 1.800 to 2.200, came 1.500 bits per byte; with 2.00 of the tokens foretold, 1.300 to 1.700",
+        "forecast 1.800 to 2.200, came 2.000 bits per byte",
+    ]
 
 
 def test_the_law_is_fitted_to_short_runs_and_held_against_others(tmp_path):

@@ -14,6 +14,7 @@ import torch
 from machinery import files
 from machinery.checkpoints import (
     CheckpointError,
+    Saver,
     check_weights,
     checkpoint_folders,
     load_checkpoint,
@@ -111,6 +112,34 @@ def test_a_checkpoint_of_the_same_step_takes_its_place(tmp_path):
     assert sha256(path.with_name("step_00000001.1") / "model.safetensors") == first
     save_checkpoint(tmp_path, model, optimizers, {"step": 1}, keep=1)
     assert names(tmp_path) == ["step_00000001"]
+
+
+def test_a_checkpoint_written_beside_training_is_of_the_moment_it_was_asked_for(tmp_path):
+    (model, optimizers), said = small_model(), []
+    step(model, optimizers)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    moments = {k: v.clone() for k, v in optimizers[0].state_dict()["state"][0].items()}
+    saver = Saver(said.append)
+    saver.save(tmp_path, model, optimizers, {"step": 1}, 2, True, None)
+    for _ in range(20):
+        step(model, optimizers)
+    saver.wait()
+    assert not torch.equal(before["0.weight"], model[0].weight) and not said
+    load_checkpoint(tmp_path / "checkpoints/step_00000001", model, optimizers)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    restored = optimizers[0].state_dict()["state"][0]
+    assert all(torch.equal(moments[name], restored[name]) for name in moments)
+
+
+def test_what_cannot_be_written_beside_training_is_told_once(tmp_path):
+    (model, optimizers), said = small_model(), []
+    step(model, optimizers)
+    (tmp_path / "checkpoints").write_text("a file where the folder should be")
+    saver = Saver(said.append)
+    saver.save(tmp_path, model, optimizers, {"step": 1}, 2, True, None)
+    saver.wait()
+    saver.wait()
+    assert len(said) == 1 and "was not written" in said[0]
 
 
 # ------------------------------------------------------------------------------------ damaged and foreign

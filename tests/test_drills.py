@@ -17,7 +17,7 @@ SHORT = [
 ]  # fmt: skip
 
 
-LONG = {power_cuts}  # 20 seconds, and what it needs is not everywhere
+LONG = {kill_tokenization, bad_network, bad_wandb, power_cuts}  # 10 to 20 seconds each
 
 
 @pytest.mark.parametrize(

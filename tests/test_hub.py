@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import pyarrow
 import pyarrow.parquet
@@ -89,7 +90,7 @@ def test_an_interrupted_hub_tokenization_goes_on_and_gives_the_same_shards(folde
         env = os.environ | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0"}
         parent = subprocess.Popen([sys.executable, "-c", prepare + "time.sleep(60)", str(tmp_path / "a")], env=env)
         while not list((tmp_path / "a").glob("*/train_000001.bin")) and parent.poll() is None:
-            pass
+            time.sleep(0.05)
         parent.kill()
         parent.wait()
 

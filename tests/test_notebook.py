@@ -64,9 +64,12 @@ CASES = {
 
 
 LONG = {"RoPE MHA, AdamW"}
+TWICE = "raw MHA, absolute positions, own text files, bytes"
 
 
-@pytest.mark.parametrize("case", [pytest.param(c, marks=pytest.mark.long if c in LONG else ()) for c in CASES])
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, marks=pytest.mark.long if c in LONG else ()) for c in CASES if c != TWICE]
+)
 def test_notebook_runs_to_the_end(tmp_path, case):
     make_texts(tmp_path / "texts")
     notebook, run = execute(tmp_path, **CASES[case])
@@ -148,11 +151,12 @@ def test_a_mistake_in_the_knobs_is_one_line_in_the_notebook(tmp_path):
 
 
 def test_running_again_needs_no_edit(tmp_path):
-    """The notebook as it comes, twice in the same folder: finished runs are found, tokenized text is reused."""
-    notebook, run = execute(tmp_path)
-    check_run(notebook, run, {})
+    """Twice in the same folder: finished runs are found, tokenized text is reused."""
+    make_texts(tmp_path / "texts")
+    notebook, run = execute(tmp_path, **CASES[TWICE])
+    check_run(notebook, run, CASES[TWICE])
     first = json.loads((run / "summary.json").read_text())
-    notebook, run = execute(tmp_path)
+    notebook, run = execute(tmp_path, **CASES[TWICE])
     again = json.loads((run / "summary.json").read_text())
     assert (again["steps"], again["val_bpb"]) == (first["steps"], first["val_bpb"])
     assert "tokenizing" not in texts_of(notebook)
