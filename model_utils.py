@@ -115,29 +115,30 @@ def best_shape(config, machine: Machine, hours: float, channels: int = 64) -> di
 
 
 def training_memory(
-    model: nn.Module, optimizers: list, config, micro_batch: int, matmul_bytes: int, shares: int = 1
+    model: nn.Module, optimizers: list, config, micro_batch: int, dtype: torch.dtype, shares: int = 1
 ) -> dict[str, float]:
     """Predicted bytes of a training step on `micro_batch` sequences at a time, by what holds them.
 
-    `matmul_bytes` is the size of a value in matrix products, 2 for bfloat16; `shares` the number of processes that
-    share weights, gradients and optimizer state. These are exact. Activations count what backward needs per token and
-    block: the inputs of norms and matrix products, queries, keys, values, the attention output, the weights of
-    `short_attention`, and the feed-forward's hidden values. That is what a compiled model keeps; an eager one keeps
-    1.2 to 1.5 times as much in float32 and 1.5 to 1.9 times in 16 bits. Logits count values, logarithms and gradients
-    of the rows that exist at a time, and the gradient of the head, made in parts.
+    `dtype` is that of matrix products, and of the residual stream unless it is float16; `shares` the number of
+    processes that share weights, gradients and optimizer state. These are exact. Activations count what backward needs
+    per token and block: the inputs of norms and matrix products, queries, keys, values, the attention output, the
+    weights of `short_attention`, and the feed-forward's hidden values. That is what a compiled model keeps; an eager
+    one keeps 1.2 to 1.5 times as much in float32 and 1.5 to 1.9 times in 16 bits. Logits count values, logarithms and
+    gradients of the rows that exist at a time, and the gradient of the head, made in parts.
     """
     parameters = count_parameters(model)["total"]
     state = 0
     for optimizer in optimizers:  # AdamW keeps two float32 averages per weight, Muon one
         per_weight = 8 if isinstance(optimizer, torch.optim.AdamW) else 4
         state += per_weight * sum(p.numel() for group in optimizer.param_groups for p in group["params"])
+    matmul_bytes, stream_bytes = dtype.itemsize, 2 if dtype == torch.bfloat16 else 4
     tokens = micro_batch * config.block_size
     rows = min(tokens, loss_rows(tokens))
     kv_width = cache_bytes_per_token(config, 1) // config.n_layer  # keys and values, per block
     hidden = (3 if config.ffn == "gated" else 2) * config.n_ffn
     weights = config.n_head * config.block_size if config.compile and config.block_size <= SHORT else 0
     kept = 1.0 if config.compile else 1.7 if matmul_bytes < 4 else 1.4
-    per_block = 2 * 4 * config.n_embd + matmul_bytes * (5 * config.n_embd + kv_width + weights + hidden)
+    per_block = 2 * stream_bytes * config.n_embd + matmul_bytes * (5 * config.n_embd + kv_width + weights + hidden)
     return {
         "weights": 4.0 * parameters / shares + (matmul_bytes * parameters if matmul_bytes < 4 else 0),
         "gradients": 4.0 * parameters / shares,
@@ -148,7 +149,7 @@ def training_memory(
 
 
 def choose_micro_batch(
-    model: nn.Module, optimizers: list, config, matmul_bytes: int, free_memory: int, shares: int = 1
+    model: nn.Module, optimizers: list, config, dtype: torch.dtype, free_memory: int, shares: int = 1
 ) -> int:
     """`config.micro_batch`; for "auto" the largest share of a step predicted to fit 80% of the free bytes, up to
     65,536 tokens, which fill any device.
@@ -157,7 +158,7 @@ def choose_micro_batch(
         return config.micro_batch
     sequences = config.batch_tokens // config.block_size
     for size in range(min(sequences, max(1, 65536 // config.block_size)), 1, -1):
-        needed = sum(training_memory(model, optimizers, config, size, matmul_bytes, shares).values())
+        needed = sum(training_memory(model, optimizers, config, size, dtype, shares).values())
         if sequences % size == 0 and needed < 0.8 * free_memory:
             return size
     return 1
@@ -193,9 +194,9 @@ def predict(
     tokens, trained = min(budget_left(config, tokens_per_second, used).values()), used[1]
     best = compute_optimal(flops * (trained + tokens))[0]  # parameters, by a law that knows nothing of small models
     shares = machine.processes if config.parallel == "fsdp" else 1
-    width, free_memory = machine.dtype.itemsize, free_memory or machine.free_memory()
-    micro_batch = choose_micro_batch(model, optimizers, config, width, free_memory, shares)
-    memory = training_memory(model, optimizers, config, micro_batch, width, shares)
+    free_memory = free_memory or machine.free_memory()
+    micro_batch = choose_micro_batch(model, optimizers, config, machine.dtype, free_memory, shares)
+    memory = training_memory(model, optimizers, config, micro_batch, machine.dtype, shares)
     return {
         "parameters": parameters,
         "FLOPs per token": flops,

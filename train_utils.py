@@ -167,7 +167,7 @@ class Run:
     def _fitting_micro_batch(self, config) -> int:
         """As many sequences as fit the memory that was free."""
         shares = self.machine.processes if config.parallel == "fsdp" else 1
-        return choose_micro_batch(self.model, self.optimizers, config, self.machine.dtype.itemsize, self._free, shares)
+        return choose_micro_batch(self.model, self.optimizers, config, self.machine.dtype, self._free, shares)
 
     def compile(self, runner: torch.nn.Module, batches: Batches) -> Callable:
         """`runner` compiled, or itself where that is not wanted or fails; an eager step takes more memory."""

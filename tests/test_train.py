@@ -583,8 +583,8 @@ def test_micro_batch_auto_is_the_largest_that_fits(lm, tiny):
     optimizers = lm.build_optimizers(model, config, Machine.find("cpu", "float32"))
     chosen = []
     for free in (1e6, 3e6, 1e7, 1e8, 1e12):
-        size = choose_micro_batch(model, optimizers, config, 4, free)
-        needed = [sum(training_memory(model, optimizers, config, n, 4).values()) for n in (size, 2 * size)]
+        size = choose_micro_batch(model, optimizers, config, torch.float32, free)
+        needed = [sum(training_memory(model, optimizers, config, n, torch.float32).values()) for n in (size, 2 * size)]
         assert 48 % size == 0 and (size == 1 or needed[0] < 0.8 * free) and (size == 48 or needed[1] > 0.8 * free * 0.6)
         chosen.append(size)
     assert chosen == sorted(chosen) and chosen[0] == 1 and chosen[-1] == 48
@@ -620,7 +620,7 @@ def test_predicted_activations_are_what_a_block_keeps(lm, tiny, compiled, dtype)
         )  # fmt: skip
         model = lm.build_model(config)
         memory = training_memory(
-            model, lm.build_optimizers(model, config, Machine.find("cpu", "float32")), config, 2, dtype.itemsize
+            model, lm.build_optimizers(model, config, Machine.find("cpu", "float32")), config, 2, dtype
         )
         copies = dtype.itemsize * multiplying_parameters(model) if dtype != torch.float32 else 0
         kept.append(bytes_kept_for_backward(lm, config, dtype) - copies)
@@ -635,10 +635,10 @@ def test_an_eager_run_chooses_its_micro_batch_for_an_eager_step(lm, settings, mo
     )
     model = lm.build_model(config)
     optimizers = lm.build_optimizers(model, config, Machine.find("cpu", "float32"))
-    fits = sum(training_memory(model, optimizers, config, 8, 4).values()) / 0.79
+    fits = sum(training_memory(model, optimizers, config, 8, torch.float32).values()) / 0.79
     monkeypatch.setattr(Machine, "free_memory", lambda machine: fits)
 
-    assert choose_micro_batch(model, optimizers, config, 4, fits) == 8
+    assert choose_micro_batch(model, optimizers, config, torch.float32, fits) == 8
 
     def fail(*_, **__):
         raise RuntimeError("no compiler")

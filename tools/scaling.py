@@ -46,8 +46,8 @@ def row(name: str, gpus: int, parallel: str) -> dict:
     parameters, flops = count_parameters(model)["total"], flops_per_token(model, config)
     shares = gpus if parallel == "fsdp" else 1
     own = replace(config, batch_tokens=BATCH // gpus)
-    micro_batch = choose_micro_batch(model, optimizers, own, 2, MEMORY, shares)
-    memory = sum(training_memory(model, optimizers, config, micro_batch, 2, shares).values())
+    micro_batch = choose_micro_batch(model, optimizers, own, torch.bfloat16, MEMORY, shares)
+    memory = sum(training_memory(model, optimizers, config, micro_batch, torch.bfloat16, shares).values())
     cells = {"model": name, "GPUs": gpus, "`parallel`": parallel, "parameters": f"{parameters / 1e9:.2f}B"}
     if memory > MEMORY:
         return cells | {"memory per GPU": f"{memory / 1e9:.0f} GB: does not fit"}

@@ -26,7 +26,7 @@ def fill_states(optimizers: list) -> None:
                     optimizer.state[p][name] = p.detach().clone()
 
 
-def measure(run: Path, model, optimizers: list, step: int) -> dict[str, float]:
+def time_checkpoint(run: Path, model, optimizers: list, step: int) -> dict[str, float]:
     """Seconds of copying and of writing, and the longest time for which the writer kept this thread from running."""
     begun = time.perf_counter()
     write = take_checkpoint(run, model, optimizers, {"step": step}, 2, True, None)
@@ -51,7 +51,7 @@ def main() -> None:
     fill_states(optimizers)
     with tempfile.TemporaryDirectory(dir=".") as folder:
         for step in range(3):
-            values = measure(Path(folder), model, optimizers, step)
+            values = time_checkpoint(Path(folder), model, optimizers, step)
             print(", ".join(f"{name} {value:.2f}" for name, value in values.items()), "s")
 
 

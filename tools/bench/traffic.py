@@ -114,12 +114,12 @@ SIBLINGS = {
     "FFNS": {"one": OneProductFFN}, "NORMS": {"wide": Wide},
 }  # fmt: skip
 NARROW = {"stream": torch.bfloat16}
-NOW = "stream in float32"
+NOW = "stream in bfloat16"
 EDITS = {  # overrides of `day`; "stream", the type of the residual stream; "weights", of the matrices; compiler options
-    NOW: {},
-    "stream in float32, norm and rotation after the transpose": {"attention": "after"},
-    "stream in bfloat16": NARROW,
+    NOW: NARROW,
     "stream in bfloat16, norm and rotation after the transpose": NARROW | {"attention": "after"},
+    "stream in float32": {},
+    "stream in float32, norm and rotation after the transpose": {"attention": "after"},
     "stream in bfloat16, rotation by halves": NARROW | {"position": "halves"},
     "stream in bfloat16, norms multiply by their gain in float32": NARROW | {"norm": "wide"},
     "stream in bfloat16, no QK-norm": NARROW | {"qk_norm": False},

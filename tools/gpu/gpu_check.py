@@ -254,7 +254,7 @@ def memory(compiled: bool, micro_batch: int) -> None:
     before = machine.used_memory()
     model.to(DEVICE)
     optimizers, scaler = lm.build_optimizers(model, config, card), card.scaler()
-    predicted = sum(training_memory(model, optimizers, config, micro_batch, card.dtype.itemsize).values())
+    predicted = sum(training_memory(model, optimizers, config, micro_batch, card.dtype).values())
     rows = torch.randint(config.vocab_size, (micro_batch, config.block_size + 1), device=DEVICE)
     pair = rows[:, :-1].clone(), rows[:, 1:].clone()
     runner, note = compile_or_eager(model, *pair, card) if compiled else (model, "eager")

@@ -130,7 +130,7 @@ def step_of_day(batch: int, profiled: bool) -> None:
     model = lm.build_model(config).to(DEVICE)
     optimizers, scaler = lm.build_optimizers(model, config, machine), machine.scaler()
     flops = flops_per_token(model, config)
-    predicted = sum(training_memory(model, optimizers, config, batch, machine.dtype.itemsize).values())
+    predicted = sum(training_memory(model, optimizers, config, batch, machine.dtype).values())
     pair = pair_for(config, batch)
     runner, note = compile_or_eager(model, *pair, machine)
     report.say(f"micro-batch {batch}: {note}")
@@ -413,26 +413,19 @@ def qwen3() -> None:
 # ------------------------------------------------------------------------------- what might make it faster
 
 
-class HalfStream(lm.RotaryPosition):
-    """The residual stream in the precision of the products."""
-
-    def add_to_embedding(self, x, start):
-        return x.to(machine.dtype)
-
-
 NO_GRAPHS = "max-autotune-no-cudagraphs"
 VARIANTS = {  # fields, options of torch.compile, seconds to compile
     "as it is": ({}, {}, 25),
-    "residual stream in 16 bits": ({"position": "half"}, {}, 25),
-    "that, and one product for q, k, v": ({"attention": "one", "position": "half"}, {}, 25),
-    "that, and one for gate and up": ({"position": "half", "ffn": "one"}, {}, 25),
+    "residual stream in float32": ({}, {"wide": True}, 25),
+    "one product for q, k, v": ({"attention": "one"}, {}, 25),
+    "one for gate and up": ({"ffn": "one"}, {}, 25),
     "no QK-norm": ({"qk_norm": False}, {}, 25),
     "FlashAttention 2": ({}, {"flash": True}, 25),
     "weights in 16 bits, no autocast": ({}, {"half": True}, 25),
     "coordinate descent": ({}, {"options": {"coordinate_descent_tuning": True}}, 45),
     "as it is, again": ({}, {}, 15),  # what differs from the first is noise
     "CUDA graphs": ({}, {"mode": "reduce-overhead"}, 30),
-    "that, max-autotune": ({"position": "half"}, {"mode": NO_GRAPHS}, 120),
+    "max-autotune": ({}, {"mode": NO_GRAPHS}, 120),
 }
 
 
@@ -447,7 +440,7 @@ def candidates() -> None:
             report.say(f"SKIPPED {name}: {report.left():.0f} s left")
             continue
         how = dict(how)
-        flash, half = how.pop("flash", False), how.pop("half", False)
+        flash, half, wide = (how.pop(name, False) for name in ("flash", "half", "wide"))
         try:
             clean()
             torch.compiler.reset()
@@ -455,6 +448,8 @@ def candidates() -> None:
             model = lm.build_model(config).to(DEVICE)
             if half:
                 model.to(machine.dtype)
+            if wide:
+                model.blocks[0].register_forward_pre_hook(lambda block, inputs: (inputs[0].float(), *inputs[1:]))
             for p in model.parameters():  # as in all micro-steps but the first, gradients are added to what is there
                 p.grad = torch.zeros_like(p)
             pair = pair_for(config, BIG)
@@ -503,7 +498,6 @@ def main() -> None:
     SIZES = (4, 2) if DRY else (64, 32, 16) if machine.memory > 60e9 else (16, 8)
     lm.ATTENTIONS.update(one=OneProduct)
     lm.FFNS.update(one=OneProductFFN)
-    lm.POSITIONS.update(half=HalfStream)
     report.say(f"{machine.name}, torch {torch.__version__}, {machine.memory / 1e9:.0f} GB, {machine.dtype}")
     report.keep(device=machine.name, torch=torch.__version__)
     rate = measure_matmul_flops(machine)
