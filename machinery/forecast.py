@@ -83,8 +83,10 @@ def _terms(parameters, tokens) -> np.ndarray:
 
 
 def by_law(law: dict, parameters: float, tokens: float) -> Forecast:
-    """What a fitted law says of a run, twice its error either way."""
-    middle, width = expected(law, parameters, tokens), 2 * law["error"]
+    """What a fitted law says of a run, twice its error at so many tokens either way."""
+    at, errors = zip(*law["error"])
+    width = 2 * float(np.interp(math.log(tokens), np.log(at), errors))
+    middle = expected(law, parameters, tokens)
     return Forecast(middle - width, middle + width, law, parameters, tokens)
 
 

@@ -63,7 +63,11 @@ def test_a_law_is_found_again_and_knows_where_it_ends(lm, monkeypatch, tmp_path)
     ]  # fmt: skip
     law = forecast.fit_law(runs)
     assert forecast.expected(law, 2e6, 3e6) == pytest.approx(forecast.expected(true, 2e6, 3e6), abs=0.01)
-    law |= {"recipe": {"vocab_size": 4096}, "error": 0.02, "way": [[0.1, 0.3, 0.02], [0.5, 0.2, 0.02], [1.0, 0.0, 0.0]]}
+    law |= {
+        "recipe": {"vocab_size": 4096},
+        "error": [[5e5, 0.02]],
+        "way": [[0.1, 0.3, 0.02], [0.5, 0.2, 0.02], [1.0, 0.0, 0.0]],
+    }
     monkeypatch.setattr(forecast, "LAWS", tmp_path / "forecast.json")
     (tmp_path / "forecast.json").write_text(json.dumps({"python": law}))
     config = lm.Config.from_preset("demo")
@@ -83,7 +87,12 @@ def test_the_settled_config_is_that_of_a_machine(lm):
 
 
 def test_a_run_is_held_against_its_forecast(lm, tiny, texts, monkeypatch, tmp_path, capsys):
-    law = {"floor": 2.0, "powers": [0.0, 0.0, 0.0, 0.0], "error": 0.5, "recipe": {"tokenizer": "bytes"}}  # 3 everywhere
+    law = {
+        "floor": 2.0,
+        "powers": [0.0, 0.0, 0.0, 0.0],
+        "error": [[1e3, 0.5]],
+        "recipe": {"tokenizer": "bytes"},
+    }  # 3 everywhere
     law |= {"way": [[0.2, 3.0, 0.5], [1.0, 0.0, 0.0]], "parameters": [1e3, 1e6], "tokens": [100, 10000]}
     monkeypatch.setattr(forecast, "LAWS", tmp_path / "forecast.json")
     (tmp_path / "forecast.json").write_text(json.dumps({texts[0]: law}))
@@ -101,7 +110,12 @@ def test_a_run_is_held_against_its_forecast(lm, tiny, texts, monkeypatch, tmp_pa
 
 
 def test_a_run_that_came_to_more_tokens_is_held_against_the_law_for_these(capsys):
-    law = {"floor": 1.0, "powers": [0.0, -1.0, 0.0, 0.0], "error": 0.1, "way": [[0.5, 0.0, 0.0], [1.0, 0.0, 0.0]]}
+    law = {
+        "floor": 1.0,
+        "powers": [0.0, -1.0, 0.0, 0.0],
+        "error": [[5e5, 0.1]],
+        "way": [[0.5, 0.0, 0.0], [1.0, 0.0, 0.0]],
+    }
     foretold = forecast.by_law(law, 2e6, 5e5)  # 2.0; twice the tokens give 1.5
     assert foretold.place(0.5, 250_000, 3.0) == ", as expected" == foretold.place(0.5, 500_000, 2.0)
     assert foretold.place(0.5, 500_000, 3.0) == ", above the band of 1.800 to 2.200" and not foretold.place(0.0, 0, 9.0)
@@ -127,9 +141,12 @@ def test_the_law_is_fitted_to_short_runs_and_held_against_others(tmp_path):
     demo = LM.Config.from_preset("demo")
     assert all(getattr(demo, name) == value for name, value in law["recipe"].items())
     assert "lr" in law["recipe"] and "n_layer" not in law["recipe"]
-    assert law["error"] < 0.01 and law["runs"] == len(short.fitted()) / 2 and law["way"][-1] == [1.0, 0.0, 0.0]
+    assert (
+        len(law["error"]) == 3 and all(error < 0.01 for _, error in law["error"]) and law["way"][-1] == [1.0, 0.0, 0.0]
+    )
+    assert law["runs"] == sum(run.config().source == "python" for run in short.fitted() + short.unseen())
     text = (tmp_path / "forecast.md").read_text()
-    assert f"of {len(short.unseen())} ended within their band" in text and "| python, 6 × 192 | 1,500,000 |" in text
+    assert f"of {len(short.unseen())} ended within their band" in text and "| python, 6 × 192, seed 0 | 1,500,000 |" in text
 
 
 def test_the_best_shape_is_inside_of_what_was_tried_or_not_known(lm, monkeypatch, capsys):

@@ -89,7 +89,7 @@ QUOTES = [
     (DOCS, "of the tokens and # of the time", RECIPE, "so that is #× of its time or less", 1),
     (DOCS, "the step of Muon, for # times the time", RECIPE, "A step takes #× the time", 1),
     (DOCS, "on a 4090 # GB, where", REHEARSAL, "RTX 4090 | 1 | {} | bfloat16 | compiled | 16 | * | # |", 1),
-    (DOCS, "the preflight predicts #.", REHEARSAL, "RTX 4090 | 1 | {} | bfloat16 | compiled | 16 | # |", 1),
+    (DOCS, "the preflight predicted #.", REHEARSAL, "RTX 4090 | 1 | {} | bfloat16 | compiled | 16 | # |", 1),
     (TEXT, "The speed is a guess: #% of the rate", TEXT, "rate = # * matmul_flops", 100),
 ]
 

@@ -3,7 +3,8 @@
     python -m tools.forecast                the next runs that are missing, until none is; stop it at any time
     python -m tools.forecast --summary      fit and write what there is
 
-The law is fitted to runs of up to a minute on two cores. Longer ones, of another depth, batch or text, were not used.
+A law of runs of up to a minute on two cores is held against longer ones, of another depth, batch, seed or text. The law
+that is kept is of all of them.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import json
 import math
 import statistics
 from datetime import date
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +52,7 @@ FREE = {
     "max_tokens", "max_hours", "data_dir",
 }  # fmt: skip
 SCORES = 10  # evaluations on the way, to know how a run gets there
+EDGES = (700_000, 1_800_000)  # in tokens: the error of a law is that of runs between two of them
 LINES = RESULTS / "forecast.jsonl"
 
 
@@ -69,8 +71,8 @@ def fitted() -> list[Run]:
 
 
 def unseen() -> list[Run]:
-    """Longer ones, to hold the laws against."""
-    return [run_of(*case) for case in UNSEEN]
+    """Longer ones, to hold the laws against; the last are those of `demo` itself."""
+    return [run_of(*case) for case in UNSEEN] + [run_of("python", (4, 192), 4_000_000, {}, seed) for seed in (0, 1, 2)]
 
 
 def line_of(results: Results, run: Run) -> dict | None:
@@ -88,100 +90,128 @@ def recipe_of(config) -> dict:
     return {f.name: getattr(config, f.name) for group in groups for f in lm.fields(group) if f.name not in FREE}
 
 
-def fit_source(lines: list[dict], recipe: dict) -> dict:
-    """The law of a kind of text under a recipe, its error, and how runs get to their end."""
-    law = fit_law(lines)
-    # The error of a law that has not seen the longest run of each size, on those runs
-    longest = {
-        line["multiplying"]: max(x["tokens"] for x in lines if x["multiplying"] == line["multiplying"])
-        for line in lines
-    }
-    far = [line for line in lines if line["tokens"] == longest[line["multiplying"]]]
-    blind = fit_law([line for line in lines if line not in far])
-    misses = [line["val_bpb"] - expected(blind, line["multiplying"], line["tokens"]) for line in far]
-    error = math.sqrt(statistics.fmean(miss**2 for miss in misses))
+def fit_source(lines: list[dict], recipe: dict, left_out: list[list[dict]], edges: tuple[int, ...] = ()) -> dict:
+    """The law of a kind of text under a recipe, how runs get to their end, and its error: that of laws fitted without
+    one after the other of the groups `left_out`, on these, together for the runs between two `edges` in tokens.
+    """
+    law, misses = fit_law(lines), []
+    for group in left_out:
+        blind = fit_law([line for line in lines if line not in group])
+        for line in group:
+            misses.append((line["tokens"], line["val_bpb"] - expected(blind, line["multiplying"], line["tokens"])))
+    errors = []
+    for least, most in pairwise((0, *edges, math.inf)):
+        if within := [(tokens, miss) for tokens, miss in misses if least <= tokens < most]:
+            at, off = zip(*within)
+            errors.append([statistics.geometric_mean(at), math.sqrt(statistics.fmean(miss**2 for miss in off))])
     shares, rows = np.arange(1, SCORES) / SCORES, []
     for line in lines:
-        at, bpb = zip(*line["curve"])
-        rows.append(
-            [float(np.interp(s, at, bpb)) - expected(law, line["multiplying"], s * line["tokens"]) for s in shares]
-        )
-    way = [[float(s), float(np.mean(part)), float(np.std(part))] for s, part in zip(shares, zip(*rows))] + [
-        [1.0, 0.0, 0.0]
-    ]
-    return law | {"error": error, "runs": len(lines), "way": way, "recipe": recipe}
+        if "curve" in line:  # of the recipe's runs only the end is known
+            at, bpb = zip(*line["curve"])
+            way = [expected(law, line["multiplying"], share * line["tokens"]) for share in shares]
+            rows.append(np.interp(shares, at, bpb) - way)
+    way = [[float(s), float(np.mean(part)), float(np.std(part))] for s, part in zip(shares, zip(*rows))]
+    return law | {"error": errors, "runs": len(lines), "way": [*way, [1.0, 0.0, 0.0]], "recipe": recipe}
+
+
+def short_law(lines: list[dict], recipe: dict) -> dict:
+    """The law of runs of up to a minute; its error is that of one that has not seen the longest of each size."""
+    longest: dict[int, dict] = {}
+    for line in sorted(lines, key=lambda line: line["tokens"]):
+        longest[line["multiplying"]] = line
+    return fit_source(lines, recipe, [list(longest.values())])
+
+
+def whole_law(lines: list[dict], recipe: dict) -> dict:
+    """The law of all runs; its error is that of laws without one size and length, for short, middling and long runs."""
+    cases = {(line["multiplying"], line["tokens"]): [] for line in lines}
+    for line in lines:
+        cases[line["multiplying"], line["tokens"]].append(line)
+    return fit_source(lines, recipe, list(cases.values()), EDGES)
 
 
 def write_forecast(results: Results, others: Results, folder: Path = RESULTS) -> None:
     """forecast.json and forecast.md in `folder`, of the runs there are; a kind of text with too few has no law.
 
-    The laws are held against `unseen` runs and, among `others`, those of `demo` that the recipe was measured by.
+    Laws of the short runs are held against `unseen` ones and, among `others`, those of `demo` that the recipe was
+    measured by. Then all runs go into the laws that are kept.
     """
-    laws, rows = {}, []
+    short, kept, rows = {}, {}, []
     for source in KINDS:
         runs = [run for run in fitted() if run.overrides["source"] == source]
         lines = [line for run in runs if (line := line_of(results, run))]
-        if len(lines) < 7:
-            continue
-        laws[source] = fit_source(lines, recipe_of(runs[0].config()))
-    if not laws:
+        if len(lines) >= 7:
+            short[source], kept[source] = short_law(lines, recipe_of(runs[0].config())), lines
+    if not short:
         raise UserError(f"{results.path}: too few runs for a law; `make forecast` makes them")
     seeds = [recipe.ours(*case) for case in product(recipe.SEEDS[1:], recipe.BUDGETS, recipe.TEXTS)]  # 0: above
-    for run, kept_in in [(run, results) for run in unseen()] + [(run, others) for run in seeds]:
-        line, config = line_of(kept_in, run), run.config()
-        if line and config.source in laws:
-            law = laws[config.source]
-            foretold, width = by_law(law, line["multiplying"], run.tokens), 2 * law["error"]
-            off = line["val_bpb"] - foretold.middle
-            curve = line.get("curve", [])  # of the recipe's runs only the end is known
-            kept = [band[0] <= bpb <= band[1] for at, bpb in curve if (band := foretold.at(at))]
-            name = run.name if curve else f"{config.source}, demo, seed {run.seed}"
-            rows.append({
-                "run": name, "tokens": run.tokens, "foretold": foretold.middle, "±": width, "came": line["val_bpb"],
-                "off by": off, "within": "yes" if abs(off) <= width else "no",
-                "on the way": f"{sum(kept)} of {len(kept)}" if kept else None,
-            })  # fmt: skip
+    for run, place in [(run, results) for run in unseen()] + [(run, others) for run in seeds]:
+        line, source = line_of(place, run), run.config().source
+        if line and source in short:
+            name = run.name if place is results else f"{source}, 4 × 192"
+            rows.append(row_of(short[source], line, f"{name}, seed {run.seed}"))
+            kept[source].append(line)
+    laws = {source: whole_law(lines, short[source]["recipe"]) for source, lines in kept.items()}
     write_atomic(folder / "forecast.json", json.dumps(laws, indent=1) + "\n")
-    within = sum(row["within"] == "yes" for row in rows)
-    places = sorted({(line["device"], line["dtype"]) for line in results.lines.values()})
-    law_rows = [
-        {"text": source} | law | dict(zip(("c", "p", "r", "q"), law["powers"])) | {"c": math.exp(law["powers"][0])}
-        for source, law in laws.items()
-    ]
-    columns = {
-        "run": "",
-        "tokens": ",d",
-        "foretold": ".3f",
-        "±": ".3f",
-        "came": ".3f",
-        "off by": "+.3f",
-        "within": "",
-        "on the way": "",
-    }
+    columns = {"run": "", "tokens": ",d", "foretold": ".3f", "±": ".3f", "came": ".3f", "off by": "+.3f", "within": ""}
+    columns |= {"on the way": ""}
     law_columns = {"text": "", "runs": "d", "floor": ".2f", "c": ".3f", "p": "+.3f", "q": "+.3f", "r": "+.3f"}
-    law_columns |= {"error": ".3f"}
+    law_columns |= {"error": ""}
     write_atomic(folder / "forecast.md", TEXT.format(
-        today=date.today(), places="; ".join(", ".join(place) for place in places), within=within, count=len(rows),
-        worst=max((abs(row["off by"]) for row in rows), default=math.nan),
-        laws=table(law_rows, law_columns), rows=table(rows, columns),
+        today=date.today(), within=sum(row["within"] == "yes" for row in rows), count=len(rows),
+        places="; ".join(sorted({f"{line['device']}, {line['dtype']}" for line in results.lines.values()})),
+        worst=max((abs(row["off by"]) for row in rows), default=math.nan), rows=table(rows, columns),
+        short=table(law_rows(short), law_columns), laws=table(law_rows(laws), law_columns),
     ))  # fmt: skip
+
+
+def row_of(law: dict, line: dict, name: str) -> dict:
+    """What a law foretold of a run, and what came."""
+    foretold = by_law(law, line["multiplying"], line["tokens"])
+    off, width = line["val_bpb"] - foretold.middle, foretold.high - foretold.middle
+    curve = line.get("curve", [])  # of the recipe's runs only the end is known
+    inside = [band[0] <= bpb <= band[1] for at, bpb in curve if (band := foretold.at(at))]
+    return {
+        "run": name, "tokens": line["tokens"], "foretold": foretold.middle, "±": width, "came": line["val_bpb"],
+        "off by": off, "within": "yes" if abs(off) <= width else "no",
+        "on the way": f"{sum(inside)} of {len(inside)}" if inside else None,
+    }  # fmt: skip
+
+
+def law_rows(laws: dict[str, dict]) -> list[dict]:
+    """Laws as rows of a table."""
+    return [
+        {"text": source} | law | dict(zip("cprq", [math.exp(law["powers"][0]), *law["powers"][1:]]))
+        | {"error": ", ".join(f"{error:.3f} at {tokens / 1e6:.2g}M" for tokens, error in law["error"])}
+        for source, law in laws.items()
+    ]  # fmt: skip
 
 
 TEXT = """# The forecast
 
 `make forecast`, {today}, {places}. Bits per byte of held-out text at the end of a run of D tokens, with N million
-parameters in matrix products: floor + c · d^(p + q · ln n) · n^r, for d = D / 500,000 and n = N / 2 (the form of
+parameters in matrix products: floor + c · d^(p + q · ln n) · n^r, for d = D / 500,000 and n = N / 2. The form of
 [Hoffmann et al. 2022](https://arxiv.org/abs/2203.15556), a term of size and a term of tokens, missed the longer runs:
-here larger models gain more from the same tokens). It is fitted to runs of up to a minute on two cores. *Error* is how
-far the law misses the longest run of each size, root mean square, when it is fitted without them; the band is twice
-that.
+here larger models gain more from the same tokens.
 
-{laws}
+## Can short runs foretell longer ones?
 
-Runs that were not used for the fit. {within} of {count} ended within their band; the largest miss is {worst:.3f} bits
+A law fitted to runs of up to a minute on two cores. *Error* is how far it misses the longest run of each size, root
+mean square, when it is fitted without them; the band is twice that.
+
+{short}
+
+Runs that were not used for this fit: {within} of {count} ended within their band; the largest miss is {worst:.3f} bits
 per byte. *On the way* counts the evaluations during the run that lay within the band drawn for them.
 
 {rows}
+
+## The law that runs are foretold by
+
+Fitted to all of these runs, short and long. *Error* is how far laws that are fitted without one size and length miss
+these runs, root mean square, for runs of about so many tokens. The band of a forecast is twice that.
+
+{laws}
 """
 
 
