@@ -146,7 +146,10 @@ def test_the_law_is_fitted_to_short_runs_and_held_against_others(tmp_path):
     )
     assert law["runs"] == sum(run.config().source == "python" for run in short.fitted() + short.unseen())
     text = (tmp_path / "forecast.md").read_text()
-    assert f"of {len(short.unseen())} ended within their band" in text and "| python, 6 × 192, seed 0 | 1,500,000 |" in text
+    assert (
+        f"of {len(short.unseen())} ended within their band" in text
+        and "| python, 6 × 192, seed 0 | 1,500,000 |" in text
+    )
 
 
 def test_the_best_shape_is_inside_of_what_was_tried_or_not_known(lm, monkeypatch, capsys):

@@ -5,10 +5,11 @@ import re
 
 import pandas as pd
 import pytest
+import torch
 from conftest import ROOT
 
 from machinery.machine import DATASHEET_TFLOPS, Machine
-from model_utils import count_parameters, expected_loss, flops_per_token
+from model_utils import count_parameters, expected_loss, flops_per_token, training_memory
 
 NUMBER = r"([+-]?\d+(?:,\d{3})*(?:\.\d+)?)"
 BENCH, DEMO, RECIPE, REHEARSAL = (
@@ -121,14 +122,13 @@ COMPUTED = [
     (README, "`day`: #M parameters, # hours", lambda lm: [_millions(lm, "day"), lm.Config.max_hours]),
     (README, "`demo`: #M, three minutes", lambda lm: [_millions(lm, "demo")]),
     (TEXT, "about # million parameters for a day", lambda lm: [round(_millions(lm, "day"), -1)]),
-    (TEXT, "Its # blocks of # channels", lambda lm: [lm.Config.n_layer, lm.Config.n_embd]),
-    (TEXT, "follow the rule of thumb of # channels per layer", lambda lm: [lm.Config.n_embd / lm.Config.n_layer]),
+    (TEXT, "with # channels per layer by a rule of thumb", lambda lm: [lm.Config.n_embd / lm.Config.n_layer]),
     (DOCS, "also has # single changes over three seeds", lambda lm: [_changes()]),
     (DOCS, "n_embd·block_size = # GFLOP", lambda lm: [flops_per_token(*reversed(sized(lm, "day"))) / 1e9]),
     (DOCS, "with N = #M. A 4090 does # TFLOP/s", lambda lm: [_millions(lm, "day"), DATASHEET_TFLOPS["RTX 4090"]]),
     (TEXT, "gives losses of about #, #, # and # for runs of 1, 6, 12 and 24",
      lambda lm: [day_on(lm, "RTX 4090", hours)[2] for hours in (1, 6, 12, 24)]),
-    (TEXT, "less, by #% for `day` as predicted", lambda lm: [100 - 100 * _gb("{}") / _gb('{"attention": "mha"}')]),
+    (TEXT, "less, by #% for `day` as predicted", lambda lm: [100 - 100 * _bytes(lm) / _bytes(lm, attention="mha")]),
     ("docs/platforms.md", "# billion tokens at 40%", lambda lm: [day_on(lm, "RTX 4090", 24)[0] / 1e9]),
     ("docs/platforms.md", "Its # billion tokens", lambda lm: [day_on(lm, "H100", 24)[0] / 1e9]),
     *(
@@ -148,9 +148,12 @@ def _changes() -> int:
     return len(re.findall(r"^\| [^|]+ \| [+-][^|]+ \| [^|]* \| 3 \|", (ROOT / RECIPE).read_text("utf-8"), re.MULTILINE))
 
 
-def _gb(overrides: str) -> float:
+def _bytes(lm, **overrides) -> float:
     """What `day` with overrides is predicted to take on a 4090."""
-    return float(numbers(REHEARSAL, f"RTX 4090 | 1 | {overrides} | bfloat16 | compiled | 16 | # |")[0])
+    config = lm.Config.from_preset("day", batch_tokens=524288, **overrides)
+    return sum(
+        training_memory(*lm.outline(config, Machine.find("cpu", "float32")), config, 16, torch.bfloat16).values()
+    )
 
 
 @pytest.mark.parametrize(("text", "sentence", "compute"), COMPUTED, ids=[sentence for _, sentence, _ in COMPUTED])
@@ -167,7 +170,7 @@ def test_the_means_of_demo_are_those_of_its_rows():
 # What the text claims of a single change of the recipe: the sentence, the row, its verdict
 CLAIMS = [
     ("leave both out, at about the same loss", "LayerNorm", "no difference seen"),
-    ("for `demo` there is no difference", "MLP", "no difference seen"),
+    ("Our small models do not show that (section 7, `results/recipe-2026-11-25.md`)", "MLP", "no difference seen"),
     ("A cosine did worse here", "cosine", "worse"),
     ("decays over 20, 50 and 80% showed no difference", "wsd, decay 0.2", "no difference seen"),
     ("decays over 20, 50 and 80% showed no difference", "wsd, decay 0.8", "no difference seen"),
@@ -184,7 +187,7 @@ def test_a_claim_about_the_recipe_is_what_its_row_says(sentence, row, verdict):
 @pytest.mark.parametrize(
     ("sentence", "field", "better", "worse"),
     [
-        ("in section 7 the MLP is slightly better", "ffn", "mlp", "gated"),
+        ("Our small models do not show that (section 7,", "ffn", "mlp", "gated"),
         ("The price is a slightly higher loss (section 7)", "attention", "mha", "gqa"),
     ],
 )

@@ -202,9 +202,9 @@ mean square, when it is fitted without them; the band is twice that.
 {short}
 
 Runs that were not used for this fit: {within} of {count} ended within their band; the largest miss is {worst:.3f} bits
-per byte. *On the way* counts the evaluations during the run that lay within the band drawn for them. The misses are runs
-of `demo` on Python beyond two million tokens. There the loss falls faster for a while, at another time for each seed, and
-the short runs hold nothing of that.
+per byte. *On the way* counts the evaluations during the run that lay within the band drawn for them. The misses are
+runs of `demo` on Python beyond two million tokens. There the loss falls faster for a while, at another time for each
+seed, and the short runs hold nothing of that.
 
 {rows}
 
