@@ -33,6 +33,7 @@ SIZES = {  # tokens of runs of up to a minute on two cores
     (2, 128): (200_000, 400_000, 800_000, 1_600_000),
     (4, 192): (200_000, 350_000, 700_000),
     (6, 256): (150_000, 300_000),
+    (8, 384): (100_000, 250_000),
 }
 UNSEEN = [  # source, size, tokens, other overrides
     ("python", (4, 192), 2_200_000, {}),
