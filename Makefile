@@ -75,6 +75,9 @@ recipe: .venv/run
 forecast: .venv/run
 	$(BIN)/python -m tools.forecast
 
+dial: .venv/run
+	$(BIN)/python -m tools.dial
+
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"LMHarness needs Python 3.11 or newer, this is {v[0]}.{v[1]}: make PYTHON=python3.12 …")'
 	$(PYTHON) -m venv .venv

@@ -13,17 +13,18 @@ from machinery.settings import kv_heads
 # The best batch grows as the tokens of a run to the power 0.383 (Bergsma et al. 2025, arXiv 2505.13738), from what
 # `day` has: 524,288 tokens a step, of 3.7 billion in 24 hours of an RTX 4090 at 40% of its data sheet.
 DAY_TOKENS, DAY_BATCH, POWER = 3.7e9, 524_288, 0.383
+LEAST_STEPS = 1000  # of a small run, for which that rule asks for too much (results/dial.md)
 SHARE = 0.5  # of the rate of a large matrix product that training is taken to reach; 2 times off is 1.3 times in batch
 
 
 def best_batch(tokens: float) -> float:
     """Tokens per step for a run of so many tokens."""
-    return DAY_BATCH * (tokens / DAY_TOKENS) ** POWER
+    return min(DAY_BATCH * (tokens / DAY_TOKENS) ** POWER, tokens / LEAST_STEPS)
 
 
 def tokens_of_steps(steps: int) -> float:
     """Tokens of a run of so many steps, each of the batch that is best for so many tokens."""
-    return (steps * best_batch(1.0)) ** (1 / (1 - POWER))
+    return (steps * DAY_BATCH / DAY_TOKENS**POWER) ** (1 / (1 - POWER))
 
 
 def multiplying_and_flops(config) -> tuple[float, float]:

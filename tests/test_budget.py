@@ -20,8 +20,9 @@ CPU = Machine.find("cpu", "float32")
 
 def test_the_law_of_the_batch():
     assert best_batch(3.7e9) == 524_288 and best_batch(2 * 3.7e9) / best_batch(3.7e9) == pytest.approx(2**0.383)
-    tokens = tokens_of_steps(1000)
-    assert tokens == pytest.approx(1000 * best_batch(tokens))
+    tokens = tokens_of_steps(7000)
+    assert tokens == pytest.approx(7000 * best_batch(tokens))
+    assert best_batch(1.4e6) == 1400  # a thousand steps at least
 
 
 def test_auto_follows_the_budget_and_moves_the_rates(lm, capsys, monkeypatch, tmp_path):

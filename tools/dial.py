@@ -1,0 +1,104 @@
+"""What the dial says for a minute on two cores, held against a sweep by hand over size and batch: results/dial.md.
+
+    python -m tools.dial                the runs that are missing, then the table
+    python -m tools.dial --summary      the table of what there is
+
+All runs are of `demo` on English, whose seeds differ by 0.001 bits per byte.
+"""
+
+from __future__ import annotations
+
+import argparse
+from datetime import date
+
+from machinery.budget import best_batch
+from machinery.errors import UserError, plain_errors
+from machinery.files import write_atomic
+from machinery.machine import Machine
+from model_utils import best_shape
+from tools.common import RESULTS, lm, quietly, table
+from tools.forecast import LINES, MINUTE, run_of
+from tools.runs import Results, Run, run_missing
+
+BATCHES, TOKENS = (1024, 2048, 4096, 8192, 16384), 1_400_000  # of the preset's 4 × 192, about a minute too
+ENGLISH = {"source": "english", "prompt": "The"}
+
+
+def by_size() -> list[Run]:
+    """A minute of each size."""
+    return [run_of("english", size, tokens, {}) for size, tokens in MINUTE.items()]
+
+
+def by_batch() -> list[Run]:
+    """The preset with other batches, and rates that move with their square root."""
+    preset, runs = lm.PRESETS["demo"], []
+    for batch in BATCHES:
+        factor = (batch / preset["batch_tokens"]) ** 0.5
+        rates = {name: preset[name] * factor for name in ("lr", "embedding_lr", "head_lr")}
+        runs.append(Run(f"english, batch {batch}", ENGLISH | {"batch_tokens": batch} | rates, 0, TOKENS))
+    return runs
+
+
+def chosen_size() -> str:
+    """What `best_shape` says for a minute of this machine, as n_layer × n_embd; or why it says nothing."""
+    try:
+        shape = quietly(best_shape, lm.Config.from_preset("demo", **ENGLISH), Machine.find(), hours=1 / 60)
+    except UserError as error:
+        return f"nothing: {error}"
+    return f"{shape['n_layer']} × {shape['n_embd']}"
+
+
+def write_dial(sizes: Results, batches: Results) -> None:
+    """results/dial.md, of the runs there are."""
+    rows = [
+        {"n_layer × n_embd": "{} × {}".format(*size), "tokens": run.tokens, "bits per byte": sizes.loss(run)}
+        for size, run in zip(MINUTE, by_size())
+    ]
+    others = [
+        {"batch_tokens": batch, "steps": TOKENS // batch, "bits per byte": batches.loss(run)}
+        for batch, run in zip(BATCHES, by_batch())
+    ]
+    write_atomic(RESULTS / "dial.md", TEXT.format(
+        today=date.today(), size=chosen_size(), rule=round(best_batch(TOKENS)), tokens=TOKENS,
+        sizes=table(rows, {"n_layer × n_embd": "", "tokens": ",d", "bits per byte": ".4f"}),
+        batches=table(others, {"batch_tokens": ",d", "steps": ",d", "bits per byte": ".4f"}),
+    ))  # fmt: skip
+
+
+TEXT = """# The dial on two cores
+
+`make dial`, {today}: `demo` on English, one seed (three differ by 0.001 bits per byte,
+[recipe.md](recipe.md)), for a minute of two cores.
+
+## Size
+
+Tokens are what a minute holds at half of 911 GFLOP/s, the rate of a large matrix product there. `best_shape` says:
+{size}.
+
+{sizes}
+
+## Batch
+
+4 × 192, {tokens:,} tokens; learning rates move with the square root of the batch. `batch_tokens="auto"` would say
+{rule:,}.
+
+{batches}
+"""
+
+
+def main() -> None:
+    """See the module's docstring."""
+    plain_errors()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
+    parser.add_argument("--summary", action="store_true", help="write what there is, train nothing")
+    options = parser.parse_args()
+    sizes, batches = Results(LINES), Results(RESULTS / "dial.jsonl")
+    if not options.summary:
+        run_missing(sizes, by_size, options.jobs)
+        run_missing(batches, by_batch, options.jobs)
+    write_dial(sizes, batches)
+
+
+if __name__ == "__main__":
+    main()
