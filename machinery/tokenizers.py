@@ -20,7 +20,7 @@ from machinery.errors import DataError, told
 
 END_OF_TEXT = "<|endoftext|>"
 ENDS_OF_TEXT = re.compile(
-    r"<(?:\|(?:endoftext|end_of_text|eot_id|im_end|end▁of▁sentence)\|>|/s>|eos>)"
+    r"(?i)<(?:[|｜](?:end|end[ _▁]?of[ _▁]?\w+|eo[dst]|eot_id|im_end|return)[|｜]|/s|eos|end_of_\w+)>"
 )  # as others spell it
 # How text is cut into pieces before byte pairs merge: the pattern of GPT-4 and Llama 3, which keeps
 # words, runs of digits and runs of spaces apart (tiktoken: openai_public.py, cl100k_base).
