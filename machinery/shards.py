@@ -284,12 +284,17 @@ def _write_shards(folder, manifest, encoding, source, val_source, train_tokens, 
         train.add(document)
         if max(train.tokens, held_out.tokens * held_out.is_open) >= settings["shard_tokens"]:
             if held_out.is_open:
-                manifest["text"] = ":".join(text.digest() for text in (source, val_source) if text)
+                manifest["text"] = text_digest(source, val_source)
             _close(folder, manifest, train, held_out, position)
             if train_tokens is not None and manifest["tokens"]["train"] >= train_tokens:
                 return
     manifest["complete"] = True
     _close(folder, manifest, train, held_out, position)
+
+
+def text_digest(source: Source, val_source: Source | None) -> str:
+    """Changes when text has changed that is read, and only then."""
+    return ":".join(text.digest() for text in (source, val_source) if text)
 
 
 def _side(document: Encoded, fraction: float) -> str:

@@ -264,6 +264,23 @@ def test_the_key_names_the_text(tmp_path, monkeypatch, shard_tokens, digest_byte
     assert len(keys) == 7
 
 
+@pytest.mark.parametrize("change", ["touched", "other content", "one less"])
+def test_what_is_read_later_is_of_the_text_that_was_begun_with(tmp_path, monkeypatch, change):
+    monkeypatch.setattr(data_utils, "SHARD_TOKENS", 5000)
+    root = write(tmp_path / "t", {f"{i}.txt": prose(i) for i in range(40)})
+    data = prepare(tmp_path, root, max_tokens=100)
+    os.utime(tmp_path / "t" / "1.txt", (1, 1))
+    if change == "other content":
+        write(tmp_path / "t", {"1.txt": prose(99)})
+    elif change == "one less":
+        (tmp_path / "t" / "1.txt").unlink()
+    if change == "touched":
+        assert len(data.windows("train", 16).read(0, 9000)) == 9000
+        return
+    message = told(lambda: data.windows("train", 16).read(0, 9000))
+    assert f"source {root!r}: its files have changed since its tokenization began" in message
+
+
 def test_a_tokenizer_folder_that_changes_is_noticed(tmp_path):
     from machinery.huggingface.weights import save_tokenizer
 
