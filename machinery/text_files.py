@@ -318,7 +318,8 @@ def _parquet_column(file, text_column: str, path: Path) -> Iterator[str]:
     for group in range(file.num_row_groups):
         rows = file.metadata.row_group(group).num_rows
         size = max(rows, file.metadata.row_group(group).total_byte_size)
-        at_once = max(1, min(1 << 16, ROWS_BYTES * rows // max(1, size)))
+        # A text that stands in many rows is written once, and read as often: few rows, whatever their size on disk
+        at_once = max(1, min(1 << 10, ROWS_BYTES * rows // max(1, size)))
         options = {"row_groups": [group], "columns": [text_column], "use_threads": False}
         for batch in file.iter_batches(at_once, **options):
             for number, value in enumerate(batch.column(text_column), first):  # "a.b" also names a field of a column

@@ -449,6 +449,16 @@ def test_wrong_parquet_is_named_and_empty_files_are_passed_over(tmp_path):
     assert list(iter_documents(str(tmp_path))) == ["text"]
 
 
+def test_a_text_that_stands_in_many_rows_is_read_in_few_at_a_time(tmp_path):
+    """Parquet writes it once: what 9 kB hold may be gigabytes."""
+    row = pyarrow.table({"text": ["a long text\n" * 1000] * 3000})
+    pyarrow.parquet.write_table(row, tmp_path / "a.parquet")
+    before = pyarrow.total_allocated_bytes()
+    documents = iter_documents(str(tmp_path))
+    assert next(documents) and pyarrow.total_allocated_bytes() - before < 30e6
+    assert sum(1 for _ in documents) == 2999
+
+
 # ---------------------------------------------------------------------------------------------- sources
 
 
