@@ -173,8 +173,12 @@ class HeldOut:
         self.lines, self.training = HeldOutLines(), array("q")
         self.is_open = not manifest["shards"]["val"]
         for shard in manifest["shards"]["val"]:
-            ids = np.fromfile(folder / shard["name"], self.writer.dtype)
-            for document in split_documents(ids, encoding.eot_token):
+            path = folder / shard["name"]
+            with told(path, DataError, "cannot be read", "remove the folder to tokenize again"):
+                content = path.read_bytes()
+                if hashlib.sha256(content).hexdigest() != shard["sha256"]:
+                    raise ValueError("content does not match the manifest's checksum")
+            for document in split_documents(np.frombuffer(content, self.writer.dtype), encoding.eot_token):
                 text, lines = encoding.decode_bytes(document.tolist()).decode(), array("q")
                 for piece in in_parts(text, PIECE):
                     lines.extend(look_at_lines(piece)[1])
