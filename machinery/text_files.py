@@ -115,18 +115,20 @@ def _controls(content: bytes) -> int:
 def _wide_encoding(head: bytes) -> str | None:
     """The encoding of text whose characters take two or four bytes each, without a mark; None for other content.
 
-    Text of 8 bits a character is mostly ASCII, or no text in a wide encoding. In the wrong order of bytes, text has
-    more different high bytes, which name the script.
+    What stands between words has a byte in such encodings that other text seldom has, such as 0, 1 or 2; of a few
+    words, other text is mostly ASCII. In the wrong order of bytes, text has more different high bytes, which name the
+    script.
     """
-    printing = sum(32 <= byte < 127 for byte in head)
-    if printing > 0.7 * len(head) or len(head) < (2 if _controls(head) else 64):  # too short to tell
+    if len(head) < (2 if _controls(head) else 64):  # too short to tell
         return None
+    ascii_share = sum(32 <= byte < 127 for byte in head) / len(head)
     high = {encoding: head[position::2] for encoding, position in zip(WIDE[2:], (1, 0))}
     for encoding in (*WIDE[:2], *sorted(high, key=lambda name: (len(set(high[name])), sum(high[name])))):
         with contextlib.suppress(UnicodeDecodeError):
             text = codecs.getincrementaldecoder(encoding)().decode(head)
             no_text = sum(c not in "\t\n\r" and unicodedata.category(c) in ("Cc", "Cn", "Co", "Cs") for c in text)
-            if text and no_text <= 0.05 * len(text) and (len(text) < 32 or not BETWEEN_WORDS.isdisjoint(text)):
+            is_likely = ascii_share < 0.7 if len(text) < 32 else not BETWEEN_WORDS.isdisjoint(text)
+            if text and no_text <= 0.05 * len(text) and is_likely:
                 return encoding
     return None
 

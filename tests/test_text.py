@@ -234,6 +234,7 @@ WORDS = {
     "latin": "It was the best of times.\nIt was the worst of times.\n",
     "cyrillic": "Все счастливые семьи похожи друг на друга.\nКаждая несчастна по-своему.\n",
     "chinese": "学而时习之，不亦说乎？有朋自远方来，不亦乐乎？\n人不知而不愠，不亦君子乎？\n" * 3,
+    "japanese": "吾輩は猫である。名前はまだ無い。\nどこで生れたかとんと見当がつかぬ。\n" * 3,
     "thai": "ภาษาไทยเป็นภาษาราชการ\nของประเทศไทย และคนไทย\n",
     "short": "hi\n",
     "devanagari": "सभी मनुष्यों को गौरव और अधिकारों के मामले में\nजन्मजात स्वतन्त्रता\n",
@@ -255,7 +256,8 @@ def test_wide_encodings_are_named(tmp_path, words, suffix):
 
 
 @pytest.mark.parametrize(
-    "text", ["1\n0\n1\n0\n", "Да\0\n" * 9, "a\0b\n" + "plain text\n" * 200, "\x1b[1mbold\x1b[0m\n" * 9, "é" * 50]
+    "text",
+    ["1\n0\n1\n0\n", "abc\0def", "Да\0\n" * 9, "a\0b\n" + "plain text\n" * 200, "\x1b[1mbold\x1b[0m\n" * 9, "é" * 50],
 )
 def test_odd_text_is_text(tmp_path, text):
     assert list(iter_documents(write(tmp_path, {"a.txt": text}))) == [text]
