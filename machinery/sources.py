@@ -71,9 +71,9 @@ class Source:
 
     def split_text(self, text: str) -> list[str]:
         """The documents within one text. Byte order marks are no text; files that were put together have several."""
-        if "\ufeff" in text:
-            text = text.replace("\n\ufeff", "\n").lstrip("\ufeff")
         documents = text.split(self.split_on) if self.split_on else [text]
+        if "\ufeff" in text:
+            documents = [document.replace("\n\ufeff", "\n").lstrip("\ufeff") for document in documents]
         self.is_split |= len(documents) > 1
         return documents
 

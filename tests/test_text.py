@@ -299,6 +299,9 @@ def test_a_byte_order_mark_is_not_text(tmp_path):
     put_together = "\ufeff\ufeffd\n\ufeffd \ufeffd"
     write(tmp_path, {"d.txt": put_together, "e.jsonl": [{"text": "\ufeffe"}]})
     assert sorted(iter_documents(str(tmp_path))) == ["a\r\n", "b", "d\nd \ufeffd", "e"]
+    write(tmp_path, {"f.txt": "\ufefff</s>\ufefff\n</s>\n\ufefff"})
+    source = open_source(str(tmp_path / "f.txt"), split_on="</s>")
+    assert [text for text, _ in source.read()] == ["f", "f\n", "\nf"]
 
 
 @pytest.mark.parametrize("suffix", ["txt", "jsonl", "md"])
