@@ -31,7 +31,6 @@ from machinery.machine import Machine, is_out_of_memory
 from machinery.preparation import ADVICE, is_known, open_sources, tokenize, tokenizer_digest
 from machinery.shards import MANIFEST_VERSION, load_tokenizer, read_manifest, report, split_documents
 from machinery.sources import refuse_overlap
-from machinery.text_files import telling_os_errors
 from machinery.tokenizers import token_byte_counts
 from machinery.vocabularies import get_tokenizer
 
@@ -298,7 +297,7 @@ class TokenWindows:
         """
         entry = self.shards[shard]
         path, advice = self.data.folder / entry["name"], "remove the folder to tokenize again"
-        with telling_os_errors(path):
+        with told(path, DataError, "cannot be read", advice):
             if shard not in self._verified:
                 with path.open("rb") as file:
                     if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:

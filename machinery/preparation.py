@@ -19,7 +19,7 @@ from tqdm import tqdm
 from machinery.errors import DataError, told
 from machinery.files import no_links, write_atomic
 from machinery.held_out import is_held_out
-from machinery.shards import load_tokenizer, new_manifest, read_manifest, write_shards
+from machinery.shards import load_tokenizer, new_manifest, read_manifest, text_digest, write_shards
 from machinery.sources import SOURCES, Source, open_source, source_kind
 from machinery.text_files import file_digest
 from machinery.tokenizers import tokenizer_to_dict
@@ -55,6 +55,8 @@ def tokenize(folder: Path, task: dict, progress: bool, source: Source, val_sourc
         manifest = manifest or new_manifest(task["settings"], encoding)
         if manifest["complete"]:
             return encoding
+        if manifest["text"] and task["settings"]["text"] != source.stamp():
+            _refuse_other_text(manifest, source, val_source)
         with tqdm(desc="tokenizing", unit="B", unit_scale=True, disable=not progress, file=sys.stdout) as bar:
             read = sum(manifest["bytes"].values())
 
@@ -67,6 +69,15 @@ def tokenize(folder: Path, task: dict, progress: bool, source: Source, val_sourc
 
             write_shards(folder, manifest, encoding, source, val_source, task["train_tokens"], advance)
     return encoding
+
+
+def _refuse_other_text(manifest: dict, source: Source, val_source: Source | None) -> None:
+    """Raise `DataError` where files have changed since their first shard was made; touched ones may go on."""
+    if manifest["text"] != text_digest(source, val_source):
+        raise DataError(
+            f"source {source.name!r}: its files have changed since its tokenization began; put them back,"
+            " or use a new run_name, which reads what they hold now"
+        )
 
 
 def _note_bytes_read(folder: Path, size: int) -> None:

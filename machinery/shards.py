@@ -173,8 +173,12 @@ class HeldOut:
         self.lines, self.training = HeldOutLines(), array("q")
         self.is_open = not manifest["shards"]["val"]
         for shard in manifest["shards"]["val"]:
-            ids = np.fromfile(folder / shard["name"], self.writer.dtype)
-            for document in split_documents(ids, encoding.eot_token):
+            path = folder / shard["name"]
+            with told(path, DataError, "cannot be read", "remove the folder to tokenize again"):
+                content = path.read_bytes()
+                if hashlib.sha256(content).hexdigest() != shard["sha256"]:
+                    raise ValueError("content does not match the manifest's checksum")
+            for document in split_documents(np.frombuffer(content, self.writer.dtype), encoding.eot_token):
                 text, lines = encoding.decode_bytes(document.tolist()).decode(), array("q")
                 for piece in in_parts(text, PIECE):
                     lines.extend(look_at_lines(piece)[1])
@@ -284,12 +288,17 @@ def _write_shards(folder, manifest, encoding, source, val_source, train_tokens, 
         train.add(document)
         if max(train.tokens, held_out.tokens * held_out.is_open) >= settings["shard_tokens"]:
             if held_out.is_open:
-                manifest["text"] = ":".join(text.digest() for text in (source, val_source) if text)
+                manifest["text"] = text_digest(source, val_source)
             _close(folder, manifest, train, held_out, position)
             if train_tokens is not None and manifest["tokens"]["train"] >= train_tokens:
                 return
     manifest["complete"] = True
     _close(folder, manifest, train, held_out, position)
+
+
+def text_digest(source: Source, val_source: Source | None) -> str:
+    """Changes when text has changed that is read, and only then."""
+    return ":".join(text.digest() for text in (source, val_source) if text)
 
 
 def _side(document: Encoded, fraction: float) -> str:

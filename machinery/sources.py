@@ -70,8 +70,10 @@ class Source:
                 yield text, number
 
     def split_text(self, text: str) -> list[str]:
-        """The documents within one text."""
+        """The documents within one text. Byte order marks are no text; files that were put together have several."""
         documents = text.split(self.split_on) if self.split_on else [text]
+        if "\ufeff" in text:
+            documents = [document.replace("\n\ufeff", "\n").lstrip("\ufeff") for document in documents]
         self.is_split |= len(documents) > 1
         return documents
 

@@ -82,6 +82,7 @@ FORMATS = {  # first bytes, what they are of, and how to get at the text
     codecs.BOM_UTF16_BE: ("UTF-16", "convert it, for example with iconv -f utf-16 -t utf-8"),
 }
 WIDE = ("utf-32-le", "utf-32-be", "utf-16-le", "utf-16-be")
+BETWEEN_WORDS = set(" \n、。，　")  # one of which any longer text holds, where its encoding is not mistaken
 CONTROLS = bytes(byte for byte in range(32) if byte not in b"\b\t\n\v\f\r\x1b")  # which text does not hold
 FEW_CONTROLS = 0.1  # share of them, beyond which a file is no text; a fifth of it where the file is not UTF-8
 NO_TEXT = re.compile(rb"\0(?:\0{15}|(?:[^\0]\0){15})")  # as binary data has it, or UTF-16
@@ -99,6 +100,8 @@ def _check_format(path: Path, head: bytes, expected: str = "UTF-8 text") -> None
         maybe_wide = not is_utf8 or (beyond_ascii < len(head) / 10 and (many or b"\0" in head))
         if maybe_wide and (wide := _wide_encoding(head)):
             name, advice = wide.upper(), f"convert it, for example with iconv -f {wide} -t utf-8"
+        elif b"\x1b$" in head:  # Japanese, Korean or Chinese in seven bits
+            name, advice = "ISO-2022", "convert it, for example with iconv -f iso-2022-jp -t utf-8"
         elif many and len(head) >= 64:
             name, advice = f"binary data ({found} control characters in its first {len(head)} bytes)", "remove it"
     if name:
@@ -112,25 +115,27 @@ def _controls(content: bytes) -> int:
 def _wide_encoding(head: bytes) -> str | None:
     """The encoding of text whose characters take two or four bytes each, without a mark; None for other content.
 
-    Text of 8 bits a character is mostly ASCII, or no text in a wide encoding. In the wrong order of bytes, text has
-    more different high bytes, which name the script.
+    What stands between words has a byte in such encodings that other text seldom has, such as 0, 1 or 2; of a few
+    words, other text is mostly ASCII. In the wrong order of bytes, text has more different high bytes, which name the
+    script.
     """
-    printing = sum(32 <= byte < 127 for byte in head)
-    if printing > 0.7 * len(head) or len(head) < (2 if _controls(head) else 64):  # too short to tell
+    if len(head) < (2 if _controls(head) else 64):  # too short to tell
         return None
+    ascii_share = sum(32 <= byte < 127 for byte in head) / len(head)
     high = {encoding: head[position::2] for encoding, position in zip(WIDE[2:], (1, 0))}
     for encoding in (*WIDE[:2], *sorted(high, key=lambda name: (len(set(high[name])), sum(high[name])))):
         with contextlib.suppress(UnicodeDecodeError):
             text = codecs.getincrementaldecoder(encoding)().decode(head)
             no_text = sum(c not in "\t\n\r" and unicodedata.category(c) in ("Cc", "Cn", "Co", "Cs") for c in text)
-            if text and no_text <= 0.05 * len(text):
+            is_likely = ascii_share < 0.7 if len(text) < 32 else not BETWEEN_WORDS.isdisjoint(text)
+            if text and no_text <= 0.05 * len(text) and is_likely:
                 return encoding
     return None
 
 
 def texts(path: Path, separator: str, lenient: bool) -> Iterator[str]:
-    """The text of a file, without its mark; in several parts where it is long, cut at a separator or a line end."""
-    decoder, rest, is_utf8 = codecs.getincrementaldecoder("utf-8-sig")(), "", False
+    """The text of a file; in several parts where it is long, cut at a separator or a line end."""
+    decoder, rest, is_utf8 = codecs.getincrementaldecoder("utf-8")(), "", False
     with path.open("rb") as file:
         if not lenient:
             _check_format(path, file.read(4096))
@@ -153,11 +158,13 @@ def texts(path: Path, separator: str, lenient: bool) -> Iterator[str]:
         except UnicodeDecodeError as error:
             if not lenient:
                 at = file.tell() - len(error.object) + error.start
-                is_utf8 = is_utf8 or not error.object[: error.start].isascii()
+                text = error.object.decode(errors="replace")  # in other encodings, few bytes happen to be UTF-8
+                wrong, beyond_ascii = text.count("\ufffd"), len(text) - len(text.encode("ascii", "ignore"))
                 advice = (
                     "before that it is; mend these bytes, or leave such out with iconv -c -f utf-8 -t utf-8"
-                    if is_utf8
-                    else "convert it from the encoding that it is in, for example with iconv -f latin1 -t utf-8"
+                    if is_utf8 or beyond_ascii > 2 * wrong
+                    else "convert it from the encoding that it is in, for example with iconv -f latin1 -t utf-8, or"
+                    " cp1251 for Russian, gb18030 for Chinese, shift_jis for Japanese"
                 )
                 raise DataError(
                     f"{path}: not UTF-8 at byte {at} (0x{error.object[error.start]:02x}); {advice}"
@@ -167,26 +174,29 @@ def texts(path: Path, separator: str, lenient: bool) -> Iterator[str]:
 _DECODER = json.JSONDecoder(parse_int=float)  # numbers are never text; of int, only so many digits are read
 
 
+ROW = "a row is one object on one line"
+
+
 def json_text(line: str | bytes, text_column: str, where: str) -> str:
     """The text of one row of JSON lines; "" for null. No other column is looked at. Raises `DataError`."""
-    row = _decode_json(line, where, "a row is one object on one line")
+    row = _decode_json(line, text_column, where, ROW)
     if not isinstance(row, dict):
-        raise DataError(f"{where}: holds {_type_of(row)}, not an object; a row is one object on one line")
+        raise DataError(f"{where}: holds {_type_of(row)}, not an object; {ROW}")
     return row_text(row, text_column, where)
 
 
 def array_texts(content: str, text_column: str, where: str) -> list[str]:
     """The texts of the rows of a JSON array, which has to be read as a whole."""
-    rows = _decode_json(content.removeprefix("\ufeff"), where, "a file is one array of objects")
+    rows = _decode_json(content.removeprefix("\ufeff"), text_column, where, "a file is one array of objects")
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict):
             raise DataError(f"{where}, row {number}: holds {_type_of(row)}, not an object")
     return [row_text(row, text_column, f"{where}, row {number}") for number, row in enumerate(rows, 1)]
 
 
-def _decode_json(content: str | bytes, where: str, expected: str) -> object:
+def _decode_json(content: str | bytes, text_column: str, where: str, expected: str) -> object:
     try:
-        return _DECODER.decode(content) if isinstance(content, str) else _decode_row(content)
+        return _DECODER.decode(content) if isinstance(content, str) else _decode_row(content, text_column)
     except UnicodeDecodeError as error:
         raise DataError(f"{where}: not UTF-8 at byte {error.start} of the line; convert or mend it") from None
     except json.JSONDecodeError as error:
@@ -196,7 +206,7 @@ def _decode_json(content: str | bytes, where: str, expected: str) -> object:
         raise DataError(f"{where}: nested too deeply; mend or remove it") from None
 
 
-def _decode_row(line: bytes) -> object:
+def _decode_row(line: bytes, text_column: str) -> object:
     """A row from its bytes. As a `str`, a long line takes four times as many where it holds a single emoji.
 
     JSON is ASCII but for what stands in its texts, so bytes can be taken for characters until those are found.
@@ -204,7 +214,8 @@ def _decode_row(line: bytes) -> object:
     if not line.isascii() and b"\\u" not in line:
         with contextlib.suppress(ValueError, AttributeError):  # told below
             row = _DECODER.decode(line.decode("latin-1"))
-            return {_as_utf8(name): _as_utf8(value) for name, value in row.items()}
+            row = {_as_utf8(name): value for name, value in row.items()}
+            return row | {text_column: _as_utf8(row[text_column])} if text_column in row else row
     return _DECODER.decode(line.decode("utf-8"))
 
 
@@ -257,7 +268,9 @@ def no_column(where: str, text_column: str, names: Iterable[str]) -> DataError:
 def jsonl_texts(path: Path, text_column: str) -> Iterator[str]:
     """The text of every row of a JSON-lines file. Raises `DataError` naming the line."""
     with path.open("rb") as file:
-        _check_format(path, file.read(4096))
+        _check_format(path, head := file.read(4096))
+        if head.removeprefix(codecs.BOM_UTF8).startswith(b"["):  # all of it may be one line
+            raise DataError(f"{path}, line 1: holds a list, not an object; {ROW}, as from jq -c '.[]'")
         file.seek(0)
         for number, line in enumerate(file, 1):
             if line[0] == 0xEF:  # each of several files that were put together may have a mark
@@ -307,7 +320,8 @@ def _parquet_column(file, text_column: str, path: Path) -> Iterator[str]:
     for group in range(file.num_row_groups):
         rows = file.metadata.row_group(group).num_rows
         size = max(rows, file.metadata.row_group(group).total_byte_size)
-        at_once = max(1, min(1 << 16, ROWS_BYTES * rows // max(1, size)))
+        # A text that stands in many rows is written once, and read as often: few rows, whatever their size on disk
+        at_once = max(1, min(1 << 10, ROWS_BYTES * rows // max(1, size)))
         options = {"row_groups": [group], "columns": [text_column], "use_threads": False}
         for batch in file.iter_batches(at_once, **options):
             for number, value in enumerate(batch.column(text_column), first):  # "a.b" also names a field of a column

@@ -19,9 +19,10 @@ import torch
 from machinery.errors import DataError, told
 
 END_OF_TEXT = "<|endoftext|>"
-ENDS_OF_TEXT = re.compile(
-    r"<(?:\|(?:endoftext|end_of_text|eot_id|im_end|end▁of▁sentence)\|>|/s>|eos>)"
-)  # as others spell it
+ENDS_OF_TEXT = re.compile(  # as others spell it
+    r"(?i)<(?:[|｜](?:end|end[_▁]?of[_▁]?(?:text|turn|sentence|document)|eo[dst]|eot_id|im_end|return)[|｜]"
+    r"|/s|eos|end_of_(?:text|turn))>"
+)
 # How text is cut into pieces before byte pairs merge: the pattern of GPT-4 and Llama 3, which keeps
 # words, runs of digits and runs of spaces apart (tiktoken: openai_public.py, cl100k_base).
 SPLIT_PATTERN = (

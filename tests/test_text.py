@@ -234,6 +234,7 @@ WORDS = {
     "latin": "It was the best of times.\nIt was the worst of times.\n",
     "cyrillic": "Все счастливые семьи похожи друг на друга.\nКаждая несчастна по-своему.\n",
     "chinese": "学而时习之，不亦说乎？有朋自远方来，不亦乐乎？\n人不知而不愠，不亦君子乎？\n" * 3,
+    "japanese": "吾輩は猫である。名前はまだ無い。\nどこで生れたかとんと見当がつかぬ。\n" * 3,
     "thai": "ภาษาไทยเป็นภาษาราชการ\nของประเทศไทย และคนไทย\n",
     "short": "hi\n",
     "devanagari": "सभी मनुष्यों को गौरव और अधिकारों के मामले में\nजन्मजात स्वतन्त्रता\n",
@@ -255,7 +256,8 @@ def test_wide_encodings_are_named(tmp_path, words, suffix):
 
 
 @pytest.mark.parametrize(
-    "text", ["1\n0\n1\n0\n", "Да\0\n" * 9, "a\0b\n" + "plain text\n" * 200, "\x1b[1mbold\x1b[0m\n" * 9, "é" * 50]
+    "text",
+    ["1\n0\n1\n0\n", "abc\0def", "Да\0\n" * 9, "a\0b\n" + "plain text\n" * 200, "\x1b[1mbold\x1b[0m\n" * 9, "é" * 50],
 )
 def test_odd_text_is_text(tmp_path, text):
     assert list(iter_documents(write(tmp_path, {"a.txt": text}))) == [text]
@@ -277,6 +279,10 @@ PARTS = {  # what begins as UTF-8 and goes on otherwise
     "UTF-16": (RUSSIAN * 99 + "a line\n".encode("utf-16-be") * 9, "binary data or UTF-16 from byte 5148 on"),
     "binary data": (ASCII + b"\0" * 99, "binary data or UTF-16 from byte 6993 on"),
     "a tape archive": (b"a.txt".ljust(257, b"\0") + b"ustar" + b"\0" * 250 + ASCII, "holds binary data (502"),
+    "gb18030, some of it as UTF-8": (("学而时习之，不亦说乎？\n" * 9).encode("gb18030"), "convert it", "gb18030"),
+    "cp1251": (("Все счастливые семьи похожи\n" * 9).encode("cp1251"), "byte 0 (0xc2); convert it", "cp1251"),
+    "EBCDIC": (ASCII.decode().encode("cp500"), "not UTF-8 at byte"),
+    "Japanese in seven bits": (("吾輩は猫である。\n" * 9).encode("iso2022_jp"), "holds ISO-2022, not UTF-8"),
     "packed, unknown": (bytes((i * i * 7 + i // 3) % 256 for i in range(4096)), "holds binary data ("),
 }
 
@@ -290,7 +296,12 @@ def test_what_begins_as_text_and_goes_on_otherwise_is_told(tmp_path, name):
 
 def test_a_byte_order_mark_is_not_text(tmp_path):
     write(tmp_path, {"a.txt": b"\xef\xbb\xbfa\r\n", "b.jsonl": b'\xef\xbb\xbf{"text": "b"}\n', "c.md": b"\xef\xbb\xbf"})
-    assert sorted(iter_documents(str(tmp_path))) == ["a\r\n", "b"]
+    put_together = "\ufeff\ufeffd\n\ufeffd \ufeffd"
+    write(tmp_path, {"d.txt": put_together, "e.jsonl": [{"text": "\ufeffe"}]})
+    assert sorted(iter_documents(str(tmp_path))) == ["a\r\n", "b", "d\nd \ufeffd", "e"]
+    write(tmp_path, {"f.txt": "\ufefff</s>\ufefff\n</s>\n\ufefff"})
+    source = open_source(str(tmp_path / "f.txt"), split_on="</s>")
+    assert [text for text, _ in source.read()] == ["f", "f\n", "\nf"]
 
 
 @pytest.mark.parametrize("suffix", ["txt", "jsonl", "md"])
@@ -392,7 +403,14 @@ def test_a_wrong_row_is_named_the_same_wherever_it_stands(tmp_path, row):
             assert f"a.jsonl, line {before + 1}: " in message and WRONG_ROWS[row] in message, message
 
 
+def test_an_array_is_told_before_it_is_read(tmp_path):
+    write(tmp_path, {"a.jsonl": '[\n{"text": "a"}\n]'})
+    assert "line 1: holds a list, not an object; a row is one object on one line, as from jq" in refused(str(tmp_path))
+
+
 def test_latin1_in_a_row_is_named(tmp_path):
+    write(tmp_path, {"a.jsonl": b'{"text": "a", "other": "caf\xe9"}\n'})
+    assert list(iter_documents(str(tmp_path))) == ["a"]  # no other column is looked at
     write(tmp_path, {"a.jsonl": b'{"text": "ok"}\n{"text": "caf\xe9"}\n'})
     assert "a.jsonl, line 2: not UTF-8 at byte 13" in refused(str(tmp_path))
 
@@ -434,6 +452,16 @@ def test_wrong_parquet_is_named_and_empty_files_are_passed_over(tmp_path):
     pyarrow.parquet.write_table(table.slice(0, 0), tmp_path / "b.parquet")
     write(tmp_path, {"c.jsonl": "", "d.txt": "", "e.txt": "text"})
     assert list(iter_documents(str(tmp_path))) == ["text"]
+
+
+def test_a_text_that_stands_in_many_rows_is_read_in_few_at_a_time(tmp_path):
+    """Parquet writes it once: what 9 kB hold may be gigabytes."""
+    row = pyarrow.table({"text": ["a long text\n" * 1000] * 3000})
+    pyarrow.parquet.write_table(row, tmp_path / "a.parquet")
+    before = pyarrow.total_allocated_bytes()
+    documents = iter_documents(str(tmp_path))
+    assert next(documents) and pyarrow.total_allocated_bytes() - before < 30e6
+    assert sum(1 for _ in documents) == 2999
 
 
 # ---------------------------------------------------------------------------------------------- sources
@@ -483,7 +511,18 @@ def test_end_of_text_spelt_in_texts_is_counted_and_said_or_split_at(tmp_path, ca
     assert "<|endoftext|>" not in capsys.readouterr().out and data.manifest["held_out"] == "documents"
 
 
-@pytest.mark.parametrize("end", ["<|endoftext|>", "</s>", "<|end_of_text|>", "<|eot_id|>", "<eos>"])
+OTHER_ENDS = [
+    "<｜end▁of▁sentence｜>",
+    "<|end|>",
+    "<end_of_turn>",
+    "<|end_of_turn|>",
+    "<|eot|>",
+    "<|EOT|>",
+    "<|return|>",
+]
+
+
+@pytest.mark.parametrize("end", ["<|endoftext|>", "</s>", "<|end_of_text|>", "<|eot_id|>", "<eos>", *OTHER_ENDS])
 def test_ends_of_text_as_others_spell_them_are_said(tmp_path, capsys, end):
     root = write(tmp_path / "texts", {"a.txt": end.join(f"story {i}\n" * 30 for i in range(60))})
     data = prepare(tmp_path, root, split_on="<|other|>")

@@ -11,6 +11,7 @@ import torch
 import data_utils
 from data_utils import prepare_data
 from machinery.errors import DataError, UserError
+from machinery.preparation import open_sources, tokenize
 from tests.test_text import prepare, texts_of, told, write
 
 WORDS = ["time", "way", "year", "work", "day", "part", "place", "case", "week", "system", "program", "question"]
@@ -262,6 +263,38 @@ def test_the_key_names_the_text(tmp_path, monkeypatch, shard_tokens, digest_byte
     ):
         keys.add(prepare(tmp_path, str(tmp_path / "t"), **fields | change).key)
     assert len(keys) == 7
+
+
+@pytest.mark.parametrize("change", ["touched", "other content", "one less"])
+def test_what_is_read_later_is_of_the_text_that_was_begun_with(tmp_path, monkeypatch, change):
+    monkeypatch.setattr(data_utils, "SHARD_TOKENS", 5000)
+    root = write(tmp_path / "t", {f"{i}.txt": prose(i) for i in range(40)})
+    data = prepare(tmp_path, root, max_tokens=100)
+    os.utime(tmp_path / "t" / "1.txt", (1, 1))
+    if change == "other content":
+        write(tmp_path / "t", {"1.txt": prose(99)})
+    elif change == "one less":
+        (tmp_path / "t" / "1.txt").unlink()
+    task = data.task | {"train_tokens": None}
+    if change == "touched":
+        tokenize(data.folder, task, False, *open_sources(task))
+        assert data.manifest["complete"]
+    else:
+        message = told(lambda: tokenize(data.folder, task, False, *open_sources(task)))
+        assert f"source {root!r}: its files have changed since its tokenization began" in message
+
+
+@pytest.mark.parametrize("damage", ["gone", "cut", "other tokens"])
+def test_damaged_held_out_text_is_told_before_more_is_read(tmp_path, monkeypatch, damage):
+    monkeypatch.setattr(data_utils, "SHARD_TOKENS", 5000)
+    root = write(tmp_path / "t", {f"{i}.txt": prose(i) for i in range(20)})
+    path = prepare(tmp_path, root, max_tokens=100).folder / "val_000000.bin"
+    content = path.read_bytes()
+    path.unlink()
+    if damage != "gone":
+        path.write_bytes(content[:-9] if damage == "cut" else b"\xff" * len(content))
+    message = told(prepare, tmp_path, root)
+    assert f"{path}: cannot be read (" in message and "remove the folder to tokenize again" in message
 
 
 def test_a_tokenizer_folder_that_changes_is_noticed(tmp_path):
