@@ -27,7 +27,7 @@ from machinery.figures import plot_runs, show_run
 from machinery.files import read_jsonl
 from machinery.huggingface import config_from_hf, export_hf, import_hf
 from machinery.interrupts import StopRequest
-from machinery.loggers import LOGGERS, Logger
+from machinery.loggers import LOGGERS, Logger, Loggers
 from machinery.machine import Machine, datasheet_flops, is_out_of_memory, measure_matmul_flops
 from machinery.run_folder import RunFolder, run_state
 from machinery.watch import Watch, print_preflight, refuse_what_does_not_fit
@@ -39,7 +39,7 @@ from model_utils import (
     predict,
     training_memory,
 )
-from train_utils import SCHEDULES, Budget
+from train_utils import SCHEDULES, Budget, Run
 
 # --------------------------------------------------------------------------------------------- schedules
 
@@ -392,10 +392,28 @@ def test_a_finished_run_is_not_trained_further(lm, settings):
     config = settings()
     first = lm.train(config)
     again = lm.train(config)
-    assert (again["status"], again["steps"], again["val_bpb"]) == ("finished", first["steps"], first["val_bpb"])
+    kept = ("status", "steps", "val_bpb", "predicted", "peak_memory_bytes")  # what was measured while it trained, too
+    assert [again[name] for name in kept] == [first[name] for name in kept] and again["predicted"]
     more = lm.train(replace(config, max_steps=20, micro_batch=2))
     assert more["steps"] == 20
     assert read_state(newest_checkpoint(Path(config.runs_dir) / config.run_name))["micro_batch"] == 2
+
+
+def test_a_micro_batch_changed_by_hand_counts_also_after_a_start_that_was_cut_off(lm, settings, monkeypatch):
+    config = replace(settings(max_steps=5), micro_batch=2)
+    lm.train(settings(max_steps=4))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Run, "compile", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        lm.train(config)
+    lm.train(config)
+    assert read_state(newest_checkpoint(Path(config.runs_dir) / config.run_name))["micro_batch"] == 2
+
+
+def test_a_run_interrupted_while_it_ends_is_not_locked_any_more(lm, settings, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt) as held:
+        patch.setattr(Loggers, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        lm.train(settings(max_steps=2))
+    assert held.tb and lm.train(settings(max_steps=2))["status"] == "finished"
 
 
 def test_hours_end_a_run(lm, settings):
