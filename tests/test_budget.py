@@ -35,9 +35,10 @@ def test_auto_follows_the_budget_and_moves_the_rates(lm, capsys, monkeypatch, tm
     assert limited.batch_tokens == 131072
     odd = tmp_path / "odd" / "config.json"  # of a run that somebody wrote by hand
     odd.parent.mkdir()
-    odd.write_text(json.dumps({"batch_tokens": "auto"}))
     named = {"runs_dir": str(tmp_path), "run_name": "odd"}
-    assert settle_batch(lm.Config.from_preset("day", max_tokens=10**8, **named), CPU).batch_tokens == 131072
+    for batch in ("auto", 10**400):
+        odd.write_text(json.dumps({"batch_tokens": batch}))
+        assert settle_batch(lm.Config.from_preset("day", max_tokens=10**8, **named), CPU).batch_tokens == 131072
     capsys.readouterr()
     given = lm.Config.from_preset("day", batch_tokens=65536)
     assert settle_batch(given, CPU) is given and not capsys.readouterr().out
