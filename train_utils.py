@@ -6,7 +6,6 @@ The loop itself, and all that decides what is learned, stands in the notebook.
 from __future__ import annotations
 
 import contextlib
-import copy
 import gc
 import math
 import statistics
@@ -24,7 +23,7 @@ from machinery.errors import told
 from machinery.files import read_jsonl
 from machinery.interrupts import StopRequest
 from machinery.loggers import Loggers
-from machinery.machine import Machine, compile_or_eager, measure_matmul_flops, time_per_call
+from machinery.machine import Machine, compile_or_eager, left_as_it_was, measure_matmul_flops, time_per_call
 from machinery.processes import lost_process
 from machinery.run_folder import RunFolder, describe_environment
 from machinery.screen import Screen, keep_printing
@@ -192,12 +191,10 @@ class Run:
         config, machine, at = self.config, self.machine, self.at
         spent = at.step, at.tokens, at.seconds
         if self.progress() < 1:
-            states = copy.deepcopy([part.state_dict() for part in (*self.optimizers, self.scaler)])
             long = min(2.0, 36 * config.max_hours)  # seconds, a hundredth of a run by the clock
-            step = time_per_call(lambda: batches.retry(self.model, gradient), machine, 3, long) * batches.micro_steps
-            step += time_per_call(lambda: (gradient(), update()), machine, 3, long) - step / batches.micro_steps
-            for part, state in zip((*self.optimizers, self.scaler), states):
-                part.load_state_dict(state)
+            with left_as_it_was(self.model, *self.optimizers, self.scaler):
+                one = time_per_call(lambda: batches.retry(self.model, gradient), machine, 3, long)
+                step = one * (batches.micro_steps - 1) + time_per_call(lambda: (gradient(), update()), machine, 3, long)
             between = time_per_call(lambda: batches.retry(self.model, evaluation), machine, 1) / config.eval_every
             between += time_per_call(sample, machine, 1) / config.sample_every
             self.model.zero_grad(set_to_none=True)
@@ -250,7 +247,7 @@ class Run:
         at, best = self.at, self.at.scores.get("best_val_bpb", math.inf)
         if self.progress() < 1 or scores["val_bpb"] < best:  # the last one is of other text: all of it
             self._rise = scores["val_bpb"] - best
-        step = at.step if scores["val_bpb"] < best else at.scores["best_step"]
+        step = at.step if scores["val_bpb"] < best else at.scores.get("best_step", at.step)
         at.scores = scores | {"best_val_bpb": min(best, scores["val_bpb"]), "best_step": step}
         self._line |= at.scores
         if not self._repeats and (epochs := self._epochs(at.tokens)) >= 1:
@@ -312,6 +309,8 @@ class Run:
             "predicted": self.predicted, **({} if self.predicted else self.folder.measured(at.step)),
         }  # fmt: skip
         self._closing.close()
+        if self._saver.failed and progress >= 1:  # the same command goes on from an earlier checkpoint
+            summary["status"] = "interrupted"
         self.folder.finish(summary)
         self.loggers.finish(summary)
         self.data.stop()

@@ -96,11 +96,12 @@ class Saver:
     def __init__(self, say: Callable[[str], None]) -> None:
         self.say, self._pool = say, ThreadPoolExecutor(1)
         self._writing: Future | None = None
+        self.failed = False  # to write the last one
 
     def save(self, run: Path, model: torch.nn.Module, optimizers: list, state: dict, *rest) -> None:
         """Begin with what `save_checkpoint` does, once the one before is on the disk."""
         self.wait()
-        self._writing = self._pool.submit(take_checkpoint(run, model, optimizers, state, *rest))
+        self.failed, self._writing = False, self._pool.submit(take_checkpoint(run, model, optimizers, state, *rest))
 
     def wait(self) -> None:
         """Until nothing is being written."""
@@ -109,6 +110,7 @@ class Saver:
             if writing:
                 writing.result()
         except CheckpointError as error:
+            self.failed = True
             self.say(str(error))
 
     def then(self, call: Callable[[], None]) -> None:

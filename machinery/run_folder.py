@@ -169,9 +169,8 @@ class RunFolder:
 
     def append(self, name: str, line: dict) -> None:
         """Add a line to a file; on a full disk, keep it and try again with the next one."""
-        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
         if self.writes:
-            self._unwritten.append((name, json.dumps(finite) + "\n"))  # JSON has no NaN
+            self._unwritten.append((name, json.dumps(_finite(line)) + "\n"))
         try:
             while self._unwritten:
                 name, text = self._unwritten[0]
@@ -197,9 +196,14 @@ class RunFolder:
         """Write summary.json; where that cannot be, print it."""
         if self.writes:
             try:
-                write_json(self.path / "summary.json", summary)
+                write_json(self.path / "summary.json", _finite(summary))
             except OSError as error:
                 print(f"summary.json was not written ({first_line(error)}): {json.dumps(summary)}")
+
+
+def _finite(values: dict) -> dict:
+    """`values` with None where JSON has no number, as it has no NaN."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
 
 
 def _portable(config: dict) -> dict:

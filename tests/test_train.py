@@ -718,6 +718,42 @@ def test_preflight_changes_nothing(lm, settings):
     assert losses == [line["train_loss"] for line in lines[1:]]
 
 
+@pytest.mark.parametrize("compile", [False, True])
+def test_what_is_tried_before_training_leaves_buffers_as_they_were(lm, settings, monkeypatch, compile):
+    class Counting(lm.GatedFFN):
+        def __init__(self, config):
+            super().__init__(config)
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x):
+            self.calls.add_(self.training)
+            return super().forward(x)
+
+    monkeypatch.setattr(torch, "compile", lambda model, **_: model)
+    monkeypatch.setitem(lm.FFNS, "counting", Counting)
+    for steps in (2, 5):
+        config = settings(ffn="counting", max_steps=steps, compile=compile)
+        config = replace(config, run_name="counting")
+        lm.train(config)
+    assert weights_of(lm, Path(config.runs_dir) / "counting")["blocks.0.ffn.calls"] == 5
+
+
+def test_a_model_that_only_gives_nan_has_diverged(lm, settings, monkeypatch):
+    monkeypatch.setitem(lm.FFNS, "nan", type("Nan", (lm.GatedFFN,), {"forward": lambda self, x: x * math.nan}))
+    config = settings(ffn="nan")
+    assert lm.train(config)["status"] == "diverged"
+    summary = (Path(config.runs_dir) / config.run_name / "summary.json").read_text()
+    assert "NaN" not in summary and "Infinity" not in summary
+
+
+def test_a_run_whose_end_is_not_on_the_disk_has_not_finished(lm, settings, monkeypatch, capsys):
+    config = settings(max_steps=3)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        assert lm.train(config)["status"] == "interrupted" and "No space left" in capsys.readouterr().out
+    assert lm.train(config)["status"] == "finished"
+
+
 def test_a_layer_that_drops_values_drops_none_outside_training(lm, settings, monkeypatch):
     """Evaluation, samples and a loaded model are the same each time; training goes on dropping."""
 
