@@ -6,7 +6,6 @@ The loop itself, and all that decides what is learned, stands in the notebook.
 from __future__ import annotations
 
 import contextlib
-import copy
 import gc
 import math
 import statistics
@@ -24,7 +23,7 @@ from machinery.errors import told
 from machinery.files import read_jsonl
 from machinery.interrupts import StopRequest
 from machinery.loggers import Loggers
-from machinery.machine import Machine, compile_or_eager, measure_matmul_flops, time_per_call
+from machinery.machine import Machine, compile_or_eager, left_as_it_was, measure_matmul_flops, time_per_call
 from machinery.processes import lost_process
 from machinery.run_folder import RunFolder, describe_environment
 from machinery.screen import Screen, keep_printing
@@ -98,9 +97,7 @@ class Run:
         self.folder = RunFolder(config.runs_dir, config.run_name, writes=machine.rank == 0)
         self.loggers = Loggers()
         self.checkpoint: Path | None = None
-        self._changed: set[str] = set()  # fields with another value than before
-        self._closing = contextlib.ExitStack()
-        self._watch = Watch()
+        self._closing, self._watch, self._saver = contextlib.ExitStack(), Watch(), Saver(print)
         self._line: dict[str, float | None] = {}  # of metrics.jsonl, for the present step
         self.predicted: dict[str, float] = {}
         self._repeats, self._rise, self._forecast = False, 0.0, None  # is text read again; loss over the best, at last
@@ -112,14 +109,15 @@ class Run:
         return self
 
     def __exit__(self, kind, error, trace) -> None:
-        self._closing.close()
-        self.loggers.finish(None)
         try:
+            self._closing.close()
+            self.loggers.finish(None)
             if error is None:
                 self.machine.barrier()  # process 0 has written everything
         except RuntimeError as gone:
             error = gone
-        self.folder.unlock()
+        finally:
+            self._saver.then(self.folder.unlock)
         if lost := lost_process(error):
             raise lost from None
 
@@ -133,7 +131,7 @@ class Run:
         if config.resume != "never":
             self.checkpoint = newest_checkpoint(self.folder.path)
         if self.checkpoint:
-            self._changed = self.folder.compare(config.to_dict(), config.fixed)
+            self.folder.compare(config.to_dict(), config.fixed)
             check_weights(self.checkpoint, model)
         needed = predict(model, optimizers, config, self.machine, 1.0, self._in_use)
         refuse_what_does_not_fit(needed, self.machine, self.folder.path)
@@ -151,8 +149,10 @@ class Run:
             with told(self.checkpoint, CheckpointError, "its state is odd"):
                 if saved["scaler"]:  # empty unless it was saved in float16
                     scaler.load_state_dict(saved["scaler"])
-                for name in vars(at).keys() - self._changed:  # a micro_batch changed by hand counts
-                    setattr(at, name, type(getattr(at, name))(saved[name]))
+                for name, value in vars(at).items():
+                    setattr(at, name, type(value)(saved[name]))
+                if saved.get("asked") != config.micro_batch:  # changed by hand
+                    at.micro_batch = 0
         else:
             if config.init_from:
                 from machinery.huggingface import begin_with
@@ -161,7 +161,8 @@ class Run:
             self.folder.set_aside()
         self._begun_at, at.micro_batch = at.step, at.micro_batch or self._fitting_micro_batch(config)
         environment, source = describe_environment(self.machine), {"key": data.key}
-        self.folder.begin(config.to_dict(), at.step, tokenizer=tokenizer, environment=environment, data=source)
+        if self.progress() < 1:
+            self.folder.begin(config.to_dict(), at.step, tokenizer=tokenizer, environment=environment, data=source)
         return at
 
     def _fitting_micro_batch(self, config) -> int:
@@ -190,12 +191,10 @@ class Run:
         config, machine, at = self.config, self.machine, self.at
         spent = at.step, at.tokens, at.seconds
         if self.progress() < 1:
-            states = copy.deepcopy([part.state_dict() for part in (*self.optimizers, self.scaler)])
             long = min(2.0, 36 * config.max_hours)  # seconds, a hundredth of a run by the clock
-            step = time_per_call(lambda: batches.retry(self.model, gradient), machine, 3, long) * batches.micro_steps
-            step += time_per_call(lambda: (gradient(), update()), machine, 3, long) - step / batches.micro_steps
-            for part, state in zip((*self.optimizers, self.scaler), states):
-                part.load_state_dict(state)
+            with left_as_it_was(self.model, *self.optimizers, self.scaler):
+                one = time_per_call(lambda: batches.retry(self.model, gradient), machine, 3, long)
+                step = one * (batches.micro_steps - 1) + time_per_call(lambda: (gradient(), update()), machine, 3, long)
             between = time_per_call(lambda: batches.retry(self.model, evaluation), machine, 1) / config.eval_every
             between += time_per_call(sample, machine, 1) / config.sample_every
             self.model.zero_grad(set_to_none=True)
@@ -215,7 +214,7 @@ class Run:
             self.loggers.start(self.folder.path, config.to_dict())
         self._stop = self._closing.enter_context(StopRequest())
         self.screen = self._closing.enter_context(Screen(self.progress(), config.max_hours))
-        self._saver = Saver(self.screen.say)
+        self._saver.say = self.screen.say
         self._closing.callback(self._saver.wait)
         gc.collect()
         gc.freeze()  # Python's collector looks at all objects again and again, and a step makes no circles
@@ -248,7 +247,7 @@ class Run:
         at, best = self.at, self.at.scores.get("best_val_bpb", math.inf)
         if self.progress() < 1 or scores["val_bpb"] < best:  # the last one is of other text: all of it
             self._rise = scores["val_bpb"] - best
-        step = at.step if scores["val_bpb"] < best else at.scores["best_step"]
+        step = at.step if scores["val_bpb"] < best else at.scores.get("best_step", at.step)
         at.scores = scores | {"best_val_bpb": min(best, scores["val_bpb"]), "best_step": step}
         self._line |= at.scores
         if not self._repeats and (epochs := self._epochs(at.tokens)) >= 1:
@@ -291,7 +290,7 @@ class Run:
     def save(self) -> None:
         """Begin to write a checkpoint, beside training; the best one stays beside the newest."""
         at, config, self._saved_seconds = self.at, self.config, self.at.seconds
-        state = vars(at) | {"scaler": self.scaler.state_dict()}
+        state = vars(at) | {"scaler": self.scaler.state_dict(), "asked": config.micro_batch}
         kept = config.keep_checkpoints, self.folder.writes, at.scores.get("best_step")
         self._saver.save(self.folder.path, self.model, self.optimizers, state, *kept)
 
@@ -307,9 +306,11 @@ class Run:
             "train_seconds": at.seconds, **at.scores, "tokens_per_second": rate,
             "mfu": flops / machine.peak_flops if machine.peak_flops else None,
             "matmul_fraction": flops / measure_matmul_flops(machine), "peak_memory_bytes": machine.peak_memory(),
-            "predicted": self.predicted,
+            "predicted": self.predicted, **({} if self.predicted else self.folder.measured(at.step)),
         }  # fmt: skip
         self._closing.close()
+        if self._saver.failed and progress >= 1:  # the same command goes on from an earlier checkpoint
+            summary["status"] = "interrupted"
         self.folder.finish(summary)
         self.loggers.finish(summary)
         self.data.stop()

@@ -56,7 +56,7 @@ def settle_batch(config, machine: Machine):
     batch, why = 0, "as this run was begun"
     if config.resume != "never":
         batch = read_json(begun, missing={}).get("batch_tokens")
-    if type(batch) is not int or batch < 1:
+    if type(batch) is not int or not 1 <= batch <= 1 << 40:
         tokens = machine.maximum(tokens_within(config, machine))[0]  # all processes agree
         batch, why = unit * 2 ** max(0, round(math.log2(best_batch(tokens) / unit))), f"for a run of about {tokens:.2g}"
     factor = math.sqrt(batch / DAY_BATCH)

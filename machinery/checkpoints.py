@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import re
 from collections.abc import Callable, Iterable
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -79,7 +78,7 @@ def take_checkpoint(
     def write() -> Path:
         try:
             _write(target, weights, training, state)
-        except (OSError, RuntimeError, SafetensorError) as error:  # each library reports a full disk in its own way
+        except Exception as error:  # each library reports a full disk in its own way
             needed, free = _bytes_needed(weights, training), free_bytes(run)
             raise CheckpointError(
                 f"{target} was not written ({first_line(error)}): it takes {needed / 1e9:,.4f} GB and"
@@ -95,13 +94,14 @@ class Saver:
     """Writes the checkpoints of a run beside its training, one at a time. What fails is told, and the run goes on."""
 
     def __init__(self, say: Callable[[str], None]) -> None:
-        self._say, self._pool = say, ThreadPoolExecutor(1)
+        self.say, self._pool = say, ThreadPoolExecutor(1)
         self._writing: Future | None = None
+        self.failed = False  # to write the last one
 
     def save(self, run: Path, model: torch.nn.Module, optimizers: list, state: dict, *rest) -> None:
         """Begin with what `save_checkpoint` does, once the one before is on the disk."""
         self.wait()
-        self._writing = self._pool.submit(take_checkpoint(run, model, optimizers, state, *rest))
+        self.failed, self._writing = False, self._pool.submit(take_checkpoint(run, model, optimizers, state, *rest))
 
     def wait(self) -> None:
         """Until nothing is being written."""
@@ -110,7 +110,12 @@ class Saver:
             if writing:
                 writing.result()
         except CheckpointError as error:
-            self._say(str(error))
+            self.failed = True
+            self.say(str(error))
+
+    def then(self, call: Callable[[], None]) -> None:
+        """Do something once nothing is being written, also where waiting for that is interrupted."""
+        self._pool.submit(call).result()
 
 
 def _write(target: Path, weights: dict[str, Tensor], training: dict, state: dict) -> None:
@@ -218,7 +223,7 @@ def read_state(path: Path) -> dict:
         scores = state.get("scores", {})
         good = all(type(value) in (int, float) for value in scores.values()) and type(scores.get("best_step", 0)) is int
         good &= ("best_step" in scores) == ("best_val_bpb" in scores)
-        if not (0 <= state.get("seconds", 0) < math.inf and good):
+        if not (0 <= state.get("seconds", 0) < 1e12 and good):
             raise CheckpointError(f"{path / 'state.json'}: seconds or scores are not what they should be")
     return state
 

@@ -55,7 +55,7 @@ class Forecast:
         if not progress or (band := self.with_tokens(tokens / progress).at(progress)) is None:
             return ""
         low, high = band
-        where = "above" if bits_per_byte > high else "below" if bits_per_byte < low else ""
+        where = "below" if bits_per_byte < low else "" if bits_per_byte <= high else "above"  # so is nan
         return f", {where} the band of {low:.3f} to {high:.3f}" if where else ", as expected"
 
     def band(self) -> dict:

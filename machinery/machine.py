@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import ctypes
 import os
 import platform
@@ -11,7 +12,7 @@ import shutil
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -239,19 +240,31 @@ def time_per_call(call: Callable, machine: Machine, calls: int = 5, least: float
     return statistics.median(seconds[1:])
 
 
+@contextlib.contextmanager
+def left_as_it_was(model: torch.nn.Module, *parts) -> Iterator[None]:
+    """Give the model's buffers, such as running means, and the states of `parts` their values back at the end."""
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    states = copy.deepcopy([part.state_dict() for part in parts])
+    yield
+    for name, buffer in model.named_buffers():
+        buffer.copy_(buffers[name])
+    for part, state in zip(parts, states):
+        part.load_state_dict(state)
+
+
 def compile_or_eager(
     model: torch.nn.Module, tokens: torch.Tensor, targets: torch.Tensor, machine: Machine
 ) -> tuple[Callable, str]:
     """The compiled model once it has run on tokens, targets (B, T), else the model itself; and a note that says which.
 
     Compilation happens at the first call, so failures (no C++ compiler, no Triton on Windows, an old card) show
-    here and not in the loop. Leaves weights as they were, and no gradients.
+    here and not in the loop. Leaves weights and buffers as they were, and no gradients.
     """
     start = time.perf_counter()
     torch.compiler.reset()  # of former runs: what has been compiled too often is left eager
     try:
         compiled = torch.compile(model, dynamic=False)
-        with machine.autocast():
+        with left_as_it_was(model), machine.autocast():
             with torch.no_grad():  # first: after it, FSDP has parameters gathered, whose gradients are others
                 compiled.eval()(tokens, targets)
             compiled.train()(tokens, targets).backward()

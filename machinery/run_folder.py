@@ -69,7 +69,7 @@ class RunFolder:
         self._unwritten: list[tuple[str, str]] = []
         with told(self.path, problem="cannot be made", advice="set runs_dir to a folder of yours"):
             make_folder(self.path)
-        self._lock = FileLock(self.path / ".lock", timeout=0)
+        self._lock = FileLock(self.path / ".lock", timeout=0, thread_local=False)  # let go by any thread
 
     def lock(self) -> None:
         """Keep other trainers out until `unlock`, or until this process ends."""
@@ -105,8 +105,8 @@ class RunFolder:
             undo.pop_all()  # all of it, or nothing
         print(f"starting over; the earlier run is now in {aside}")
 
-    def compare(self, config: dict, fixed: Iterable[str]) -> set[str]:
-        """Print how `config` differs from the one this run was begun with; returns the names that do.
+    def compare(self, config: dict, fixed: Iterable[str]) -> None:
+        """Print how `config` differs from the one this run was begun with.
 
         Raises `UserError` when one of the `fixed` fields differs: what is on disk would not fit it. A field that only
         one of the two has, of another version of this program, is told.
@@ -124,7 +124,6 @@ class RunFolder:
         for name in sorted(changed | now.keys() ^ saved.keys()):
             before, after = (repr(values[name]) if name in values else "not known" for values in (saved, now))
             print(printable(f"  {name}: {before[:60]} before, {after[:60]} from here on"))
-        return changed
 
     def same_text(self, tokenizer: dict, key: str, dtype: str) -> None:
         """Raise `UserError` where a run would go on with another tokenizer or text; say where its precision changes."""
@@ -170,9 +169,8 @@ class RunFolder:
 
     def append(self, name: str, line: dict) -> None:
         """Add a line to a file; on a full disk, keep it and try again with the next one."""
-        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
         if self.writes:
-            self._unwritten.append((name, json.dumps(finite) + "\n"))  # JSON has no NaN
+            self._unwritten.append((name, json.dumps(_finite(line)) + "\n"))
         try:
             while self._unwritten:
                 name, text = self._unwritten[0]
@@ -185,13 +183,27 @@ class RunFolder:
             name, text = self._unwritten[0]
             self._unwritten[0] = name, "\n" + text.lstrip("\n")  # part of it may be on disk: begin a line of its own
 
+    def measured(self, step: int) -> dict:
+        """What summary.json says of the training up to `step` that nobody can measure later."""
+        with contextlib.suppress(UserError):
+            summary = read_json(self.path / "summary.json", missing={})
+            kept = {name: summary.get(name) for name in ("predicted", "peak_memory_bytes")}
+            if summary.get("steps") == step and [type(value) for value in kept.values()] == [dict, int]:
+                return kept
+        return {}
+
     def finish(self, summary: dict) -> None:
         """Write summary.json; where that cannot be, print it."""
         if self.writes:
             try:
-                write_json(self.path / "summary.json", summary)
+                write_json(self.path / "summary.json", _finite(summary))
             except OSError as error:
                 print(f"summary.json was not written ({first_line(error)}): {json.dumps(summary)}")
+
+
+def _finite(values: dict) -> dict:
+    """`values` with None where JSON has no number, as it has no NaN."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
 
 
 def _portable(config: dict) -> dict:
@@ -246,13 +258,15 @@ def run_state(folder: str | Path) -> dict:
     "expected" is the band of its loss, where expected.json has one.
     """
     folder = folder_path(folder, "the folder of a run")
-    running, summary = _is_locked(folder / ".lock"), {}
+    running, summary, expected = _is_locked(folder / ".lock"), {}, {}
     missing = {} if running else None  # a new run makes its model and reads its text before it writes
     config = read_json(folder / "config.json", missing, advice=IS_IT_A_RUN)
     metrics = read_jsonl(folder / "metrics.jsonl")
     last = {name: value for line in metrics for name, value in line.items()}  # the latest of each
     with contextlib.suppress(UserError):  # that it ended is all there is to know from it
         summary = read_json(folder / "summary.json", missing={})
+    with contextlib.suppress(UserError):  # a mere note
+        expected = read_json(folder / "expected.json", missing={})
     status = summary.get("status") if summary.get("status") in ENDINGS else "stopped"
     return {
         "status": "running" if running else status,
@@ -262,7 +276,7 @@ def run_state(folder: str | Path) -> dict:
         "config": config,
         "metrics": metrics,
         "samples": read_jsonl(folder / "samples.jsonl"),
-        "expected": read_json(folder / "expected.json", missing={}),
+        "expected": expected,
     }
 
 

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, get_args
 
+import numpy as np
+
 from machinery.errors import UserError, first_line
 
 TOKENIZER_SIZES = {"bytes": 257, "gpt2": 50257, "r50k_base": 50257, "cl100k_base": 100277, "o200k_base": 200019}
@@ -77,6 +79,7 @@ class Settings:
     @classmethod
     def from_dict(cls, values: dict):
         """The settings with these values, such as `to_dict` gives; the rest are defaults. Raises `ConfigError`."""
+        require(isinstance(values, dict), f"a configuration is {type(values).__name__}; it takes names with values")
         for name in values:
             one_of("config field", name, [known.name for known in fields(cls)])
         return cls(**values)
@@ -128,6 +131,10 @@ WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "of
 def _as_meant(value, rule):
     """`value` in the type of its field, where it is plain what was meant: 1e-3 or "1e-3", 4.0 for 4, off for "off"."""
     kinds, choices = get_args(rule.type) or (rule.type,), rule.metadata.get("choices") or ()
+    if isinstance(value, np.generic):  # one of NumPy's numbers
+        value = value.item()
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
     word = value.strip().lower() if isinstance(value, str) else None
     if "off" in choices and (value is False or WORDS.get(word) is False):
         return "off"

@@ -36,9 +36,10 @@ def test_auto_follows_the_budget_and_moves_the_rates(lm, capsys, monkeypatch, tm
     assert limited.batch_tokens == 131072
     odd = tmp_path / "odd" / "config.json"  # of a run that somebody wrote by hand
     odd.parent.mkdir()
-    odd.write_text(json.dumps({"batch_tokens": "auto"}))
     named = {"runs_dir": str(tmp_path), "run_name": "odd"}
-    assert settle_batch(lm.Config.from_preset("day", max_tokens=10**8, **named), CPU).batch_tokens == 131072
+    for batch in ("auto", 10**400):
+        odd.write_text(json.dumps({"batch_tokens": batch}))
+        assert settle_batch(lm.Config.from_preset("day", max_tokens=10**8, **named), CPU).batch_tokens == 131072
     capsys.readouterr()
     given = lm.Config.from_preset("day", batch_tokens=65536)
     assert settle_batch(given, CPU) is given and not capsys.readouterr().out
@@ -119,6 +120,7 @@ def test_a_run_that_came_to_more_tokens_is_held_against_the_law_for_these(capsys
     }
     foretold = forecast.by_law(law, 2e6, 5e5)  # 2.0; twice the tokens give 1.5
     assert foretold.place(0.5, 250_000, 3.0) == ", as expected" == foretold.place(0.5, 500_000, 2.0)
+    assert foretold.place(0.5, 500_000, float("nan")).startswith(", above")
     assert foretold.place(0.5, 500_000, 3.0) == ", above the band of 1.800 to 2.200" and not foretold.place(0.0, 0, 9.0)
     print_ending({"val_bpb": 1.5}, 0.0, False, foretold, tokens=1_000_000)
     print_ending({"val_bpb": 2.0}, 0.0, False, foretold, tokens=510_000)

@@ -7,11 +7,13 @@ import os
 import shutil
 import stat
 import sys
+import threading
+from concurrent.futures import Future
 
 import pytest
 import torch
 
-from machinery import files
+from machinery import checkpoints, files
 from machinery.checkpoints import (
     CheckpointError,
     Saver,
@@ -140,6 +142,35 @@ def test_what_cannot_be_written_beside_training_is_told_once(tmp_path):
     saver.wait()
     saver.wait()
     assert len(said) == 1 and "was not written" in said[0]
+
+
+@pytest.mark.parametrize("error", [MemoryError, ValueError, TypeError])
+def test_no_error_of_writing_a_checkpoint_ends_training(tmp_path, monkeypatch, error):
+    def fail(*arguments):
+        raise error("so it is")
+
+    (model, optimizers), said = small_model(), []
+    monkeypatch.setattr(torch, "save", fail)
+    saver = Saver(said.append)
+    saver.save(tmp_path, model, optimizers, {"step": 1}, 2, True, None)
+    saver.wait()
+    assert len(said) == 1 and "step_00000001 was not written (so it is)" in said[0] and not names(tmp_path)
+
+
+def test_what_follows_a_checkpoint_waits_for_it_whoever_stops_waiting(tmp_path, monkeypatch):
+    (model, optimizers), done, write, go = small_model(), [], checkpoints._write, threading.Event()
+    monkeypatch.setattr(checkpoints, "_write", lambda *what: (go.wait(), write(*what), done.append("written")))
+    saver = Saver(print)
+    saver.save(tmp_path, model, optimizers, {"step": 1}, 1, True, None)
+    monkeypatch.setattr(Future, "result", lambda future: (_ for _ in ()).throw(KeyboardInterrupt))
+    for wait in (saver.wait, lambda: saver.then(lambda: done.append("after it"))):
+        with pytest.raises(KeyboardInterrupt):
+            wait()
+    assert not done
+    monkeypatch.undo()
+    go.set()
+    saver.then(lambda: None)
+    assert done == ["written", "after it"] and names(tmp_path) == ["step_00000001"]
 
 
 # ------------------------------------------------------------------------------------ damaged and foreign
@@ -301,6 +332,7 @@ def test_optimizers_with_factored_states_are_restored(tmp_path):
         {"step": 2},
         {"seconds": float("nan")},
         {"seconds": "x"},
+        {"seconds": 1e300},
         {"scores": []},
         {"tokens": 1.5},
         {"scores": {"best_val_bpb": 1.0}},

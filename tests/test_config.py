@@ -1,7 +1,9 @@
 """Wrong input ends in one line that names both numbers and the way out, before anything is allocated."""
 
 import json
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -111,6 +113,13 @@ def test_what_is_meant_is_taken_and_the_rest_is_one_line(lm):
     for value in ("OFF", "false", "no", "off", False):
         assert lm.Config.from_preset("smoke", wandb=value).wandb == "off"
     assert lm.Config.from_preset("smoke", schedule=" Cosine").schedule == "cosine"
+    arrays = {"lr": np.float64(0.5), "n_layer": np.int64(3), "compile": np.False_, "source": Path("texts")}
+    config = lm.Config.from_preset("smoke", **arrays)
+    assert [config.lr, config.n_layer, config.compile, config.source] == [0.5, 3, False, "texts"]
+    assert lm.Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    for wrong in (None, [], 3, "n_layer"):
+        with pytest.raises(ConfigError, match="a configuration is"):
+            lm.Config.from_dict(wrong)
     for wrong in ("[a, b]", "{n_layer: 2", "n_layer", ["a"], 3):
         with pytest.raises(ConfigError, match="overrides.* write"):
             parse_overrides(wrong)

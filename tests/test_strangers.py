@@ -256,6 +256,7 @@ def test_lines_of_a_run_are_numbers(tmp_path, line, is_read):
 )
 def test_a_run_that_others_were_at_is_shown(tmp_path, capsys, line):
     run = _a_run(tmp_path)
+    (run.path / "expected.json").write_text("[" * 10**5)
     (run.path / "metrics.jsonl").write_text(line)
     (run.path / "summary.json").write_text('{"status": "\\u001b[31m"}')
     (run.path / ".lock").unlink(missing_ok=True)

@@ -27,7 +27,7 @@ from machinery.figures import plot_runs, show_run
 from machinery.files import read_jsonl
 from machinery.huggingface import config_from_hf, export_hf, import_hf
 from machinery.interrupts import StopRequest
-from machinery.loggers import LOGGERS, Logger
+from machinery.loggers import LOGGERS, Logger, Loggers
 from machinery.machine import Machine, datasheet_flops, is_out_of_memory, measure_matmul_flops
 from machinery.run_folder import RunFolder, run_state
 from machinery.watch import Watch, print_preflight, refuse_what_does_not_fit
@@ -39,7 +39,7 @@ from model_utils import (
     predict,
     training_memory,
 )
-from train_utils import SCHEDULES, Budget
+from train_utils import SCHEDULES, Budget, Run
 
 # --------------------------------------------------------------------------------------------- schedules
 
@@ -392,10 +392,28 @@ def test_a_finished_run_is_not_trained_further(lm, settings):
     config = settings()
     first = lm.train(config)
     again = lm.train(config)
-    assert (again["status"], again["steps"], again["val_bpb"]) == ("finished", first["steps"], first["val_bpb"])
+    kept = ("status", "steps", "val_bpb", "predicted", "peak_memory_bytes")  # what was measured while it trained, too
+    assert [again[name] for name in kept] == [first[name] for name in kept] and again["predicted"]
     more = lm.train(replace(config, max_steps=20, micro_batch=2))
     assert more["steps"] == 20
     assert read_state(newest_checkpoint(Path(config.runs_dir) / config.run_name))["micro_batch"] == 2
+
+
+def test_a_micro_batch_changed_by_hand_counts_also_after_a_start_that_was_cut_off(lm, settings, monkeypatch):
+    config = replace(settings(max_steps=5), micro_batch=2)
+    lm.train(settings(max_steps=4))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Run, "compile", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        lm.train(config)
+    lm.train(config)
+    assert read_state(newest_checkpoint(Path(config.runs_dir) / config.run_name))["micro_batch"] == 2
+
+
+def test_a_run_interrupted_while_it_ends_is_not_locked_any_more(lm, settings, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt) as held:
+        patch.setattr(Loggers, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        lm.train(settings(max_steps=2))
+    assert held.tb and lm.train(settings(max_steps=2))["status"] == "finished"
 
 
 def test_hours_end_a_run(lm, settings):
@@ -698,6 +716,42 @@ def test_preflight_changes_nothing(lm, settings):
         losses.append(lm.gradient(model, batches, batches.micro_steps, machine, machine.scaler()).item())
         lm.step_weights(model, optimizers, machine.scaler(), line["lr"] / config.lr, config.grad_clip)
     assert losses == [line["train_loss"] for line in lines[1:]]
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_what_is_tried_before_training_leaves_buffers_as_they_were(lm, settings, monkeypatch, compile):
+    class Counting(lm.GatedFFN):
+        def __init__(self, config):
+            super().__init__(config)
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x):
+            self.calls.add_(self.training)
+            return super().forward(x)
+
+    monkeypatch.setattr(torch, "compile", lambda model, **_: model)
+    monkeypatch.setitem(lm.FFNS, "counting", Counting)
+    for steps in (2, 5):
+        config = settings(ffn="counting", max_steps=steps, compile=compile)
+        config = replace(config, run_name="counting")
+        lm.train(config)
+    assert weights_of(lm, Path(config.runs_dir) / "counting")["blocks.0.ffn.calls"] == 5
+
+
+def test_a_model_that_only_gives_nan_has_diverged(lm, settings, monkeypatch):
+    monkeypatch.setitem(lm.FFNS, "nan", type("Nan", (lm.GatedFFN,), {"forward": lambda self, x: x * math.nan}))
+    config = settings(ffn="nan")
+    assert lm.train(config)["status"] == "diverged"
+    summary = (Path(config.runs_dir) / config.run_name / "summary.json").read_text()
+    assert "NaN" not in summary and "Infinity" not in summary
+
+
+def test_a_run_whose_end_is_not_on_the_disk_has_not_finished(lm, settings, monkeypatch, capsys):
+    config = settings(max_steps=3)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        assert lm.train(config)["status"] == "interrupted" and "No space left" in capsys.readouterr().out
+    assert lm.train(config)["status"] == "finished"
 
 
 def test_a_layer_that_drops_values_drops_none_outside_training(lm, settings, monkeypatch):
