@@ -1,4 +1,4 @@
-"""What the dial says for a minute on two cores, held against a sweep by hand over size and batch: results/dial.md.
+"""What the dial says for minutes on two cores, held against a sweep by hand over size and batch: results/dial.md.
 
     python -m tools.dial                the runs that are missing, then the table
     python -m tools.dial --summary      the table of what there is
@@ -14,10 +14,10 @@ from datetime import date
 from machinery.budget import best_batch
 from machinery.errors import UserError, plain_errors
 from machinery.files import write_atomic
-from machinery.machine import Machine
+from machinery.machine import Machine, measure_matmul_flops
 from model_utils import best_shape
 from tools.common import RESULTS, lm, quietly, table
-from tools.forecast import LINES, MINUTE, run_of
+from tools.forecast import LINES, MINUTES, run_of
 from tools.runs import Results, Run, run_missing
 
 BATCHES, TOKENS = (1024, 2048, 4096, 8192, 16384), 1_400_000  # of the preset's 4 × 192, about a minute too
@@ -25,8 +25,8 @@ ENGLISH = {"source": "english", "prompt": "The"}
 
 
 def by_size() -> list[Run]:
-    """A minute of each size."""
-    return [run_of("english", size, tokens, {}) for size, tokens in MINUTE.items()]
+    """Each size, for so many minutes."""
+    return [run_of("english", size, tokens, {}) for sizes in MINUTES.values() for size, tokens in sizes.items()]
 
 
 def by_batch() -> list[Run]:
@@ -39,41 +39,43 @@ def by_batch() -> list[Run]:
     return runs
 
 
-def chosen_size() -> str:
-    """What `best_shape` says for a minute of this machine, as n_layer × n_embd; or why it says nothing."""
+def chosen_size(minutes: int) -> str:
+    """What `best_shape` says for so many minutes of this machine, as n_layer × n_embd; or why it says nothing."""
     try:
-        shape = quietly(best_shape, lm.Config.from_preset("demo", **ENGLISH), Machine.find(), hours=1 / 60)
+        shape = quietly(best_shape, lm.Config.from_preset("demo", **ENGLISH), Machine.find(), hours=minutes / 60)
     except UserError as error:
-        return f"nothing: {error}"
+        return f"nothing ({error})"
     return f"{shape['n_layer']} × {shape['n_embd']}"
 
 
 def write_dial(sizes: Results, batches: Results) -> None:
     """results/dial.md, of the runs there are."""
     rows = [
-        {"n_layer × n_embd": "{} × {}".format(*size), "tokens": run.tokens, "bits per byte": sizes.loss(run)}
-        for size, run in zip(MINUTE, by_size())
-    ]
+        {"minutes": minutes, "n_layer × n_embd": "{} × {}".format(*size), "tokens": tokens,
+         "bits per byte": sizes.loss(run_of("english", size, tokens, {}))}
+        for minutes, some in MINUTES.items() for size, tokens in some.items()
+    ]  # fmt: skip
     others = [
         {"batch_tokens": batch, "steps": TOKENS // batch, "bits per byte": batches.loss(run)}
         for batch, run in zip(BATCHES, by_batch())
     ]
     write_atomic(RESULTS / "dial.md", TEXT.format(
-        today=date.today(), size=chosen_size(), rule=round(best_batch(TOKENS)), tokens=TOKENS,
-        sizes=table(rows, {"n_layer × n_embd": "", "tokens": ",d", "bits per byte": ".4f"}),
+        today=date.today(), rule=round(best_batch(TOKENS)), tokens=TOKENS,
+        said="; ".join(f"for {minutes} minutes {chosen_size(minutes)}" for minutes in MINUTES),
+        rate=measure_matmul_flops(Machine.find()) / 1e9,
+        sizes=table(rows, {"minutes": "d", "n_layer × n_embd": "", "tokens": ",d", "bits per byte": ".4f"}),
         batches=table(others, {"batch_tokens": ",d", "steps": ",d", "bits per byte": ".4f"}),
     ))  # fmt: skip
 
 
 TEXT = """# The dial on two cores
 
-`make dial`, {today}: `demo` on English, one seed (three differ by 0.001 bits per byte,
-[recipe.md](recipe.md)), for a minute of two cores.
+`make dial`, {today}: `demo` on English, one seed (three differ by 0.001 bits per byte, [recipe.md](recipe.md)).
 
 ## Size
 
-Tokens are what a minute holds at half of 911 GFLOP/s, the rate of a large matrix product there. `best_shape` says:
-{size}.
+Tokens are what so many minutes hold at half of 911 GFLOP/s, the rate of a large matrix product on two quiet cores.
+`best_shape` says, at the {rate:.0f} GFLOP/s measured while this was written: {said}.
 
 {sizes}
 
