@@ -52,7 +52,7 @@ class Forecast:
         """Where a loss after so many tokens, a share of the run, lies: ", as expected", or above or below the band;
         nothing where none is known.
         """
-        if not progress or (band := self.with_tokens(tokens / progress).at(progress)) is None:
+        if not progress * tokens or (band := self.with_tokens(tokens / progress).at(progress)) is None:
             return ""
         low, high = band
         where = "below" if bits_per_byte < low else "" if bits_per_byte <= high else "above"  # so is nan
