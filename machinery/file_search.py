@@ -54,8 +54,7 @@ def _walk(root: Path, parts: list[str], apart: Iterable[Path], passed_over: Coun
             passed_over["folders, read with /** after them"] += sum(end in after[name] for name in subfolders)
         subfolders[:] = sorted(name for name in subfolders if after[name] - {end})
         for name in sorted(names):
-            path = Path(folder, name)
-            if end in after[name] and _is_text(path, passed_over):
+            if end in after[name] and _is_text(path := Path(folder, name), passed_over):
                 _, known = files.get(found := identity(path), (None, None))
                 if known is None or (known.is_symlink() and not path.is_symlink()):  # its own name says how to read
                     files[found] = "/".join((*place, name)), path

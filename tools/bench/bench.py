@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -36,7 +37,7 @@ PARTS = {
     "data": lambda machine: [waiting_for_data(machine)],
     "tokenization": lambda machine: [
         *compare_tokenization(machine),
-        *compare_tokenization(machine, package_source("transformers"), slow_ones=False),
+        *compare_tokenization(machine, package_source("torch"), slow_ones=False),
     ],
     "generation": lambda machine: [
         row
@@ -85,7 +86,7 @@ PyTorch's kernel, and `short_attention`, two plain products, which a compiled mo
 The share of training steps spent in `Batches.next`, on the shards of `demo`.""",
     "tokenization": """## Tokenization
 
-The standard library of Python, and the larger source of transformers; 32,768 tokens, all cores; the same vocabulary and
+The standard library of Python, and the larger source of PyTorch; 32,768 tokens, all cores; the same vocabulary and
 the same tokens for all. Ours finds and reads files, loads its tokenizer and writes shards with checksums, the others go
 from memory to memory.""",
     "generation": """## Generation
@@ -106,6 +107,8 @@ def write_report(path: Path, results: dict) -> None:
     versions = ", ".join(f"{name} {version}" for name, version in e["versions"].items())
     memory = e["device_memory_bytes"] / 1e9
     parts = [part for part in PARTS if results.get(part)]
+    dates = Counter(results["dates"][part] for part in parts).most_common()
+    other = "".join(f", {part} {day}" for part, day in results["dates"].items() if part in parts and day != dates[0][0])
     blocks = [f"{TEXTS[part]}\n\n{table(results[part], COLUMNS[part])}" for part in parts]
     if "scaling" in parts:
         worst = max(results["scaling"], key=lambda row: row["ratio"])
@@ -116,7 +119,7 @@ def write_report(path: Path, results: dict) -> None:
         )
     text = f"""# Speed on {e["device"]}
 
-`make bench`, {e["started"][:10]}: {e["device"]}, {e["threads"]} threads, {memory:.0f} GB, {e["dtype"]}.
+`make bench`, {dates[0][0]}{other}: {e["device"]}, {e["threads"]} threads, {memory:.0f} GB, {e["dtype"]}.
 Python {e["python"]}, {versions}.
 
 ![Speed]({path.name}.png)
@@ -175,6 +178,7 @@ def main() -> None:
     results = json.loads(saved.read_text()) if saved.exists() else {}
     for part in options.parts:
         results |= {"environment": benchmark_environment(machine), part: PARTS[part](machine)}
+        results.setdefault("dates", {})[part] = results["environment"]["started"][:10]
         print(table(results[part], COLUMNS[part]), flush=True)
         saved.write_text(json.dumps(results, indent=1) + "\n")
     write_report(path, results)
