@@ -208,6 +208,7 @@ def shot(tmp_path):
     return take
 
 
+@pytest.mark.long
 def test_run_all_cells_to_the_last_line(executed):
     page, path = executed
     assert errors(page) == []
