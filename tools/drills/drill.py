@@ -92,8 +92,8 @@ def write_reliability(
 
 Faults are real: killed processes, a full file system, damaged files, a hub that misbehaves. Of power
 cuts, states that the disk may be in are rebuilt from the kernel's record of what was written and flushed. In the drills
-a checkpoint is written every 5 steps, which bounds what a fault may cost. *Identical* compares final weights, or
-shards, with those of an undisturbed run, bit for bit.
+a checkpoint is begun every 5 steps, once the one before is on the disk, so a fault costs 10 steps at most. *Identical*
+compares final weights, or shards, with those of an undisturbed run, bit for bit.
 
 {table(rows, COLUMNS)}
 

@@ -52,7 +52,7 @@ def kill_training(folder: Path, times: int, seed: int = 0) -> Result:
         reached, checkpoint = last_step(run), quietly(newest_checkpoint, run)
         kept = read_state(checkpoint)["step"] if checkpoint else 0
         lost = max(lost, reached - kept)
-        survived += reached - kept <= killed.checkpoint_every
+        survived += reached - kept <= 2 * killed.checkpoint_every  # since the one before the one that was being written
     quietly(lm.train, killed)
     note = f"{inside} of them while a checkpoint was written"
     return Result("SIGKILL while training", times, survived, lost, equal(weights(straight), weights(killed)), note)
