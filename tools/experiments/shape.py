@@ -1,4 +1,4 @@
-"""Size, not shape: does loss depend on the number of parameters and not on how width and depth share them?
+"""Size or shape: does loss depend on the number of parameters and not on how width and depth share them?
 
 Kaplan et al. 2020, arXiv 2001.08361, section 3.1, found a few percent between shapes of one size.
 """
@@ -13,7 +13,7 @@ from tools.common import table as markdown
 from tools.experiments.scales import CPU, GPU
 from tools.experiments.tool import COLOURS, curves, equal_size, plot_sweep, sweep
 
-TITLE = "Size, not shape"
+TITLE = "Size or shape"
 SCALES = {
     "cpu": {
         "shapes": {"small": [(1, 48), (2, 32), (4, 24), (8, 16)], "large": [(1, 96), (2, 64), (4, 48), (8, 32)]},
