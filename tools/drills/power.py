@@ -273,15 +273,16 @@ def broken_promise(operations: list[Operation], cut: int, disk: Path, tree: dict
 def checkpoints_of(operations: list[Operation], folder: str) -> tuple[set[int], set[int]]:
     """The steps of which a checkpoint was saved, and of which one began to be removed.
 
-    One is saved when the run goes on to something else, be it flushed or not: then its user relies on it.
+    One is saved once the disk holds its name, or when the run says that it is finished, flushed or not.
     """
     named, saved, removed = set(), set(), set()
     for operation in operations:
-        if not operation.path.startswith(folder):
-            saved |= named
         for name, number in operation.names if operation.path.rsplit("/", 1)[0] == folder else ():
             if step := re.fullmatch(r"step_(\d+)", name):
                 (removed if number is None else named).add(int(step[1]))
+        held = operation.flushed is not None and operation.path == folder
+        if held or operation.path.endswith("/summary.json"):
+            saved |= named
     return saved - removed, removed
 
 
