@@ -122,6 +122,8 @@ def _wide_encoding(head: bytes) -> str | None:
     if len(head) < (2 if _controls(head) else 64):  # too short to tell
         return None
     ascii_share = sum(32 <= byte < 127 for byte in head) / len(head)
+    if ascii_share > 0.7 and sum(byte in b" \n" for byte in head) > 0.05 * len(head):  # words, with an odd byte or two
+        return None
     high = {encoding: head[position::2] for encoding, position in zip(WIDE[2:], (1, 0))}
     for encoding in (*WIDE[:2], *sorted(high, key=lambda name: (len(set(high[name])), sum(high[name])))):
         with contextlib.suppress(UnicodeDecodeError):
