@@ -17,13 +17,13 @@ LEAST_STEPS = 1000  # of a small run, for which that rule asks for too much (res
 SHARE = 0.5  # of the rate of a large matrix product that training is taken to reach; 2 times off is 1.3 times in batch
 
 
-def best_batch(tokens: float) -> float:
+def best_batch(tokens: float, least_steps: int = LEAST_STEPS) -> float:
     """Tokens per step for a run of so many tokens."""
-    return min(DAY_BATCH * (tokens / DAY_TOKENS) ** POWER, tokens / LEAST_STEPS)
+    return min(DAY_BATCH * (tokens / DAY_TOKENS) ** POWER, tokens / least_steps)
 
 
 def tokens_of_steps(steps: int) -> float:
-    """Tokens of a run of so many steps, each of the batch that is best for so many tokens."""
+    """Tokens of a run of so many steps, each of the batch that the rule has for so many tokens."""
     return (steps * DAY_BATCH / DAY_TOKENS**POWER) ** (1 / (1 - POWER))
 
 
@@ -58,7 +58,8 @@ def settle_batch(config, machine: Machine):
         batch = read_json(begun, missing={}).get("batch_tokens")
     if type(batch) is not int or not 1 <= batch <= 1 << 40:
         tokens = machine.maximum(tokens_within(config, machine))[0]  # all processes agree
-        batch, why = unit * 2 ** max(0, round(math.log2(best_batch(tokens) / unit))), f"for a run of about {tokens:.2g}"
+        best = best_batch(tokens, min(LEAST_STEPS, config.max_steps or LEAST_STEPS))
+        batch, why = unit * 2 ** max(0, round(math.log2(best / unit))), f"for a run of about {tokens:.2g}"
     factor = math.sqrt(batch / DAY_BATCH)
     print(f"batch_tokens 'auto': {batch:,} tokens a step {why}; learning rates × {factor:.2f}")
     rates = {name: getattr(config, name) * factor for name in ("lr", "embedding_lr", "head_lr")}

@@ -48,7 +48,7 @@ class CheckpointError(UserError):
     """A checkpoint that cannot be written or used."""
 
 
-def save_checkpoint(
+def take_checkpoint(
     run: Path,
     model: torch.nn.Module,
     optimizers: list,
@@ -56,21 +56,14 @@ def save_checkpoint(
     keep: int,
     writes: bool = True,
     keep_step: int | None = None,
-) -> Path:
-    """Write `checkpoints/step_…` of a run: beside, flushed, renamed. Then older ones are removed.
-
-    Of the whole ones stay the `keep` newest, this one among them, and the one of `keep_step`. `state` holds "step" and
-    whatever else continues the run, as JSON values. Raises `CheckpointError` when it cannot be written; what was there
-    before is untouched. Where several processes train, all call it, since weights may be shared out among them, and
-    one `writes`: the files are the same.
-    """
-    return take_checkpoint(run, model, optimizers, state, keep, writes, keep_step)()
-
-
-def take_checkpoint(
-    run: Path, model: torch.nn.Module, optimizers: list, state: dict, keep: int, writes: bool, keep_step: int | None
 ) -> Callable[[], Path]:
-    """What `save_checkpoint` does, in two parts: this copies all into memory, and what it returns writes it."""
+    """Copy a checkpoint of a run into memory; what is returned writes `checkpoints/step_…` and gives its path.
+
+    It is written beside, flushed, renamed; then older ones are removed. Of the whole ones stay the `keep` newest, this
+    one among them, and the one of `keep_step`. `state` holds "step" and whatever else continues the run, as JSON
+    values. Writing raises `CheckpointError` where it cannot; what was there before is untouched. Where several
+    processes train, all call this, since weights may be shared out among them; one `writes`.
+    """
     target = run / "checkpoints" / f"step_{state['step']:08d}"
     weights = gather(_without_ties(model), keep=writes)
     training = {"optimizers": gather([optimizer.state_dict() for optimizer in optimizers], keep=writes)}
@@ -99,7 +92,7 @@ class Saver:
         self.failed = False  # to write the last one
 
     def save(self, run: Path, model: torch.nn.Module, optimizers: list, state: dict, *rest) -> None:
-        """Begin with what `save_checkpoint` does, once the one before is on the disk."""
+        """Begin with `take_checkpoint` and its writing, once the one before is on the disk."""
         self.wait()
         self.failed, self._writing = False, self._pool.submit(take_checkpoint(run, model, optimizers, state, *rest))
 

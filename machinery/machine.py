@@ -245,11 +245,13 @@ def left_as_it_was(model: torch.nn.Module, *parts) -> Iterator[None]:
     """Give the model's buffers, such as running means, and the states of `parts` their values back at the end."""
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     states = copy.deepcopy([part.state_dict() for part in parts])
-    yield
-    for name, buffer in model.named_buffers():
-        buffer.copy_(buffers[name])
-    for part, state in zip(parts, states):
-        part.load_state_dict(state)
+    try:
+        yield
+    finally:
+        for name, buffer in model.named_buffers():
+            buffer.copy_(buffers[name])
+        for part, state in zip(parts, states):
+            part.load_state_dict(state)
 
 
 def compile_or_eager(

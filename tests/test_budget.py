@@ -23,6 +23,8 @@ def test_the_law_of_the_batch():
     tokens = tokens_of_steps(7000)
     assert tokens == pytest.approx(7000 * best_batch(tokens))
     assert best_batch(1.4e6) == 1400  # a thousand steps at least
+    tokens = tokens_of_steps(200)  # or as many as there may be
+    assert tokens == pytest.approx(200 * best_batch(tokens, 200))
 
 
 def test_auto_follows_the_budget_and_moves_the_rates(lm, capsys, monkeypatch, tmp_path):

@@ -23,7 +23,7 @@ from machinery.checkpoints import (
     load_weights,
     newest_checkpoint,
     read_state,
-    save_checkpoint,
+    take_checkpoint,
 )
 from machinery.errors import LONGEST, DataError, FileError, UserError, first_line, told
 from machinery.files import no_links, read_json, read_jsonl, sha256, write_atomic, write_json
@@ -50,7 +50,7 @@ def save(run, number, keep=2, **options):
     """A checkpoint of step `number`, whose weights tell which it is."""
     model, optimizers = small_model(seed=number)
     step(model, optimizers)
-    return save_checkpoint(run, model, optimizers, {"step": number}, keep, **options)
+    return take_checkpoint(run, model, optimizers, {"step": number}, keep, **options)()
 
 
 def names(run):
@@ -78,7 +78,7 @@ def seal(path, **changes):
 def test_checkpoint_restores_weights_and_optimizer(tmp_path):
     model, optimizers = small_model()
     step(model, optimizers)
-    save_checkpoint(tmp_path, model, optimizers, {"step": 1, "tokens": 64, "seconds": 1.5}, keep=2)
+    take_checkpoint(tmp_path, model, optimizers, {"step": 1, "tokens": 64, "seconds": 1.5}, keep=2)()
     step(model, optimizers)
     other, others = small_model(seed=1)
     state = load_checkpoint(newest_checkpoint(tmp_path), other, others)
@@ -109,10 +109,10 @@ def test_the_step_to_keep_is_never_pruned(tmp_path):
 def test_a_checkpoint_of_the_same_step_takes_its_place(tmp_path):
     first = sha256(save(tmp_path, 1) / "model.safetensors")
     model, optimizers = small_model(seed=9)
-    path = save_checkpoint(tmp_path, model, optimizers, {"step": 1}, keep=2)
+    path = take_checkpoint(tmp_path, model, optimizers, {"step": 1}, keep=2)()
     assert newest_checkpoint(tmp_path) == path and names(tmp_path) == ["step_00000001.1", "step_00000001"]
     assert sha256(path.with_name("step_00000001.1") / "model.safetensors") == first
-    save_checkpoint(tmp_path, model, optimizers, {"step": 1}, keep=1)
+    take_checkpoint(tmp_path, model, optimizers, {"step": 1}, keep=1)()
     assert names(tmp_path) == ["step_00000001"]
 
 
@@ -315,7 +315,7 @@ def test_optimizers_with_factored_states_are_restored(tmp_path):
     model, _ = small_model()
     optimizers = [torch.optim.Adafactor(model.parameters())]
     step(model, optimizers)
-    path = save_checkpoint(tmp_path, model, optimizers, {"step": 1}, keep=1)
+    path = take_checkpoint(tmp_path, model, optimizers, {"step": 1}, keep=1)()
     other, _ = small_model(seed=1)
     others = [torch.optim.Adafactor(other.parameters())]
     load_checkpoint(path, other, others)

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from test_data import TOKENIZERS
 
 from data_utils import get_tokenizer
-from machinery.checkpoints import save_checkpoint
+from machinery.checkpoints import take_checkpoint
 from machinery.errors import DataError, UserError
 from machinery.huggingface.families import FAMILIES, ExportError, families_table, family_of, to_hf_config
 from machinery.huggingface.tokenizers import (
@@ -55,7 +55,7 @@ def make_run(folder, config, encoding=BYTES):
     for name, value in files:
         (folder / f"{name}.json").write_text(json.dumps(value))
     state = {"step": 20, "tokens": 5120, "seconds": 1.5, "scores": {"val_loss": 3.25, "val_bpb": 1.5}}
-    save_checkpoint(folder, model, [], state, keep=1)
+    take_checkpoint(folder, model, [], state, keep=1)()
     return model
 
 
@@ -138,7 +138,7 @@ def test_export_of_an_import_is_the_same_files(tiny, tmp_path, family):
     again = tiny(**values | {"batch_tokens": 320})
     model = make_run(tmp_path / "again", again)
     model.load_state_dict(state)
-    save_checkpoint(tmp_path / "again", model, [], {"step": 21}, keep=1)
+    take_checkpoint(tmp_path / "again", model, [], {"step": 21}, keep=1)()
     second = export_hf(tmp_path / "again", tmp_path / "second")
     for path in out.iterdir():
         if path.name not in ("README.md", MARK):

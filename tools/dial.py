@@ -8,7 +8,6 @@ All runs are of `demo` on English, whose seeds differ by 0.001 bits per byte.
 
 from __future__ import annotations
 
-import argparse
 from datetime import date
 
 from machinery.budget import best_batch
@@ -18,7 +17,7 @@ from machinery.machine import Machine, measure_matmul_flops
 from model_utils import best_shape
 from tools.common import RESULTS, lm, quietly, table
 from tools.forecast import LINES, MINUTES, run_of
-from tools.runs import Results, Run, run_missing
+from tools.runs import Results, Run, parser_of_runs, run_missing
 
 BATCHES, TOKENS = (1024, 2048, 4096, 8192, 16384), 1_400_000  # of the preset's 4 × 192, about a minute too
 ENGLISH = {"source": "english", "prompt": "The"}
@@ -61,7 +60,7 @@ def write_dial(sizes: Results, batches: Results) -> None:
     ]
     write_atomic(RESULTS / "dial.md", TEXT.format(
         today=date.today(), rule=round(best_batch(TOKENS)), tokens=TOKENS,
-        said="; ".join(f"for {minutes} minutes {chosen_size(minutes)}" for minutes in MINUTES),
+        said="; ".join(f"{chosen_size(minutes)} for {60 * minutes} seconds" for minutes in MINUTES),
         rate=measure_matmul_flops(Machine.find()) / 1e9,
         sizes=table(rows, {"minutes": "d", "n_layer × n_embd": "", "tokens": ",d", "bits per byte": ".4f"}),
         batches=table(others, {"batch_tokens": ",d", "steps": ",d", "bits per byte": ".4f"}),
@@ -91,10 +90,7 @@ Tokens are what so many minutes hold at half of 911 GFLOP/s, the rate of a large
 def main() -> None:
     """See the module's docstring."""
     plain_errors()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
-    parser.add_argument("--summary", action="store_true", help="write what there is, train nothing")
-    options = parser.parse_args()
+    options = parser_of_runs(__doc__).parse_args()
     sizes, batches = Results(LINES), Results(RESULTS / "dial.jsonl")
     if not options.summary:
         run_missing(sizes, by_size, options.jobs)

@@ -9,7 +9,6 @@ that is kept is of all of them.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import statistics
@@ -26,7 +25,7 @@ from machinery.forecast import by_law, expected, fit_law
 from model_utils import multiplying_parameters
 from tools.bench import recipe
 from tools.common import RESULTS, lm, table
-from tools.runs import Results, Run, run_missing
+from tools.runs import Results, Run, parser_of_runs, run_missing
 
 KINDS = ("python", "english")
 SIZES = {  # tokens of runs of up to a minute on two cores
@@ -51,7 +50,6 @@ UNSEEN = [  # source, size, tokens, other overrides
     ("english", (6, 256), 600_000, {}),
     ("python", (3, 256), 1_000_000, {}),
     ("english", (2, 128), 3_200_000, {}),
-    ("english", (4, 256), 1_000_000, {}),
 ]
 # Fields that a run may change and still be foretold by the law; of model, data and optimisation all others are fixed
 FREE = {
@@ -80,8 +78,7 @@ def fitted() -> list[Run]:
 def unseen() -> list[Run]:
     """Longer ones, to hold the laws against: `UNSEEN`, `demo` itself, and those of tools/dial.py."""
     runs = [run_of(*case) for case in UNSEEN] + [run_of("python", (4, 192), 4_000_000, {}, seed) for seed in (0, 1, 2)]
-    runs += [run_of("english", size, tokens, {}) for sizes in MINUTES.values() for size, tokens in sizes.items()]
-    return list({run.key: run for run in runs}.values())
+    return runs + [run_of("english", size, tokens, {}) for sizes in MINUTES.values() for size, tokens in sizes.items()]
 
 
 def line_of(results: Results, run: Run) -> dict | None:
@@ -229,10 +226,7 @@ these runs, root mean square, for runs of about so many tokens. The band of a fo
 def main() -> None:
     """See the module's docstring."""
     plain_errors()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
-    parser.add_argument("--summary", action="store_true", help="fit and write what there is, train nothing")
-    options = parser.parse_args()
+    options = parser_of_runs(__doc__).parse_args()
     results = Results(LINES)
     if not options.summary:
         run_missing(results, lambda: fitted() + unseen(), options.jobs)

@@ -5,6 +5,7 @@ Tokens are fixed, so the loss does not depend on the machine's speed. Each run h
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import statistics
@@ -103,6 +104,14 @@ class Results:
     def losses(self, make: Callable[[int], Run], seeds: Iterable[int]) -> dict[int, float]:
         """Bits per byte of the seeds there are."""
         return {seed: loss for seed in seeds if (loss := self.loss(make(seed))) is not None}
+
+
+def parser_of_runs(doc: str) -> argparse.ArgumentParser:
+    """The options of a program that makes runs and writes what they gave; `doc` says what it does."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
+    parser.add_argument("--summary", action="store_true", help="write what there is, train nothing")
+    return parser
 
 
 def run_missing(results: Results, plan: Callable[[], list[Run]], jobs: int) -> None:

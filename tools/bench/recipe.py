@@ -10,7 +10,6 @@ Results are lines of results/recipe.jsonl; what is there is not run again, failu
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 from pathlib import Path
@@ -24,7 +23,7 @@ from machinery.machine import Machine
 from tools.bench.common import benchmark_environment, take_turns
 from tools.bench.nanochat import VARIANTS, clone
 from tools.common import RESULTS, lm, table
-from tools.runs import Results, Run, mean_and_error, paired_effect, run_missing, verdict
+from tools.runs import Results, Run, mean_and_error, paired_effect, parser_of_runs, run_missing, verdict
 
 SECONDS = RESULTS / "recipe-seconds.json"
 BUDGETS, SEEDS = (500_000, 1_000_000, 2_200_000), (0, 1, 2, 3, 4)  # of the contest
@@ -359,10 +358,8 @@ RULES = [
 def main() -> None:
     """See the module's docstring."""
     plain_errors()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
+    parser = parser_of_runs(__doc__)
     parser.add_argument("--only", choices=["all", "contest"], default="all", help="contest: without the single choices")
-    parser.add_argument("--summary", action="store_true", help="write what there is, train nothing")
     parser.add_argument("--seconds", action="store_true", help="measure seconds per step, train nothing")
     parser.add_argument("--results", type=Path, default=RESULTS / "recipe.jsonl")
     options = parser.parse_args()
