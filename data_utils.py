@@ -78,6 +78,8 @@ def prepare_data(config, progress: bool = True) -> TokenData:
             print(note)
         size = source.size()
         if is_known(settings) and (size is None or size > BACKGROUND_BYTES):
+            if config.tokenizer == "bpe" and not (data.folder / "tokenizer.json").exists():
+                print("first a vocabulary is learned, from up to 256 MB of the text; then the tokenization begins")
             data.start_background()
             data.wait(progress=progress)
         else:
@@ -134,13 +136,15 @@ class TokenData:
         """The windows of one split: shuffled by `seed`, or in text order without one."""
         return TokenWindows(self, split, block_size, seed)
 
-    def held_out(self, tokens: int, micro_batch: int, machine: Machine) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Inputs and targets (B, T) of about `tokens` held-out tokens, windows spread evenly, on the device.
+    def held_out(
+        self, tokens: float, micro_batch: int, machine: Machine
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Inputs and targets (B, T) of about `tokens` held-out tokens, or with inf all, windows spread evenly.
 
         Each process gets as many batches as the others; rows that only fill up have targets of -100.
         """
         windows = self.windows("val", self.block_size)
-        count = max(1, min(len(windows), tokens // self.block_size))
+        count = int(max(1, min(len(windows), tokens / self.block_size)))
         chosen = np.linspace(0, len(windows), count, endpoint=False).astype(int)
         for start in range(0, count, machine.processes * micro_batch):
             first = start + machine.rank * micro_batch  # of this process
@@ -280,9 +284,9 @@ class TokenWindows:
         place = int(np.searchsorted(ends, within, side="right"))
         shard = int(order[place])
         index = within - int(ends[place] - self.counts[shard])
-        return shard, index if self.seed is None else int(
-            _permutation(self.counts[shard], self.seed, epoch, shard)[index]
-        )
+        if self.seed is not None:
+            index = int(_permutation(self.counts[shard], self.seed, epoch, shard)[index])
+        return shard, index
 
     def _shard_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The shards of an epoch in reading order, and the window count up to the end of each."""

@@ -167,12 +167,12 @@ def choose_micro_batch(
 def budget_left(config, tokens_per_second: float, used: tuple[int, int, float]) -> dict[str, float]:
     """Tokens until each limit of the budget, after `used` steps, tokens and seconds; the least of them ends a run."""
     step, trained, seconds = used
-    limits = {
-        "max_tokens": config.max_tokens and config.max_tokens - trained,
-        "max_steps": config.max_steps and (config.max_steps - step) * config.batch_tokens,
-        "max_hours": config.max_hours and tokens_per_second * (config.max_hours * 3600 - seconds),
+    left = {
+        "max_tokens": config.max_tokens - trained,
+        "max_steps": (config.max_steps - step) * config.batch_tokens,
+        "max_hours": tokens_per_second * (config.max_hours * 3600 - seconds),
     }
-    return {name: tokens for name, tokens in limits.items() if tokens}
+    return {name: tokens for name, tokens in left.items() if getattr(config, name)}
 
 
 def predict(
@@ -229,7 +229,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, table: Tensor, targets: Tensor, rows: int) -> Tensor:
+    def forward(ctx, x: Tensor, table: Tensor, targets: Tensor, rows: int, training: bool) -> Tensor:
         scored = targets != -100
         total, x_grads, table_grad = 0.0, [], 0.0
         for part, kept, target in zip(x.split(rows), scored.split(rows), targets.where(scored, 0).split(rows)):
@@ -238,7 +238,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             at_target = torch.arange(len(part), device=x.device), target
             log_p_target = log_p[at_target]  # (rows,)
             total = total - (log_p_target * kept).sum()
-            if any(ctx.needs_input_grad):  # not in evaluation
+            if training:
                 logits_grad = log_p.exp_().to(logits.dtype)  # (rows, V): p
                 logits_grad[at_target] = log_p_target.expm1().to(logits.dtype)  # p - 1
                 part, kept = part.to(logits_grad.dtype), kept[:, None]
@@ -252,14 +252,14 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, loss_grad: Tensor) -> tuple:
         x_grad, table_grad, count = ctx.saved_tensors
-        return loss_grad / count * x_grad, loss_grad / count * table_grad, None, None
+        return loss_grad / count * x_grad, loss_grad / count * table_grad, None, None, None
 
 
 def cross_entropy(x: Tensor, table: Tensor, targets: Tensor) -> Tensor:
     """Mean loss in nats of the logits x @ table.T for targets (B·T,), of which -100 are left out: x (B·T, C), table
     (V, C). What `F.cross_entropy(x @ table.T, targets)` is, with a part of the logits at a time.
     """
-    return LinearCrossEntropy.apply(x, table, targets, loss_rows(len(x)))
+    return LinearCrossEntropy.apply(x, table, targets, loss_rows(len(x)), torch.is_grad_enabled())
 
 
 # ----------------------------------------------------------------------------------------- looking in

@@ -76,11 +76,6 @@ class Budget:
         """Fraction of the budget used, 0 to 1: the largest over its limits."""
         return min(1.0, max(spent / limit for spent, limit in zip((step, tokens, seconds), self._limits()) if limit))
 
-    def seconds_left(self, step: int, tokens: int, seconds: float, step_rate: float, token_rate: float) -> float:
-        """Until the first limit is reached, at so many steps and tokens a second."""
-        used = zip((step, tokens, seconds), self._limits(), (step_rate, token_rate, 1.0))
-        return max(0.0, min((limit - spent) / rate for spent, limit, rate in used if limit))
-
     def _limits(self) -> tuple[float, float, float]:
         return self.max_steps, self.max_tokens, self.max_hours * 3600
 
@@ -185,16 +180,18 @@ class Run:
     def preflight(self, batches: Batches, gradient, update, evaluation, sample) -> None:
         """Say what the rest of the run takes, by calls that are timed, and start its clock.
 
-        `gradient` makes that of one micro-batch, `update` moves the weights by nothing, `evaluation` and `sample` are
-        those of the run. All is left as it was.
+        `gradient` makes that of so many micro-batches, `update` moves the weights by nothing, `evaluation` and `sample`
+        are those of the run. All is left as it was.
         """
         config, machine, at = self.config, self.machine, self.at
         spent = at.step, at.tokens, at.seconds
         if self.progress() < 1:
             long = min(2.0, 36 * config.max_hours)  # seconds, a hundredth of a run by the clock
             with left_as_it_was(self.model, *self.optimizers, self.scaler):
-                one = time_per_call(lambda: batches.retry(self.model, gradient), machine, 3, long)
-                step = one * (batches.micro_steps - 1) + time_per_call(lambda: (gradient(), update()), machine, 3, long)
+                one, two = (lambda n=n: (batches.retry(self.model, lambda: gradient(n)), update()) for n in (1, 2))
+                step = time_per_call(one, machine, 3, long)
+                if more := batches.micro_steps - 1:
+                    step += more * (time_per_call(two, machine, 3, long) - step)
             between = time_per_call(lambda: batches.retry(self.model, evaluation), machine, 1) / config.eval_every
             between += time_per_call(sample, machine, 1) / config.sample_every
             self.model.zero_grad(set_to_none=True)
@@ -270,7 +267,7 @@ class Run:
     def log(self, progress: float) -> None:
         """Write the line of this step, tell the loggers, and move the line of progress."""
         at, rate = self.at, self._watch.rate()
-        left = self.budget.seconds_left(at.step, at.tokens, at.seconds, rate / self.config.batch_tokens, rate)
+        left = max(0.0, min(budget_left(self.config, rate, (at.step, at.tokens, at.seconds)).values()) / rate)
         values = {"tokens": at.tokens, "seconds": at.seconds, "progress": progress, "seconds_left": left, **self._line}
         self.folder.append("metrics.jsonl", {"step": at.step, **values})
         self.loggers.tell(lambda logger: logger.metrics(at.step, values))
@@ -282,10 +279,15 @@ class Run:
         self.folder.append("samples.jsonl", {"step": at.step, "prompt": prompt, "text": text})
         self.loggers.tell(lambda logger: logger.sample(at.step, prompt, text))
 
-    def checkpoint_due(self) -> bool:
-        """Whether so many steps, or so many minutes since the last checkpoint, have passed."""
-        minutes = (self.at.seconds - self._saved_seconds) / 60
-        return self.at.step % self.config.checkpoint_every == 0 or minutes >= self.config.checkpoint_minutes
+    def checkpoint_due(self, done: bool, diverged: bool) -> bool:
+        """Whether so many steps or minutes have passed, the held-out loss is the best so far, or the run ends. Not of a
+        run that diverged, nor after a step that was skipped.
+        """
+        at, config = self.at, self.config
+        best = at.scores.get("best_step") == at.step
+        long = at.seconds - self._saved_seconds >= 60 * config.checkpoint_minutes
+        due = (best or long or at.step % config.checkpoint_every == 0) and not at.bad_steps
+        return at.step > 0 and not diverged and (done or due)
 
     def save(self) -> None:
         """Begin to write a checkpoint, beside training; the best one stays beside the newest."""

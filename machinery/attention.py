@@ -42,21 +42,23 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, is_causa
     """
     if is_causal and torch.compiler.is_compiling() and q.device.type == "cpu" and q.size(2) <= SHORT:
         return short_attention(q, k, v)
-    if k.size(1) < q.size(1) and not takes_groups(q):  # a kernel that wants a copy for each query head
+    if mask is not None and mask.dim() == 3:
+        mask = mask[None]  # (1, H, T, S): not all kernels take it without
+    if k.size(1) < q.size(1) and not takes_groups(q, mask):  # a kernel that wants a copy for each query head
         k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))  # (B, H, S, D)
     kernels = WITHOUT_CUDNN if q.is_cuda and not (torch.is_grad_enabled() or torch.compiler.is_compiling()) else ANY
     with kernels():
         return F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, enable_gqa=k.size(1) < q.size(1))
 
 
-def takes_groups(q: Tensor) -> bool:
+def takes_groups(q: Tensor, mask: Tensor | None = None) -> bool:
     """Whether PyTorch's attention kernel for q (B, H, T, D) lets query heads share keys; others want a copy for each.
 
-    FlashAttention does, in 16 bits from compute capability 8.0 up, and so does the kernel for CPUs. Where it is not
-    to be had (older cards, float32), asking for groups would fall back to products that keep (T, T) weights.
+    FlashAttention does, in 16 bits and without a mask, from compute capability 8.0 up, and so does the kernel for CPUs.
+    Where it is not to be had, asking for groups would fall back to products that keep (T, T) weights.
     """
     if q.device.type == "cuda":
-        return q.dtype != torch.float32 and _has_flash(q.device.index)
+        return mask is None and q.dtype != torch.float32 and _has_flash(q.device.index)
     return q.device.type == "cpu"
 
 

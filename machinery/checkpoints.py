@@ -182,11 +182,15 @@ def newest_checkpoint(run: Path) -> Path | None:
     return None
 
 
-def read_newest(run: Path, read: Callable[[Path], T]) -> T:
-    """What `read` gives of the newest checkpoint; of the next one where the run goes on and removes it meanwhile.
-
-    Raises `CheckpointError` where there is none.
+def read_newest(run: Path, read: Callable[[Path], T], step: int | None = None) -> T:
+    """What `read` gives of the newest checkpoint, or that of `step`; of the next one where the run goes on and removes
+    it meanwhile. Raises `CheckpointError` where there is none.
     """
+    if step is not None:
+        path, known = run / "checkpoints" / f"step_{step:08d}", [folder.name for folder in checkpoint_folders(run)]
+        if path.name not in known:
+            raise CheckpointError(f"{path} is not there; there are {', '.join(known) or 'none'}")
+        return read(path)
     while path := newest_checkpoint(run):
         try:
             return read(path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import os
 import re
 import secrets
 import time
@@ -55,7 +56,7 @@ class WandbLogger(Logger):
             run_id = secrets.token_hex(4)
             write_atomic(id_file, run_id)
         self.run = wandb.init(
-            project="lmharness", name=folder.name, id=run_id, resume="allow",
+            project=os.environ.get("WANDB_PROJECT", "lmharness"), name=folder.name, id=run_id, resume="allow",
             dir=folder.parent, config=config, mode=mode, settings=settings,
         )  # fmt: skip
 

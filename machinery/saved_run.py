@@ -17,17 +17,18 @@ COPY = "bring it back from a copy of the run"
 
 
 class SavedRun:
-    """The files of a run: `config` as a dictionary, `encoding`, and `checkpoint`, the newest one that is whole.
+    """The files of a run: `config` as a dictionary, `encoding`, and `checkpoint`, the newest whole one or of `step`.
 
     Raises `UserError` for a folder that is no run, or has no checkpoint.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, step: int | None = None) -> None:
         folder = folder_path(folder, "the folder of a run")
         self._path, tokenizer = folder / "config.json", folder / "tokenizer.json"
         self.config = read_json(self._path, advice=IS_IT_A_RUN)
         self.encoding = tokenizer_from_dict(read_json(tokenizer, advice=COPY), tokenizer, COPY)
-        self.checkpoint = read_newest(folder, lambda path: path)
+        self.checkpoint = read_newest(folder, lambda path: path, step)
+        self._step = step
 
     def settings(self, kind: type[Settings]) -> Settings:
         """The config as a `kind` of settings. Raises `UserError` for fields and values that it does not have."""
@@ -50,4 +51,4 @@ class SavedRun:
             self.checkpoint = checkpoint
             return model
 
-        return read_newest(self._path.parent, load).to(device).eval()
+        return read_newest(self._path.parent, load, self._step).to(device).eval()

@@ -160,7 +160,8 @@ class UnevenSides(Exception):
 
 
 class HeldOut:
-    """The held-out documents: collected until the first train shard is full, then fixed, checked and written.
+    """The held-out documents: collected until the first train shard is full, then fixed, checked and written. All text
+    after that is trained on.
 
     Those that have a near-copy in the training text until then are set aside; later, training text that is a near-copy
     of one of them is. Both take one pass, and memory for one shard.
@@ -230,7 +231,8 @@ class HeldOut:
                 self.manifest["grouped"]["bytes"] += document.bytes
             seen.add(document.smallest)
             self.writer.add(document)
-            self.lines.add(document.lines)
+            if not self.manifest["complete"]:  # more text is to come
+                self.lines.add(document.lines)
         self.writer.close()
         self.documents = []
 
@@ -279,9 +281,8 @@ def _write_shards(folder, manifest, encoding, source, val_source, train_tokens, 
         position = document.position
         manifest["is_split"] |= source.is_split
         advance(document.bytes)
-        if (document.side or _side(document, settings["val_fraction"])) == "val":
-            if held_out.is_open:
-                held_out.add(document)
+        if held_out.is_open and (document.side or _side(document, settings["val_fraction"])) == "val":
+            held_out.add(document)
             continue
         if held_out.takes_apart(document):
             continue

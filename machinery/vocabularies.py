@@ -9,14 +9,15 @@ from pathlib import Path
 import tiktoken
 
 from machinery.errors import DataError
-from machinery.tokenizers import END_OF_TEXT, SPLIT_PATTERN
+from machinery.files import read_json
+from machinery.tokenizers import END_OF_TEXT, SPLIT_PATTERN, tokenizer_from_dict
 
 BPE_TRAINING_BYTES = 256 << 20  # text a BPE vocabulary is learned from; more changes it very little
 
 
 def get_tokenizer(name: str, vocab_size: int, documents: Iterable[str] = ()) -> tiktoken.Encoding:
     """A tokenizer as a `tiktoken.Encoding`: `"bytes"`, `"bpe"`, a tiktoken name such as `"gpt2"`, or the folder of a
-    Hugging Face tokenizer.json.
+    tokenizer.json, of Hugging Face or of a run.
 
     `"bpe"` learns `vocab_size` tokens, end-of-text included, from `documents` (rustbpe trains, tiktoken
     runs). Raises `DataError` for an unknown name, an unreachable vocabulary, or a `vocab_size` that the
@@ -37,7 +38,9 @@ def get_tokenizer(name: str, vocab_size: int, documents: Iterable[str] = ()) -> 
     elif path := tokenizer_file(name):
         from machinery.huggingface.tokenizers import read_tokenizer
 
-        encoding = read_tokenizer(path.parent)
+        fields = read_json(path)
+        own = "special_tokens" in fields  # of a run of this project
+        encoding = tokenizer_from_dict(fields, path) if own else read_tokenizer(path.parent)
     else:
         names = ", ".join(["bytes", "bpe", *tiktoken.list_encoding_names()])
         raise DataError(f"tokenizer {name!r} is not known; there are {names}, or the folder of a tokenizer.json")

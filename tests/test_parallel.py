@@ -43,6 +43,17 @@ for values in json.loads(sys.argv[1]):
     lm.train(lm.Config.from_dict(values))
 """
 
+KEEP_MODEL = """
+build, models = lm.build_model, []
+lm.train.__globals__["build_model"] = lambda config: models.append(build(config)) or models[-1]
+"""
+COMPARE_MODELS = """
+weights = torch.cat([p.detach().flatten() for p in models[-1].parameters()])
+copies = [torch.empty_like(weights) for _ in range(2)]
+torch.distributed.all_gather(copies, weights)
+print("largest difference", (copies[0] - copies[1]).abs().max().item())
+"""
+
 
 def torchrun(processes, *program, **options):
     """Start `program` in so many processes on this machine."""
@@ -220,6 +231,15 @@ def test_a_killed_process_ends_the_job_with_one_line(lm, settings, tmp_path):
     kept = read_state(newest_checkpoint(run))["step"]
     summary = lm.train(settings(run_name="killed", max_steps=kept + 2))
     assert summary["status"] == "finished" and summary["steps"] == kept + 2
+
+
+def test_processes_agree_on_a_budget_in_hours(lm, settings, tmp_path):
+    """The clock sets the learning rate: one rate for all, or their copies of the model drift apart."""
+    (tmp_path / "program.py").write_text(PROGRAM.replace("for values", KEEP_MODEL + "for values") + COMPARE_MODELS)
+    config = settings(run_name="hours", parallel="ddp", max_steps=0, max_hours=4 / 3600, eval_every=10**6)
+    job = torchrun(2, str(tmp_path / "program.py"), json.dumps([config.to_dict()]))
+    printed, _ = job.communicate(timeout=300)
+    assert job.returncode == 0 and "largest difference 0.0" in printed, printed[-3000:]
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])

@@ -310,6 +310,15 @@ def test_a_tokenizer_folder_that_changes_is_noticed(tmp_path):
     assert found[0][2] == 300 and found[1][2] == 400 and len(set(found)) == 2 and found[0][0] != found[1][0]
 
 
+def test_other_text_is_read_with_the_tokenizer_of_a_run(tmp_path):
+    """Its folder holds a tokenizer.json, in the form of this project."""
+    first = prepare(tmp_path, write(tmp_path / "t", {f"{i}.txt": prose(i) for i in range(20)}), vocab_size=300)
+    other = prepare(tmp_path, write(tmp_path / "u", {f"{i}.txt": prose(99 + i) for i in range(20)}), tokenizer="bytes")
+    again = prepare(tmp_path, str(tmp_path / "u"), tokenizer=str(first.folder), vocab_size=512)
+    assert again.manifest["tokenizer"]["sha256"] == first.manifest["tokenizer"]["sha256"]
+    assert texts_of(again, "train") == texts_of(other, "train")
+
+
 def test_another_tokenizer_beside_the_shards_is_always_refused(tmp_path):
     root = write(tmp_path / "t", {f"{i}.txt": prose(i) for i in range(20)})
     data = prepare(tmp_path, root, tokenizer="bpe", vocab_size=300)

@@ -103,8 +103,9 @@ def _to_hf_model(config: dict, state: dict[str, Tensor]):
     return model
 
 
-def export_hf(run_dir: str | Path, out_dir: str | Path) -> Path:
-    """Write a run's newest checkpoint to `out_dir` as a Hugging Face checkpoint: float32, with tokenizer and card.
+def export_hf(run_dir: str | Path, out_dir: str | Path, step: int | None = None) -> Path:
+    """Write a run's newest checkpoint, or that of `step`, to `out_dir` as a Hugging Face checkpoint: float32, with
+    tokenizer and card.
 
     An earlier export there is replaced when the new one is complete. Raises `ExportError` for a configuration without
     an equivalent, and for a folder that holds anything that this function did not write.
@@ -118,7 +119,7 @@ def export_hf(run_dir: str | Path, out_dir: str | Path) -> Path:
     with told(run / "config.json", ExportError):
         family_of(config)
     with told(run, ExportError):
-        weights, state = read_newest(run, lambda checkpoint: (read_weights(checkpoint), read_state(checkpoint)))
+        weights, state = read_newest(run, lambda checkpoint: (read_weights(checkpoint), read_state(checkpoint)), step)
     with told(out_dir, ExportError, "not usable"):
         out = out_dir.resolve()  # through a link: its user means the folder there
         _check_target(out)

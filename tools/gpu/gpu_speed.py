@@ -242,7 +242,7 @@ def losses() -> None:
     targets = torch.randint(V, (rows,), device=DEVICE)
 
     def with_rows(parts: int):
-        return lambda: LinearCrossEntropy.apply(x, table, targets, max(1, rows // parts))
+        return lambda: LinearCrossEntropy.apply(x, table, targets, max(1, rows // parts), True)
 
     def plain():
         return F.cross_entropy(F.linear(x, table).float(), targets)
