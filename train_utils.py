@@ -262,10 +262,12 @@ class Run:
         return tokens / self.data.manifest["tokens"]["train"] if self.data.manifest["complete"] else 0.0
 
     def progress(self, more_steps: float = 0.0) -> float:
-        """The used share of the budget, 0 to 1; with `more_steps`, after so many more."""
+        """The used share of the budget, 0 to 1; with `more_steps`, after so many more, at most halfway from it to 1."""
         at, tokens = self.at, more_steps * self.config.batch_tokens
-        seconds = at.seconds + (tokens / self._watch.rate() if tokens else 0.0)
-        return self.budget.progress(at.step + more_steps, at.tokens + tokens, seconds)
+        seconds = at.step and at.seconds  # a step is taken, however little time there is
+        seconds += tokens / self._watch.rate() if tokens else 0.0
+        used = self.budget.progress(at.step + more_steps, at.tokens + tokens, seconds)
+        return min(used, (1 + self.progress()) / 2) if more_steps else used
 
     def log(self, progress: float) -> None:
         """Write the line of this step, tell the loggers, and move the line of progress."""
