@@ -764,9 +764,10 @@ def test_what_is_tried_before_training_leaves_buffers_as_they_were(lm, settings,
     assert weights_of(lm, Path(config.runs_dir) / "counting")["blocks.0.ffn.calls"] == 5
 
 
-def test_a_model_that_only_gives_nan_has_diverged(lm, settings, monkeypatch):
+@pytest.mark.parametrize("steps", [3, 10, 12])
+def test_a_model_that_only_gives_nan_has_diverged(lm, settings, monkeypatch, steps):
     monkeypatch.setitem(lm.FFNS, "nan", type("Nan", (lm.GatedFFN,), {"forward": lambda self, x: x * math.nan}))
-    config = settings(ffn="nan")
+    config = settings(ffn="nan", max_steps=steps)
     assert lm.train(config)["status"] == "diverged"
     summary = (Path(config.runs_dir) / config.run_name / "summary.json").read_text()
     assert "NaN" not in summary and "Infinity" not in summary
