@@ -143,6 +143,8 @@ class TokenData:
 
         Each process gets as many batches as the others; rows that only fill up have targets of -100.
         """
+        if not (isinstance(micro_batch, int) and micro_batch > 0 and tokens > 0):
+            raise UserError(f"micro_batch is {micro_batch!r} and tokens {tokens!r}; both must be above 0")
         windows = self.windows("val", self.block_size)
         count = int(max(1, min(len(windows), tokens / self.block_size)))
         chosen = np.linspace(0, len(windows), count, endpoint=False).astype(int)

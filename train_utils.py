@@ -259,10 +259,11 @@ class Run:
         return tokens / self.data.manifest["tokens"]["train"] if self.data.manifest["complete"] else 0.0
 
     def progress(self, more_steps: float = 0.0) -> float:
-        """The used share of the budget, 0 to 1; with `more_steps`, after so many more."""
+        """The used share of the budget, 0 to 1; with `more_steps`, after so many more, at most halfway from it to 1."""
         at, tokens = self.at, more_steps * self.config.batch_tokens
-        seconds = at.seconds + (tokens / self._watch.rate() if tokens else 0.0)
-        return self.budget.progress(at.step + more_steps, at.tokens + tokens, seconds)
+        seconds = (at.step and at.seconds) + (tokens / self._watch.rate() if tokens else 0.0)  # every run takes a step
+        used = self.budget.progress(at.step + more_steps, at.tokens + tokens, seconds)
+        return min(used, (1 + self.progress()) / 2) if more_steps else used
 
     def log(self, progress: float) -> None:
         """Write the line of this step, tell the loggers, and move the line of progress."""
@@ -280,9 +281,7 @@ class Run:
         self.loggers.tell(lambda logger: logger.sample(at.step, prompt, text))
 
     def checkpoint_due(self, done: bool, diverged: bool) -> bool:
-        """Whether so many steps or minutes have passed, the held-out loss is the best so far, or the run ends. Not of a
-        run that diverged, nor after a step that was skipped.
-        """
+        """Whether the run ends, the loss is the best so far, or so many steps or minutes have passed; not if it failed."""
         at, config = self.at, self.config
         best = at.scores.get("best_step") == at.step
         long = at.seconds - self._saved_seconds >= 60 * config.checkpoint_minutes
@@ -299,11 +298,12 @@ class Run:
     def finish(self, progress: float, diverged: bool) -> dict:
         """Write and return the summary; end a tokenization that still goes on."""
         at, machine = self.at, self.machine
+        diverged |= not math.isfinite(at.scores.get("val_bpb", 0.0))  # also after fewer bad steps than end a run
         lines = read_jsonl(self.folder.path / "metrics.jsonl")
         rate = statistics.median([x["tokens_per_second"] for x in lines if x.get("tokens_per_second")] or [0.0])
         flops = flops_per_token(self.model, self.config) * rate / machine.processes
         summary = {
-            "status": "finished" if progress >= 1 else "diverged" if diverged else "interrupted",
+            "status": "diverged" if diverged else "finished" if progress >= 1 else "interrupted",
             "parameters": count_parameters(self.model)["total"], "steps": at.step, "tokens": at.tokens,
             "train_seconds": at.seconds, **at.scores, "tokens_per_second": rate,
             "mfu": flops / machine.peak_flops if machine.peak_flops else None,
@@ -311,7 +311,7 @@ class Run:
             "predicted": self.predicted, **({} if self.predicted else self.folder.measured(at.step)),
         }  # fmt: skip
         self._closing.close()
-        if self._saver.failed and progress >= 1:  # the same command goes on from an earlier checkpoint
+        if self._saver.failed and not diverged:  # the same command goes on from an earlier checkpoint
             summary["status"] = "interrupted"
         self.folder.finish(summary)
         self.loggers.finish(summary)

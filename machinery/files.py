@@ -86,7 +86,7 @@ def _is_line_of_a_run(line: dict) -> bool:
     kinds = {"tokens": int, "prompt": str, "text": str}
     return all(
         isinstance(value, kinds.get(name, int | float | None))
-        and (value is None or isinstance(value, str) or -1e300 < value < 1e300)
+        and (value is None or isinstance(value, str) or -1e40 < value < 1e40)
         for name, value in line.items()
     )
 

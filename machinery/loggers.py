@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import os
-import re
 import secrets
 import time
 from collections.abc import Callable
@@ -15,7 +14,7 @@ import matplotlib.pyplot as plt
 
 from machinery.errors import first_line
 from machinery.figures import describe, draw_run, in_notebook
-from machinery.files import read_json, read_jsonl, refuse_link, write_atomic
+from machinery.files import json_digest, read_json, read_jsonl, refuse_link, write_atomic
 from machinery.run_folder import as_sample
 
 
@@ -51,10 +50,10 @@ class WandbLogger(Logger):
         settings = wandb.Settings(console="off", silent=True, init_timeout=60, disable_git=True, disable_code=True)
         id_file = folder / "wandb_id"
         refuse_link(id_file)
-        run_id = id_file.read_text("utf-8", errors="replace") if id_file.exists() else ""
-        if not re.fullmatch(r"[\w-]{1,64}", run_id, re.ASCII):
-            run_id = secrets.token_hex(4)
-            write_atomic(id_file, run_id)
+        if not (drawn := id_file.read_text("utf-8", errors="replace") if id_file.exists() else ""):
+            drawn = secrets.token_hex(4)
+            write_atomic(id_file, drawn)
+        run_id = json_digest([drawn, folder.name])[:16]  # a copy of the folder under another name is another run
         self.run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "lmharness"), name=folder.name, id=run_id, resume="allow",
             dir=folder.parent, config=config, mode=mode, settings=settings,

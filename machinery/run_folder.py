@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 from filelock import FileLock, Timeout
 
-from machinery.errors import UserError, first_line, printable, readable, told
+from machinery.errors import FileError, UserError, first_line, printable, readable, told
 from machinery.files import (
     IS_IT_A_RUN,
     folder_path,
@@ -67,6 +67,7 @@ class RunFolder:
         self.path = folder_path(runs_dir, "runs_dir, where runs are kept") / run_name
         self.writes = writes
         self._unwritten: list[tuple[str, str]] = []
+        self._files: dict[str, dict] = {}  # what `begin` wrote
         with told(self.path, problem="cannot be made", advice="set runs_dir to a folder of yours"):
             make_folder(self.path)
         self._lock = FileLock(self.path / ".lock", timeout=0, thread_local=False)  # let go by any thread
@@ -83,7 +84,7 @@ class RunFolder:
                 f"another process is training in {self.path}; wait for it, stop it, or use a new run_name"
             ) from None
         except OSError as error:
-            raise UserError(f"{self.path}: not to be written ({error.strerror}); set runs_dir elsewhere") from None
+            raise FileError(f"{self.path}: not to be written ({error.strerror}); set runs_dir elsewhere") from None
 
     def unlock(self) -> None:
         """Let the folder go."""
@@ -152,12 +153,29 @@ class RunFolder:
         logs = [self.path / name for name in ("metrics.jsonl", "samples.jsonl")]
         kept = [[line for line in read_jsonl(log) if line["step"] <= at_step] if at_step else [] for log in logs]
         summary, advice = self.path / "summary.json", "remove it, or check the permissions"
-        for name, value in {"config": _portable(config), **files}.items():
-            write_json(self.path / f"{name}.json", value)
+        self._files = {"config": _portable(config), **files}
+        self._write_files()
         with told(summary, problem="cannot be replaced", advice=advice):
             summary.unlink(missing_ok=True)  # of an earlier part of this run
         for log, lines in zip(logs, kept):
             write_atomic(log, "".join(json.dumps(line) + "\n" for line in lines))
+
+    def _write_files(self) -> None:
+        for name, value in self._files.items():
+            write_json(self.path / f"{name}.json", value)
+
+    def _make_again(self) -> None:
+        """Where the folder is gone, or its lock: lock it again, with all that the next checkpoint needs beside it."""
+        if os.path.lexists(self._lock.lock_file):
+            return
+        make_folder(self.path)
+        self.unlock()
+        self.lock()
+        self._write_files()
+        print(
+            f"\n{self.path} or its .lock was moved or removed while this run trains there; the folder is written again"
+            " from here on: what it held before, if moved, is at its new place"
+        )
 
     def predict(self, values: dict[str, float], forecast) -> dict[str, float]:
         """`values` with the two ends of a forecast of the loss; its band on the way goes to expected.json."""
@@ -172,6 +190,8 @@ class RunFolder:
         if self.writes:
             self._unwritten.append((name, json.dumps(_finite(line)) + "\n"))
         try:
+            if self._unwritten:
+                self._make_again()
             while self._unwritten:
                 name, text = self._unwritten[0]
                 with open(self.path / name, "a", encoding="utf-8", opener=no_links) as file:

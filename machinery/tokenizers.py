@@ -51,6 +51,8 @@ class CarefulEncoding(tiktoken.Encoding):
 
     def encode_ordinary(self, text: str) -> list[int]:
         """The ids of a text, in which special tokens are text like any other."""
+        if not isinstance(text, str):
+            raise DataError(f"{text!r:.60} ({type(text).__name__}) is no text to encode; give a string")
         with told(f"tokenizer {self.name!r}", DataError, "its pattern fails on this text", "use another tokenizer"):
             return self.encode(text, disallowed_special=())
 

@@ -512,6 +512,8 @@ def test_a_pattern_that_the_engine_panics_on_is_one_line(capfd):
         for call, text in ((one.encode_ordinary, "x" * 60), (one.encode_ordinary_batch, ["x" * 60])):
             with pytest.raises(DataError, match="its pattern fails on this text"):
                 call(text)
+    with pytest.raises(DataError, match=r"None \(NoneType\) is no text"):
+        late.encode_ordinary(None)
     assert not capfd.readouterr().err  # nor lines of Rust
 
 

@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 import data_utils
 from data_utils import get_tokenizer, prepare_data
 from machinery import text_files
-from machinery.errors import DataError
+from machinery.errors import DataError, UserError
 from machinery.held_out import is_held_out
+from machinery.machine import Machine
 from machinery.shards import new_manifest
 from machinery.sources import iter_documents, open_source
 from machinery.tokenizers import token_byte_counts, tokenizer_from_dict, tokenizer_to_dict
@@ -436,6 +437,13 @@ def test_batches_are_inputs_and_the_same_shifted(texts, tmp_path):
     rows = torch.from_numpy(windows.read(3, 4))
     assert torch.equal(tokens, rows[:, :-1]) and torch.equal(targets, rows[:, 1:])
     assert torch.equal(batches.next()[0], torch.from_numpy(windows.read(7, 4))[:, :-1])
+
+
+@pytest.mark.parametrize(("tokens", "micro_batch"), [(64, 0), (64, -1), (64, 2.5), (0, 4), (float("nan"), 4)])
+def test_an_evaluation_of_nothing_is_one_line(texts, tmp_path, tokens, micro_batch):
+    config = TextConfig(source=texts[0], data_dir=str(tmp_path))
+    with pytest.raises(UserError, match="micro_batch is .* and tokens .*; both must be above 0"):
+        next(prepare_data(config).held_out(tokens, micro_batch, Machine.find("cpu")))
 
 
 def test_too_little_text_for_a_window(tmp_path):

@@ -528,6 +528,36 @@ ODD = [
 ]
 
 
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        (
+            "model.norm.weight",
+            lambda weights: weights["model.norm.weight"].to(torch.int8),
+            "model.norm.weight holds int8",
+        ),
+        ("lm_head.weight", lambda weights: 2 * weights["model.embed_tokens.weight"], "differs from the embedding"),
+        ("lm_head.weight", lambda weights: weights["model.embed_tokens.weight"].clone(), None),
+    ],
+)
+def test_weights_that_are_not_what_their_config_says_are_one_line(tiny, tmp_path, name, change, message):
+    """`transformers` ties no head that is in the file with other values, whatever config.json says."""
+    _, model, out = exported(tmp_path, tiny)
+    weights = load_file(out / "model.safetensors")
+    save_file(weights | {name: change(weights)}, out / "model.safetensors")
+    if message:
+        with pytest.raises(ExportError, match=message):
+            import_hf(out)
+    else:
+        assert all(torch.equal(tensor, import_hf(out)[1][name]) for name, tensor in model.state_dict().items())
+
+
+def test_the_folder_of_a_run_is_not_begun_with(tiny, tmp_path):
+    exported(tmp_path, tiny)
+    with pytest.raises(ExportError, match="export_hf makes such a checkpoint of a run"):
+        import_hf(tmp_path / "run")
+
+
 @pytest.mark.parametrize(("name", "change", "message"), ODD, ids=[f"{o[0].split('.')[0]}-{o[1]}" for o in ODD])
 def test_odd_files_are_one_line(tiny, tmp_path, name, change, message):
     _, _, out = exported(tmp_path, tiny, qk_norm=False)

@@ -243,6 +243,8 @@ def test_checkpoints_that_cannot_be_read_are_not_none(tmp_path):
         ({"step": True}, False),
         ({"step": 1.5}, False),
         ({"step": 1, "tokens": 10**400}, False),
+        ({"step": 1, "train_loss": 1e299}, False),
+        ({"step": 1, "grad_norm": 3e38}, True),
         ({"step": 1, "progress": float("inf")}, False),
     ],
 )

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -230,6 +231,31 @@ def test_a_full_disk_keeps_lines_for_later(tmp_path, capsys):
     run.append("metrics.jsonl", {"step": 4})
     assert [line["step"] for line in read_jsonl(tmp_path / "run/metrics.jsonl")] == [1, 2, 3, 4]
     assert capsys.readouterr().out.count("cannot be written now") == 1
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_a_folder_that_goes_while_its_run_trains_is_written_again(lm, settings, monkeypatch, capsys, moved):
+    config = settings()
+    folder, write_text = Path(config.runs_dir) / config.run_name, lm.write_text
+
+    def take_away(*arguments, **options):
+        if (folder / "metrics.jsonl").exists() and len(read_jsonl(folder / "metrics.jsonl")) == 7:
+            folder.rename(folder.with_name("elsewhere")) if moved else shutil.rmtree(folder)
+        return write_text(*arguments, **options)
+
+    monkeypatch.setattr(lm, "write_text", take_away)
+    assert lm.train(config)["status"] == "finished"
+    assert capsys.readouterr().out.count("was moved or removed while this run trains there") == 1
+    assert lm.load_run(folder)[0].n_embd == config.n_embd and run_state(folder)["last"]["step"] == 12
+    assert lm.train(replace(config, max_steps=14))["steps"] == 14
+
+
+def test_a_lock_that_is_removed_is_taken_again(tmp_path):
+    run = open_folder(tmp_path)
+    (run.path / ".lock").unlink()
+    run.append("metrics.jsonl", {"step": 1})
+    with pytest.raises(UserError, match="another process is training"):
+        RunFolder(tmp_path, "run").lock()
 
 
 def test_no_line_is_written_through_a_link(tmp_path):
@@ -767,9 +793,10 @@ def test_what_is_tried_before_training_leaves_buffers_as_they_were(lm, settings,
     assert weights_of(lm, Path(config.runs_dir) / "counting")["blocks.0.ffn.calls"] == 5
 
 
-def test_a_model_that_only_gives_nan_has_diverged(lm, settings, monkeypatch):
+@pytest.mark.parametrize("steps", [3, 10, 12])
+def test_a_model_that_only_gives_nan_has_diverged(lm, settings, monkeypatch, steps):
     monkeypatch.setitem(lm.FFNS, "nan", type("Nan", (lm.GatedFFN,), {"forward": lambda self, x: x * math.nan}))
-    config = settings(ffn="nan")
+    config = settings(ffn="nan", max_steps=steps)
     assert lm.train(config)["status"] == "diverged"
     summary = (Path(config.runs_dir) / config.run_name / "summary.json").read_text()
     assert "NaN" not in summary and "Infinity" not in summary
@@ -822,9 +849,12 @@ def test_checkpoints_come_by_the_clock_too(lm, settings):
     assert 3 <= len(checkpoint_folders(Path(config.runs_dir) / config.run_name)) <= 7
 
 
-def test_the_first_step_learns(lm, settings):
-    config = settings(max_steps=1, warmup=0.5)
-    lm.train(config)
+@pytest.mark.parametrize(
+    "budget", [{"max_steps": 1}, {"max_steps": 0, "max_tokens": 1}, {"max_steps": 0, "max_hours": 1e-7}]
+)
+def test_the_first_step_learns_however_small_the_budget(lm, settings, budget):
+    config = settings(warmup=0.5, **budget)
+    assert lm.train(config)["steps"] == 1
     trained = lm.load_run(Path(config.runs_dir) / config.run_name)[1].state_dict()
     first = lm.build_model(config).state_dict()
     assert all(not torch.equal(trained[name], first[name]) for name in ("embedding.weight", "norm.weight"))
@@ -991,7 +1021,9 @@ class Broken(Logger):
 
 
 @pytest.mark.parametrize("content", ["a/../b", "", "link"])
-def test_an_odd_id_of_wandb_is_replaced_and_a_link_is_not_followed(tmp_path, monkeypatch, content):
+def test_the_id_of_wandb_belongs_to_a_folder_whatever_is_in_its_file_and_a_link_is_not_followed(
+    tmp_path, monkeypatch, content
+):
     import types
 
     made, path = [], tmp_path / "wandb_id"
@@ -1006,7 +1038,9 @@ def test_an_odd_id_of_wandb_is_replaced_and_a_link_is_not_followed(tmp_path, mon
     path.write_text(content)
     for _ in range(2):
         LOGGERS["wandb"](tmp_path, {"wandb": "offline"})
-    assert made[0] == made[1] == path.read_text() != content
+    assert made[0] == made[1] and re.fullmatch("[0-9a-f]{16}", made[0])
+    LOGGERS["wandb"](shutil.copytree(tmp_path, tmp_path / "copy"), {"wandb": "offline"})
+    assert made[2] != made[0]  # a copy is another run
 
 
 def test_a_logger_is_a_class_and_a_line_and_one_that_breaks_is_said_once(lm, settings, capsys, monkeypatch):

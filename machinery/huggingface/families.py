@@ -205,7 +205,8 @@ def _model_fields(folder: Path, raw: dict) -> dict:
     types = [family.model_type for family in FAMILIES]
     family = next((family for family in FAMILIES if family.model_type == raw.get("model_type")), None)
     if family is None:
-        raise ExportError(f"model_type {raw.get('model_type')!r} is not one of {', '.join(types)}")
+        advice = "" if "model_type" in raw else "; export_hf makes such a checkpoint of a run"
+        raise ExportError(f"model_type {raw.get('model_type')!r} is not one of {', '.join(types)}{advice}")
     for ours, theirs in family.fields.items():  # before anything is made that is as large as they say
         if ours in SIZES and raw.get(theirs) is not None:
             _check_size(ours, raw[theirs], theirs)

@@ -279,9 +279,8 @@ def import_hf(checkpoint: str | Path, config: dict | None = None) -> tuple[dict,
     with told(folder, ExportError):
         family, model = family_of(values), _empty_model(to_hf_config(values), len(found))
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    if values["tie_embeddings"]:
+    if values["tie_embeddings"] and "lm_head.weight" not in found:
         expected.pop("lm_head.weight")
-        found.pop("lm_head.weight", None)
     extra = [name for name in found if name not in expected]
     for name in [*sorted(set(expected) - set(found)), *extra]:
         if not (name.endswith("bias") and name in expected):  # a bias that is not there adds nothing
@@ -296,14 +295,23 @@ def import_hf(checkpoint: str | Path, config: dict | None = None) -> tuple[dict,
     state = {}
     for name, ours in _renamed(family, found):
         with told(files[name], ExportError, f"{name} not readable"), safe_open(files[name], framework="pt") as file:
-            tensor = file.get_tensor(name).float()
+            tensor = file.get_tensor(name)
+        if not tensor.is_floating_point():
+            raise ExportError(f"{folder}: {name} holds {str(tensor.dtype)[6:]}; weights come in as floating point")
+        tensor = tensor.float()
         if not ours and tensor.any():
             raise ExportError(f"{folder}: {name} is a bias that is not zero, and this stack has none there")
         if _is_transposed(family, name):
             tensor = tensor.T
         rows = [sizes[part.split(".")[-2]] for part in ours] if len(ours) > 1 else len(tensor)
         state |= {part: piece.contiguous() for part, piece in zip(ours, tensor.split(rows))}
-    return values, state | ({"head.weight": state["embedding.weight"]} if values["tie_embeddings"] else {})
+    head = state.setdefault("head.weight", state["embedding.weight"])
+    if values["tie_embeddings"] and not torch.equal(head, state["embedding.weight"]):
+        raise ExportError(
+            f"{folder}: lm_head.weight differs from the embedding and tie_word_embeddings is true in config.json;"
+            " set it to false there, as transformers takes it"
+        )
+    return values, state
 
 
 def _check_same(folder: Path, values: dict, config: dict) -> None:
@@ -356,8 +364,8 @@ def _tensor_files(folder: Path) -> tuple[dict[str, Path], dict[str, tuple]]:
 
 def begin_with(checkpoint: str | Path, model: torch.nn.Module, config: dict, encoding: tiktoken.Encoding) -> None:
     """Copy the weights of a Hugging Face checkpoint into `model`. Raises `ExportError` where anything does not fit."""
-    check_tokenizer(checkpoint, encoding)
     weights = import_hf(checkpoint, config)[1]
+    check_tokenizer(checkpoint, encoding)
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
             tensor.copy_(shard_like(weights[name], tensor))
