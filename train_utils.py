@@ -281,7 +281,7 @@ class Run:
         self.loggers.tell(lambda logger: logger.sample(at.step, prompt, text))
 
     def checkpoint_due(self, done: bool, diverged: bool) -> bool:
-        """Whether the run ends, the loss is the best so far, or so many steps or minutes have passed; not if it failed."""
+        """Whether the run ends, the loss is the best so far, or many steps or minutes have passed; not if it failed."""
         at, config = self.at, self.config
         best = at.scores.get("best_step") == at.step
         long = at.seconds - self._saved_seconds >= 60 * config.checkpoint_minutes
