@@ -251,11 +251,15 @@ class HubSource(Source):
             except Exception as error:  # whatever the network libraries raise
                 failures += 1
                 if not reached or failures > HUB_RETRIES:  # opening is retried by the library itself
-                    raise DataError(
-                        f"data set {self.name!r} could not be read from the Hugging Face hub ({first_line(error)});"
-                        " check the name and the network, or use source='python' or a local file"
-                    ) from None
+                    raise self.unreadable(error) from None
                 time.sleep(2 ** (failures - 1))
+
+    def unreadable(self, error: Exception) -> DataError:
+        """What to say of an error of the network libraries."""
+        return DataError(
+            f"data set {self.name!r} could not be read from the Hugging Face hub ({first_line(error)});"
+            " check the name and the network, or use source='python' or a local file"
+        )
 
     def _open(self, split: str):
         """The rows of a split, and what gives the texts of one. Of JSON and Parquet, only that column is read."""
@@ -361,8 +365,13 @@ def iter_documents(source: str, text_column: str = "text", split: str = "train")
 def refuse_overlap(source: Source, held_out: Source) -> None:
     """Raise `DataError` where held-out text is the source, lies inside it, or is a copy of a part of it."""
     same_set = isinstance(source, HubSource) and source.name.lower() == held_out.name.lower()
-    if same_set and held_out.split("validation") == "train":
-        raise _same_text(held_out, source, "it has no other split")
+    if same_set:
+        try:
+            split = held_out.split("validation")
+        except Exception as error:
+            raise held_out.unreadable(error) from None
+        if split == "train":
+            raise _same_text(held_out, source, "it has no other split")
     if isinstance(source, FileSource) and isinstance(held_out, FileSource):
         by_identity = {identity(path): path for path in source.files.values()}
         by_size: dict[int, list[Path]] = {}

@@ -76,6 +76,8 @@ def test_the_same_data_set_cannot_be_both(folder, tmp_path):
     )
     with Hub(folder) as hub:
         assert "val_source is the same text as source" in run(hub, tmp_path, program)
+        gone = program.replace("owner/name", "owner/other")
+        assert "data set 'owner/other' could not be read" in run(hub, tmp_path, gone)
 
 
 def test_an_interrupted_hub_tokenization_goes_on_and_gives_the_same_shards(folder, tmp_path):
