@@ -31,8 +31,11 @@ from types import ModuleType
 from machinery.errors import DataError, first_line, printable
 from machinery.file_search import SUFFIXES, find_files, identity
 from machinery.text_files import (
+    MAX_DOCUMENT_BYTES,
+    MAX_LINE_BYTES,
     array_texts,
     file_digest,
+    in_parts,
     json_text,
     jsonl_texts,
     no_column,
@@ -69,12 +72,18 @@ class Source:
             if number > start:
                 yield text, number
 
-    def split_text(self, text: str) -> list[str]:
-        """The documents within one text. Byte order marks are no text; files that were put together have several."""
+    def split_text(self, text: str) -> Iterable[str]:
+        """The documents within one text; a very long one in parts, one at a time.
+
+        Byte order marks are no text; files that were put together have several.
+        """
         documents = text.split(self.split_on) if self.split_on else [text]
         if "\ufeff" in text:
             documents = [document.replace("\n\ufeff", "\n").lstrip("\ufeff") for document in documents]
         self.is_split |= len(documents) > 1
+        longest = MAX_DOCUMENT_BYTES + MAX_LINE_BYTES  # as of a file of text; what follows takes several times as much
+        if len(text) > longest:
+            return (part for document in documents for part in in_parts(document, longest))
         return documents
 
     def size(self) -> int | None:

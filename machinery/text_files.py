@@ -45,7 +45,7 @@ def file_digest(path: Path, samples: bool = False) -> str:
     return found.hexdigest()
 
 
-MAX_DOCUMENT_BYTES = 16 << 20  # a longer text file is read as several documents, cut at line ends where there are any
+MAX_DOCUMENT_BYTES = 16 << 20  # a longer text is read as several documents, cut at line ends where there are any
 MAX_LINE_BYTES = 1 << 20  # how much further a line end is looked for
 ROWS_BYTES = 8 << 20  # of a Parquet column, read at a time
 

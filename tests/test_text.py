@@ -12,7 +12,7 @@ import pytest
 
 import data_utils
 from data_utils import prepare_data
-from machinery import text_files
+from machinery import sources, text_files
 from machinery.errors import DataError
 from machinery.sources import SOURCES, Source, iter_documents, open_source
 from tests.text_config import TextConfig
@@ -323,13 +323,18 @@ def test_packed_files_under_a_wrong_name_are_named(tmp_path, suffix):
 
 
 @pytest.mark.parametrize("separator", ["", "<|endoftext|>", "\n\n\n"])
-def test_long_texts_come_in_parts_and_nothing_is_lost(tmp_path, monkeypatch, separator):
-    monkeypatch.setattr(text_files, "MAX_DOCUMENT_BYTES", 1001)
-    monkeypatch.setattr(text_files, "MAX_LINE_BYTES", 64)
+@pytest.mark.parametrize("suffix", ["txt", "jsonl", "parquet"])
+def test_long_texts_come_in_parts_and_nothing_is_lost(tmp_path, monkeypatch, separator, suffix):
+    for module in (text_files, sources):
+        monkeypatch.setattr(module, "MAX_DOCUMENT_BYTES", 1001)
+        monkeypatch.setattr(module, "MAX_LINE_BYTES", 64)
     stories = ["".join(f"line {i} é🙂\n" for i in range(n)) + "🙂é" * n for n in range(1, 60)]
     for name, content in (("lines", (separator or "\n").join(stories)), ("one line", "🙂é" * 3000)):
-        write(tmp_path, {"a.txt": content})
-        documents = [text for text, _ in open_source(str(tmp_path / "a.txt"), split_on=separator).read()]
+        if suffix == "parquet":
+            pyarrow.parquet.write_table(pyarrow.table({"text": [content]}), tmp_path / "a.parquet")
+        else:
+            write(tmp_path, {f"a.{suffix}": content if suffix == "txt" else [{"text": content}]})
+        documents = [text for text, _ in open_source(str(tmp_path / f"a.{suffix}"), split_on=separator).read()]
         if name == "lines" and separator:
             assert documents == stories
         else:
