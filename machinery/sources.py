@@ -295,7 +295,7 @@ class HubSource(Source):
         return rows, lambda row, number: [row_text(row, self.text_column, f"{where}, row {number}")]
 
     def _texts_of_line(self, line: str, where: str) -> list[str]:
-        line = line.removeprefix("\ufeff")
+        line = line.lstrip("\ufeff")
         return [json_text(line, self.text_column, where)] if line.strip() else []
 
     def _address(self) -> tuple[str, str | None]:

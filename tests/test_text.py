@@ -402,7 +402,7 @@ WRONG_ROWS = {
 def test_a_wrong_row_is_named_the_same_wherever_it_stands(tmp_path, row):
     for before in (0, 1, 300):
         lines = [json.dumps({"text": "x" * 100})] * before
-        for mark in ("", "\ufeff"):
+        for mark in ("", "\ufeff", "\ufeff\ufeff"):
             write(tmp_path, {"a.jsonl": mark + "\n".join([*lines, row, "{}"])})
             message = refused(str(tmp_path))
             assert f"a.jsonl, line {before + 1}: " in message and WRONG_ROWS[row] in message, message
@@ -414,8 +414,11 @@ def test_an_array_is_told_before_it_is_read(tmp_path):
 
 
 def test_latin1_in_a_row_is_named(tmp_path):
-    write(tmp_path, {"a.jsonl": b'{"text": "a", "other": "caf\xe9"}\n'})
-    assert list(iter_documents(str(tmp_path))) == ["a"]  # no other column is looked at
+    for text in ("a", "\\u00e9", "\xc3\xa9", "\\ud83d\\ude42 \xc3\xa9"):  # no other column is looked at, nor its name
+        write(tmp_path, {"a.jsonl": f'{{"text": "{text}", "other": "caf\xe9", "\xe9": 1}}\n'.encode("latin1")})
+        assert list(iter_documents(str(tmp_path))) == [json.loads(f'"{text}"'.encode("latin1"))]
+    write(tmp_path, {"a.jsonl": b'{"text": "caf\xe9 \\u00e9"}\n'})
+    assert "a.jsonl, line 1: not UTF-8 at byte 13" in refused(str(tmp_path))
     write(tmp_path, {"a.jsonl": b'{"text": "ok"}\n{"text": "caf\xe9"}\n'})
     assert "a.jsonl, line 2: not UTF-8 at byte 13" in refused(str(tmp_path))
 
