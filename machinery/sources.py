@@ -267,7 +267,7 @@ class HubSource(Source):
         """What to say of an error of the network libraries."""
         return DataError(
             f"data set {self.name!r} could not be read from the Hugging Face hub ({first_line(error)});"
-            " check the name and the network, or use source='python' or a local file"
+            " check the name, the network and its files, or use source='python' or a local file"
         )
 
     def _open(self, split: str):
@@ -276,6 +276,7 @@ class HubSource(Source):
         split = self.split(split)
         where = f"{self.name} ({split})"
         builder = datasets.load_dataset_builder(*self._address())
+        rows = builder.as_streaming_dataset(split=split)
         if type(builder).__module__.startswith("datasets.packaged_modules.json"):
             # `datasets` gives each column the type that its first rows have, and fails where later ones differ
             options = {"data_files": {"train": builder.config.data_files[split]}, "split": "train", "streaming": True}
@@ -286,10 +287,12 @@ class HubSource(Source):
             if first.startswith("["):  # a file is one array of rows
                 files = datasets.load_dataset("text", sample_by="document", **options)
                 return files, lambda row, number: array_texts(row["text"], self.text_column, f"{where}, file {number}")
-        rows = builder.as_streaming_dataset(split=split)
         names = rows.column_names
         if names and self.text_column not in names:
             raise no_column(where, self.text_column, names)
+        if names and hasattr(builder.config, "columns"):  # of Parquet: else all columns have to agree over the files
+            builder.config.columns = [self.text_column]
+            rows = builder.as_streaming_dataset(split=split)
         if names:
             rows = rows.select_columns([self.text_column])
         return rows, lambda row, number: [row_text(row, self.text_column, f"{where}, row {number}")]
