@@ -58,8 +58,6 @@ def prepare_data(config, progress: bool = True) -> TokenData:
     settings = {name: getattr(config, name) for name in fields}
     task = {"settings": settings, "apart": [str(data_dir), str(runs_dir)], "train_tokens": tokens_needed(config)}
     source, val_source = open_sources(task)
-    if val_source:
-        refuse_overlap(source, val_source)
     settings |= {
         "version": MANIFEST_VERSION,
         "shard_tokens": SHARD_TOKENS,
@@ -70,12 +68,14 @@ def prepare_data(config, progress: bool = True) -> TokenData:
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
     slug = re.sub(r"[^A-Za-z0-9]+", "-", f"{config.source}-{config.tokenizer}-{config.vocab_size}").strip("-")[-60:]
     data = TokenData(data_dir / f"{slug}-{key}", task, config.block_size)
-    with told(data.folder, DataError, "cannot be written", ADVICE):
-        data.folder.mkdir(parents=True, exist_ok=True)
     encoding = None
     if not data.is_enough():
         for note in source.notes() + (val_source.notes() if val_source else []):
             print(note)
+        if val_source:
+            refuse_overlap(source, val_source)
+        with told(data.folder, DataError, "cannot be written", ADVICE):
+            data.folder.mkdir(parents=True, exist_ok=True)
         size = source.size()
         if is_known(settings) and (size is None or size > BACKGROUND_BYTES):
             if config.tokenizer == "bpe" and not (data.folder / "tokenizer.json").exists():

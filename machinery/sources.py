@@ -31,8 +31,11 @@ from types import ModuleType
 from machinery.errors import DataError, first_line, printable
 from machinery.file_search import SUFFIXES, find_files, identity
 from machinery.text_files import (
+    MAX_DOCUMENT_BYTES,
+    MAX_LINE_BYTES,
     array_texts,
     file_digest,
+    in_parts,
     json_text,
     jsonl_texts,
     no_column,
@@ -69,12 +72,18 @@ class Source:
             if number > start:
                 yield text, number
 
-    def split_text(self, text: str) -> list[str]:
-        """The documents within one text. Byte order marks are no text; files that were put together have several."""
+    def split_text(self, text: str) -> Iterable[str]:
+        """The documents within one text; a very long one in parts, one at a time.
+
+        Byte order marks are no text; files that were put together have several.
+        """
         documents = text.split(self.split_on) if self.split_on else [text]
         if "\ufeff" in text:
             documents = [document.replace("\n\ufeff", "\n").lstrip("\ufeff") for document in documents]
         self.is_split |= len(documents) > 1
+        longest = MAX_DOCUMENT_BYTES + MAX_LINE_BYTES  # as of a file of text; what follows takes several times as much
+        if len(text) > longest:
+            return (part for document in documents for part in in_parts(document, longest))
         return documents
 
     def size(self) -> int | None:
@@ -251,11 +260,15 @@ class HubSource(Source):
             except Exception as error:  # whatever the network libraries raise
                 failures += 1
                 if not reached or failures > HUB_RETRIES:  # opening is retried by the library itself
-                    raise DataError(
-                        f"data set {self.name!r} could not be read from the Hugging Face hub ({first_line(error)});"
-                        " check the name and the network, or use source='python' or a local file"
-                    ) from None
+                    raise self.unreadable(error) from None
                 time.sleep(2 ** (failures - 1))
+
+    def unreadable(self, error: Exception) -> DataError:
+        """What to say of an error of the network libraries."""
+        return DataError(
+            f"data set {self.name!r} could not be read from the Hugging Face hub ({first_line(error)});"
+            " check the name, the network and its files, or use source='python' or a local file"
+        )
 
     def _open(self, split: str):
         """The rows of a split, and what gives the texts of one. Of JSON and Parquet, only that column is read."""
@@ -263,6 +276,7 @@ class HubSource(Source):
         split = self.split(split)
         where = f"{self.name} ({split})"
         builder = datasets.load_dataset_builder(*self._address())
+        rows = builder.as_streaming_dataset(split=split)
         if type(builder).__module__.startswith("datasets.packaged_modules.json"):
             # `datasets` gives each column the type that its first rows have, and fails where later ones differ
             options = {"data_files": {"train": builder.config.data_files[split]}, "split": "train", "streaming": True}
@@ -273,16 +287,18 @@ class HubSource(Source):
             if first.startswith("["):  # a file is one array of rows
                 files = datasets.load_dataset("text", sample_by="document", **options)
                 return files, lambda row, number: array_texts(row["text"], self.text_column, f"{where}, file {number}")
-        rows = builder.as_streaming_dataset(split=split)
         names = rows.column_names
         if names and self.text_column not in names:
             raise no_column(where, self.text_column, names)
+        if names and hasattr(builder.config, "columns"):  # of Parquet: else all columns have to agree over the files
+            builder.config.columns = [self.text_column]
+            rows = builder.as_streaming_dataset(split=split)
         if names:
             rows = rows.select_columns([self.text_column])
         return rows, lambda row, number: [row_text(row, self.text_column, f"{where}, row {number}")]
 
     def _texts_of_line(self, line: str, where: str) -> list[str]:
-        line = line.removeprefix("\ufeff")
+        line = line.lstrip("\ufeff")
         return [json_text(line, self.text_column, where)] if line.strip() else []
 
     def _address(self) -> tuple[str, str | None]:
@@ -361,8 +377,13 @@ def iter_documents(source: str, text_column: str = "text", split: str = "train")
 def refuse_overlap(source: Source, held_out: Source) -> None:
     """Raise `DataError` where held-out text is the source, lies inside it, or is a copy of a part of it."""
     same_set = isinstance(source, HubSource) and source.name.lower() == held_out.name.lower()
-    if same_set and held_out.split("validation") == "train":
-        raise _same_text(held_out, source, "it has no other split")
+    if same_set:
+        try:
+            split = held_out.split("validation")
+        except Exception as error:
+            raise held_out.unreadable(error) from None
+        if split == "train":
+            raise _same_text(held_out, source, "it has no other split")
     if isinstance(source, FileSource) and isinstance(held_out, FileSource):
         by_identity = {identity(path): path for path in source.files.values()}
         by_size: dict[int, list[Path]] = {}

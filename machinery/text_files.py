@@ -45,7 +45,7 @@ def file_digest(path: Path, samples: bool = False) -> str:
     return found.hexdigest()
 
 
-MAX_DOCUMENT_BYTES = 16 << 20  # a longer text file is read as several documents, cut at line ends where there are any
+MAX_DOCUMENT_BYTES = 16 << 20  # a longer text is read as several documents, cut at line ends where there are any
 MAX_LINE_BYTES = 1 << 20  # how much further a line end is looked for
 ROWS_BYTES = 8 << 20  # of a Parquet column, read at a time
 
@@ -218,7 +218,14 @@ def _decode_row(line: bytes, text_column: str) -> object:
             row = _DECODER.decode(line.decode("latin-1"))
             row = {_as_utf8(name): value for name, value in row.items()}
             return row | {text_column: _as_utf8(row[text_column])} if text_column in row else row
-    return _DECODER.decode(line.decode("utf-8"))
+    try:
+        return _DECODER.decode(line.decode("utf-8"))
+    except UnicodeDecodeError:
+        with contextlib.suppress(ValueError, LookupError, AttributeError):  # the text itself may be right
+            row = _DECODER.decode(line.decode("utf-8", "surrogateescape"))
+            row[text_column].encode()
+            return row
+        raise
 
 
 def _as_utf8(value: object) -> object:
@@ -271,12 +278,12 @@ def jsonl_texts(path: Path, text_column: str) -> Iterator[str]:
     """The text of every row of a JSON-lines file. Raises `DataError` naming the line."""
     with path.open("rb") as file:
         _check_format(path, head := file.read(4096))
-        if head.removeprefix(codecs.BOM_UTF8).startswith(b"["):  # all of it may be one line
+        if head.lstrip(codecs.BOM_UTF8).startswith(b"["):  # all of it may be one line
             raise DataError(f"{path}, line 1: holds a list, not an object; {ROW}, as from jq -c '.[]'")
         file.seek(0)
         for number, line in enumerate(file, 1):
             if line[0] == 0xEF:  # each of several files that were put together may have a mark
-                line = line.removeprefix(codecs.BOM_UTF8) or b"\n"
+                line = line.lstrip(codecs.BOM_UTF8) or b"\n"
             if not line.isspace():
                 text = json_text(line, text_column, f"{path}, line {number}")
                 del line  # a row may be large

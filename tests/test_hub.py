@@ -76,6 +76,8 @@ def test_the_same_data_set_cannot_be_both(folder, tmp_path):
     )
     with Hub(folder) as hub:
         assert "val_source is the same text as source" in run(hub, tmp_path, program)
+        gone = program.replace("owner/name", "owner/other")
+        assert "data set 'owner/other' could not be read" in run(hub, tmp_path, gone)
 
 
 def test_an_interrupted_hub_tokenization_goes_on_and_gives_the_same_shards(folder, tmp_path):
@@ -161,3 +163,24 @@ def test_a_json_array_of_a_hub_is_read_by_its_text_column_alone(tmp_path):
     with Hub(tmp_path / "served") as hub:
         texts, rest = run(hub, tmp_path, program)
     assert texts == ["one", "2024-01-01", "a\u2028b", "last"] and rest == texts[2:]
+
+
+def test_parquet_of_a_hub_is_read_by_its_text_column_alone(tmp_path):
+    """Other columns differ over the files; a file without the text is an error and not empty texts."""
+    served = tmp_path / "served"
+    served.mkdir()
+    for part, columns in enumerate([{"text": ["a"], "x": [1]}, {"text": ["b"], "x": ["one"]}, {"x": [2]}]):
+        pyarrow.parquet.write_table(pyarrow.table(columns), served / f"train-{part}.parquet")
+    program = (
+        "import json; from machinery import sources; from machinery.sources import *; sources.HUB_RETRIES = 0\n"
+        "texts = []\n"
+        "try: texts.extend(iter_documents('owner/name'))\n"
+        "except DataError as error: texts.append(str(error))\n"
+        "print(json.dumps(texts))"
+    )
+    with Hub(served) as hub:
+        *texts, message = run(hub, tmp_path, program)
+        assert texts == ["a", "b"] and "could not be read" in message and "(text)" in message
+        hub.files = {"test.jsonl": b'{"text": "a"}\n'}
+        (message,) = run(hub, tmp_path, program, HF_HOME=str(tmp_path / "other"))
+        assert "train" in message and "['test']" in message

@@ -12,7 +12,7 @@ import pytest
 
 import data_utils
 from data_utils import prepare_data
-from machinery import text_files
+from machinery import sources, text_files
 from machinery.errors import DataError
 from machinery.sources import SOURCES, Source, iter_documents, open_source
 from tests.text_config import TextConfig
@@ -323,13 +323,18 @@ def test_packed_files_under_a_wrong_name_are_named(tmp_path, suffix):
 
 
 @pytest.mark.parametrize("separator", ["", "<|endoftext|>", "\n\n\n"])
-def test_long_texts_come_in_parts_and_nothing_is_lost(tmp_path, monkeypatch, separator):
-    monkeypatch.setattr(text_files, "MAX_DOCUMENT_BYTES", 1001)
-    monkeypatch.setattr(text_files, "MAX_LINE_BYTES", 64)
+@pytest.mark.parametrize("suffix", ["txt", "jsonl", "parquet"])
+def test_long_texts_come_in_parts_and_nothing_is_lost(tmp_path, monkeypatch, separator, suffix):
+    for module in (text_files, sources):
+        monkeypatch.setattr(module, "MAX_DOCUMENT_BYTES", 1001)
+        monkeypatch.setattr(module, "MAX_LINE_BYTES", 64)
     stories = ["".join(f"line {i} é🙂\n" for i in range(n)) + "🙂é" * n for n in range(1, 60)]
     for name, content in (("lines", (separator or "\n").join(stories)), ("one line", "🙂é" * 3000)):
-        write(tmp_path, {"a.txt": content})
-        documents = [text for text, _ in open_source(str(tmp_path / "a.txt"), split_on=separator).read()]
+        if suffix == "parquet":
+            pyarrow.parquet.write_table(pyarrow.table({"text": [content]}), tmp_path / "a.parquet")
+        else:
+            write(tmp_path, {f"a.{suffix}": content if suffix == "txt" else [{"text": content}]})
+        documents = [text for text, _ in open_source(str(tmp_path / f"a.{suffix}"), split_on=separator).read()]
         if name == "lines" and separator:
             assert documents == stories
         else:
@@ -397,7 +402,7 @@ WRONG_ROWS = {
 def test_a_wrong_row_is_named_the_same_wherever_it_stands(tmp_path, row):
     for before in (0, 1, 300):
         lines = [json.dumps({"text": "x" * 100})] * before
-        for mark in ("", "\ufeff"):
+        for mark in ("", "\ufeff", "\ufeff\ufeff"):
             write(tmp_path, {"a.jsonl": mark + "\n".join([*lines, row, "{}"])})
             message = refused(str(tmp_path))
             assert f"a.jsonl, line {before + 1}: " in message and WRONG_ROWS[row] in message, message
@@ -409,8 +414,11 @@ def test_an_array_is_told_before_it_is_read(tmp_path):
 
 
 def test_latin1_in_a_row_is_named(tmp_path):
-    write(tmp_path, {"a.jsonl": b'{"text": "a", "other": "caf\xe9"}\n'})
-    assert list(iter_documents(str(tmp_path))) == ["a"]  # no other column is looked at
+    for text in ("a", "\\u00e9", "\xc3\xa9", "\\ud83d\\ude42 \xc3\xa9"):  # no other column is looked at, nor its name
+        write(tmp_path, {"a.jsonl": f'{{"text": "{text}", "other": "caf\xe9", "\xe9": 1}}\n'.encode("latin1")})
+        assert list(iter_documents(str(tmp_path))) == [json.loads(f'"{text}"'.encode("latin1"))]
+    write(tmp_path, {"a.jsonl": b'{"text": "caf\xe9 \\u00e9"}\n'})
+    assert "a.jsonl, line 1: not UTF-8 at byte 13" in refused(str(tmp_path))
     write(tmp_path, {"a.jsonl": b'{"text": "ok"}\n{"text": "caf\xe9"}\n'})
     assert "a.jsonl, line 2: not UTF-8 at byte 13" in refused(str(tmp_path))
 
