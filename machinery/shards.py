@@ -21,7 +21,7 @@ from machinery.sources import Position, Source
 from machinery.text_files import in_parts
 from machinery.tokenizers import tokenizer_from_dict, tokenizer_hash
 
-MANIFEST_VERSION = 3  # part of the settings: shards of an earlier way are not mistaken for those of this one
+MANIFEST_VERSION = 4  # part of the settings: shards of an earlier way are not mistaken for those of this one
 FEWEST, MOST = 0.25, 2.0  # of the wanted held-out text: with less or more, ends of documents are held out instead
 
 

@@ -20,8 +20,8 @@ from machinery.errors import DataError, told
 
 END_OF_TEXT = "<|endoftext|>"
 ENDS_OF_TEXT = re.compile(  # as others spell it
-    r"(?i)<(?:[|｜](?:end|end[_▁]?of[_▁]?(?:text|turn|sentence|document)|eo[dst]|eot_id|im_end|return)[|｜]"
-    r"|/s|eos|end_of_(?:text|turn))>"
+    r"(?i)<(?:[|｜](?:end|end[_▁]?of[_▁]?(?:text|turn|sentence|document|doc)|eo[dst]|eo[mt]_id|im_end|return)[|｜]"
+    r"|/s|eo[st]|end_of_(?:text|turn|story))>"
 )
 # How text is cut into pieces before byte pairs merge: the pattern of GPT-4 and Llama 3, which keeps
 # words, runs of digits and runs of spaces apart (tiktoken: openai_public.py, cl100k_base).
