@@ -22,6 +22,11 @@ def best_batch(tokens: float, least_steps: int = LEAST_STEPS) -> float:
     return min(DAY_BATCH * (tokens / DAY_TOKENS) ** POWER, tokens / least_steps)
 
 
+def power_of_two(batch: float, unit: int) -> int:
+    """The batch of so many units of tokens, a power of two, that is nearest in ratio."""
+    return unit * 2 ** max(0, round(math.log2(batch / unit)))
+
+
 def tokens_of_steps(steps: int) -> float:
     """Tokens of a run of so many steps, each of the batch that the rule has for so many tokens."""
     return (steps * DAY_BATCH / DAY_TOKENS**POWER) ** (1 / (1 - POWER))
@@ -59,7 +64,7 @@ def settle_batch(config, machine: Machine):
     if type(batch) is not int or not 1 <= batch <= 1 << 40:
         tokens = machine.maximum(tokens_within(config, machine))[0]  # all processes agree
         best = best_batch(tokens, min(LEAST_STEPS, config.max_steps or LEAST_STEPS))
-        batch, why = unit * 2 ** max(0, round(math.log2(best / unit))), f"for a run of about {tokens:.2g}"
+        batch, why = power_of_two(best, unit), f"for a run of about {tokens:.2g}"
     factor = math.sqrt(batch / DAY_BATCH)
     print(f"batch_tokens 'auto': {batch:,} tokens a step {why}; learning rates × {factor:.2f}")
     rates = {name: getattr(config, name) * factor for name in ("lr", "embedding_lr", "head_lr")}

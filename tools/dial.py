@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from datetime import date
 
-from machinery.budget import best_batch
+from machinery.budget import best_batch, power_of_two
 from machinery.errors import UserError, plain_errors
 from machinery.files import write_atomic
 from machinery.machine import Machine, measure_matmul_flops
@@ -59,7 +59,7 @@ def write_dial(sizes: Results, batches: Results) -> None:
         for batch, run in zip(BATCHES, by_batch())
     ]
     write_atomic(RESULTS / "dial.md", TEXT.format(
-        today=date.today(), rule=round(best_batch(TOKENS)), tokens=TOKENS,
+        today=date.today(), rule=power_of_two(best_batch(TOKENS), lm.PRESETS["demo"]["block_size"]), tokens=TOKENS,
         said="; ".join(f"{chosen_size(minutes)} for {60 * minutes} seconds" for minutes in MINUTES),
         rate=measure_matmul_flops(Machine.find()) / 1e9,
         sizes=table(rows, {"minutes": "d", "n_layer × n_embd": "", "tokens": ",d", "bits per byte": ".4f"}),
@@ -81,7 +81,7 @@ Tokens are what so many minutes hold at half of 911 GFLOP/s, the rate of a large
 ## Batch
 
 4 × 192, {tokens:,} tokens; learning rates move with the square root of the batch. `batch_tokens="auto"` would say
-{rule:,}.
+{rule:,}. The smallest batch tried is the best.
 
 {batches}
 """
