@@ -83,7 +83,8 @@ def report(manifest: dict) -> list[str]:
         "val_source": "val_source",
     }
     lines = [
-        f"held out: {documents['val']:,} documents, {size['val'] / 1e6:,.2f} MB ({ways[manifest['held_out']]});"
+        f"held out: {documents['val']:,} documents, {size['val'] / 1e6:,.2f} MB,"
+        f" {size['val'] / sum(size.values()):.2%} of what was read ({ways[manifest['held_out']]});"
         f" {manifest['grouped']['documents']:,} of them are near-copies of others;"
         f" set aside for a near-copy in the other split: {apart['documents']:,}, {apart['bytes'] / 1e6:,.2f} MB"
     ]
