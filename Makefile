@@ -23,6 +23,7 @@ help:
 	@echo 'make traffic  set up and count what a block of day reads and writes on a GPU, without one, minutes: results/traffic.md'
 	@echo 'make card   print the row of your card for results/cards.md, from a run that has ended: RUN=runs/day-1a2b3c'
 	@echo 'make recipe train demo beside other recipes and with single changes, hours, can be stopped: results/recipe.md'
+	@echo 'make dial   hold what is said of the best size and batch against a sweep by hand, an hour: results/dial.md'
 	@echo 'make forecast  train the short runs behind the forecast, and longer ones to test it, an hour: results/forecast.md'
 
 run: .venv/run
@@ -93,4 +94,4 @@ dial: .venv/run
 experiments: .venv/run
 	$(BIN)/python -m tools.experiments --scale $(SCALE)
 
-.PHONY: help run script notebook lab test test-long browser scores drill rehearsal bench traffic card recipe forecast experiments
+.PHONY: help run script notebook lab test test-long browser scores drill rehearsal bench traffic card recipe forecast dial experiments

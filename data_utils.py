@@ -27,6 +27,7 @@ import torch
 from tqdm import tqdm
 
 from machinery.errors import DataError, UserError, plain_errors, told
+from machinery.files import no_links
 from machinery.machine import Machine, is_out_of_memory
 from machinery.preparation import ADVICE, is_known, open_sources, tokenize, tokenizer_digest
 from machinery.shards import MANIFEST_VERSION, load_tokenizer, read_manifest, report, split_documents
@@ -177,11 +178,11 @@ class TokenData:
             path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
             log = self.folder / "work.log"
             with told(log, DataError, "cannot be written", ADVICE):
-                log.unlink(missing_ok=True)  # of an earlier one, or a link that somebody put there
+                said = open(log, "w", opener=no_links)  # noqa: SIM115 - of an earlier one too, and of other processes
             _background[self.folder] = subprocess.Popen(
                 [sys.executable, "-c", "import data_utils; data_utils.work()", str(self.folder), json.dumps(self.task)],
                 env=os.environ | {"PYTHONPATH": path}, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
-                stderr=log.open("x"),
+                stderr=said,
                 start_new_session=True,  # a Ctrl-C is for the process that trains
             )  # fmt: skip
 

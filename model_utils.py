@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from machinery.attention import SHORT, attend, short_attention
-from machinery.budget import multiplying_and_flops, tokens_within
+from machinery.budget import budget_left, multiplying_and_flops, tokens_within
 from machinery.errors import UserError
 from machinery.forecast import forecast
 from machinery.machine import Machine
@@ -24,7 +24,7 @@ from machinery.settings import kv_heads
 from machinery.sources import source_kind
 
 __all__ = [
-    "attend", "attention_maps", "best_shape", "budget_left", "cache_bytes_per_token", "choose_micro_batch",
+    "attend", "attention_maps", "best_shape", "cache_bytes_per_token", "choose_micro_batch",
     "compute_optimal", "count_parameters", "cross_entropy", "evaluation_mode", "expected_loss", "flops_per_token",
     "loss_rows", "multiplying_parameters", "predict", "short_attention", "training_memory",
 ]  # fmt: skip
@@ -162,17 +162,6 @@ def choose_micro_batch(
         if sequences % size == 0 and needed < 0.8 * free_memory:
             return size
     return 1
-
-
-def budget_left(config, tokens_per_second: float, used: tuple[int, int, float]) -> dict[str, float]:
-    """Tokens until each limit of the budget, after `used` steps, tokens and seconds; the least of them ends a run."""
-    step, trained, seconds = used
-    left = {
-        "max_tokens": config.max_tokens - trained,
-        "max_steps": (config.max_steps - step) * config.batch_tokens,
-        "max_hours": tokens_per_second * (config.max_hours * 3600 - seconds),
-    }
-    return {name: tokens for name, tokens in left.items() if getattr(config, name)}
 
 
 def predict(

@@ -11,13 +11,13 @@ import math
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from data_utils import Batches, TokenData
-from machinery.budget import settle_batch
+from machinery.budget import budget_left, budget_used, settle_batch
 from machinery.checkpoints import CheckpointError, Saver, check_weights, load_checkpoint, newest_checkpoint
 from machinery.errors import told
 from machinery.files import read_jsonl
@@ -29,7 +29,7 @@ from machinery.run_folder import RunFolder, describe_environment
 from machinery.screen import Screen, keep_printing
 from machinery.tokenizers import tokenizer_to_dict
 from machinery.watch import Watch, print_ending, print_preflight, refuse_what_does_not_fit
-from model_utils import budget_left, choose_micro_batch, count_parameters, flops_per_token, predict
+from model_utils import choose_micro_batch, count_parameters, flops_per_token, predict
 
 # ------------------------------------------------------------------------------------------- schedules
 # The factor on the peak learning rate (0 to 1), by the used fraction of the budget; so are `warmup` and `decay`.
@@ -64,22 +64,6 @@ def _warm(progress: float, warmup: float) -> float:
 SCHEDULES = {"wsd": wsd, "cosine": cosine, "linear": linear, "constant": constant}
 
 
-@dataclass(frozen=True)
-class Budget:
-    """What a run may spend; 0 means no limit of that kind. The first limit reached ends the run."""
-
-    max_steps: int = 0
-    max_tokens: int = 0
-    max_hours: float = 0.0
-
-    def progress(self, step: float, tokens: float, seconds: float) -> float:
-        """Fraction of the budget used, 0 to 1: the largest over its limits."""
-        return min(1.0, max(spent / limit for spent, limit in zip((step, tokens, seconds), self._limits()) if limit))
-
-    def _limits(self) -> tuple[float, float, float]:
-        return self.max_steps, self.max_tokens, self.max_hours * 3600
-
-
 # ---------------------------------------------------------------------------------------------------- runs
 
 
@@ -88,7 +72,6 @@ class Run:
 
     def __init__(self, config, machine: Machine) -> None:
         self.config, self.machine = settle_batch(config, machine), machine
-        self.budget = Budget(config.max_steps, config.max_tokens, config.max_hours)
         self.folder = RunFolder(config.runs_dir, config.run_name, writes=machine.rank == 0)
         self.loggers = Loggers()
         self.checkpoint: Path | None = None
@@ -111,6 +94,8 @@ class Run:
                 self.machine.barrier()  # process 0 has written everything
         except RuntimeError as gone:
             error = gone
+            if not lost_process(gone):
+                raise
         finally:
             self._saver.then(self.folder.unlock)
         if lost := lost_process(error):
@@ -154,6 +139,7 @@ class Run:
 
                 begin_with(config.init_from, model, config.to_dict(), data.encoding)
             self.folder.set_aside()
+        self.machine.agree(at.step, "the step to go on from (is runs_dir one folder for all?)")
         self._begun_at, at.micro_batch = at.step, at.micro_batch or self._fitting_micro_batch(config)
         environment, source = describe_environment(self.machine), {"key": data.key}
         if self.progress() < 1:
@@ -223,8 +209,11 @@ class Run:
         return time.perf_counter() - self._started, self._stop.requested
 
     def has_news(self) -> bool:
-        """Whether this step's reports are not on disk yet; a resumed run begins with those of its first step there."""
-        return self.at.step > self._begun_at or self.at.step == 0
+        """Whether this step's reports are not on disk yet; a resumed run begins with those of its first step there, but
+        for the evaluation of all held-out text, where its budget is smaller now.
+        """
+        at, whole = self.at, self.at.scores.get("of_all", 0)
+        return at.step > self._begun_at or at.step == 0 or self.progress() >= 1 and not whole
 
     def stepped(self, loss: float, grad_norm: float, lr: float, since: float) -> None:
         """Note what a step gave that began when the clock stood at `since`."""
@@ -245,7 +234,8 @@ class Run:
         if self.progress() < 1 or scores["val_bpb"] < best:  # the last one is of other text: all of it
             self._rise = scores["val_bpb"] - best
         step = at.step if scores["val_bpb"] < best else at.scores.get("best_step", at.step)
-        at.scores = scores | {"best_val_bpb": min(best, scores["val_bpb"]), "best_step": step}
+        of_all = int(self.progress() >= 1)  # whether of all the held-out text
+        at.scores = scores | {"best_val_bpb": min(best, scores["val_bpb"]), "best_step": step, "of_all": of_all}
         self._line |= at.scores
         if not self._repeats and (epochs := self._epochs(at.tokens)) >= 1:
             self._repeats = True
@@ -262,7 +252,7 @@ class Run:
         """The used share of the budget, 0 to 1; with `more_steps`, after so many more, at most halfway from it to 1."""
         at, tokens = self.at, more_steps * self.config.batch_tokens
         seconds = (at.step and at.seconds) + (tokens / self._watch.rate() if tokens else 0.0)  # every run takes a step
-        used = self.budget.progress(at.step + more_steps, at.tokens + tokens, seconds)
+        used = budget_used(self.config, at.step + more_steps, at.tokens + tokens, seconds)
         return min(used, (1 + self.progress()) / 2) if more_steps else used
 
     def log(self, progress: float) -> None:

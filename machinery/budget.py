@@ -1,4 +1,4 @@
-"""The dial: from a budget and a machine to the tokens of a step, and their learning rates."""
+"""The budget: what is used and what is left of it, and the tokens of a step that it asks for on a machine."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from pathlib import Path
 
 from machinery.files import read_json
 from machinery.machine import Machine, measure_matmul_flops
-from machinery.settings import kv_heads
+from machinery.settings import AUTO_BATCH, kv_heads
 
 # The best batch grows as the tokens of a run to the power 0.383 (Bergsma et al. 2025, arXiv 2505.13738), from what
 # `day` has: 524,288 tokens a step, of 3.7 billion in 24 hours of an RTX 4090 at 40% of its data sheet.
-DAY_TOKENS, DAY_BATCH, POWER = 3.7e9, 524_288, 0.383
+DAY_TOKENS, DAY_BATCH, POWER = 3.7e9, AUTO_BATCH, 0.383
 LEAST_STEPS = 1000  # of a small run, for which that rule asks for too much (results/dial.md)
 SHARE = 0.5  # of the rate of a large matrix product that training is taken to reach; 2 times off is 1.3 times in batch
 
@@ -30,6 +30,23 @@ def power_of_two(batch: float, unit: int) -> int:
 def tokens_of_steps(steps: int) -> float:
     """Tokens of a run of so many steps, each of the batch that the rule has for so many tokens."""
     return (steps * DAY_BATCH / DAY_TOKENS**POWER) ** (1 / (1 - POWER))
+
+
+def budget_used(config, steps: float, tokens: float, seconds: float) -> float:
+    """The fraction of a budget that is used, 0 to 1: the largest over its limits, of which 0 is none."""
+    limits = (steps, config.max_steps), (tokens, config.max_tokens), (seconds, config.max_hours * 3600)
+    return min(1.0, max(spent / limit for spent, limit in limits if limit))
+
+
+def budget_left(config, tokens_per_second: float, used: tuple[int, int, float]) -> dict[str, float]:
+    """Tokens until each limit of the budget, after `used` steps, tokens and seconds; the least of them ends a run."""
+    step, trained, seconds = used
+    left = {
+        "max_tokens": config.max_tokens - trained,
+        "max_steps": (config.max_steps - step) * config.batch_tokens,
+        "max_hours": tokens_per_second * (config.max_hours * 3600 - seconds),
+    }
+    return {name: tokens for name, tokens in left.items() if getattr(config, name)}
 
 
 def multiplying_and_flops(config) -> tuple[float, float]:

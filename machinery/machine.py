@@ -172,6 +172,12 @@ class Machine:
         """The mean of a value."""
         return self.total(value / self.processes)[0]
 
+    def agree(self, value: float, what: str) -> None:
+        """Raise `UserError` in all of them unless `value` is the same in each."""
+        high, low = self.maximum(value, -value)
+        if high != -low:
+            raise UserError(f"processes do not agree on {what}: one has {-low:g}, another {high:g}")
+
     def barrier(self) -> None:
         """Wait until every process is here."""
         self.total(0)

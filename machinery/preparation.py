@@ -53,7 +53,8 @@ def tokenize(folder: Path, task: dict, progress: bool, source: Source, val_sourc
         manifest = read_manifest(folder)
         encoding = _make_tokenizer(folder, task["settings"], source)
         manifest = manifest or new_manifest(task["settings"], encoding)
-        if manifest["complete"]:
+        wanted = task["train_tokens"]
+        if manifest["complete"] or wanted is not None and manifest["tokens"]["train"] >= wanted:
             return encoding
         if manifest["text"] and task["settings"]["text"] != source.stamp():
             _refuse_other_text(manifest, source, val_source)

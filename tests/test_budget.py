@@ -47,6 +47,15 @@ def test_auto_follows_the_budget_and_moves_the_rates(lm, capsys, monkeypatch, tm
     assert settle_batch(given, CPU) is given and not capsys.readouterr().out
 
 
+def test_auto_takes_a_preset_s_rates_for_the_batch_that_they_are_for(lm):
+    demo = lm.PRESETS["demo"]  # its rates were tuned at 2,048 tokens
+    auto = settle_batch(lm.Config.from_preset("demo", batch_tokens="auto", max_tokens=250_000, head_lr=0.5), CPU)
+    assert auto.batch_tokens == 256
+    assert auto.lr == pytest.approx(demo["lr"] * (256 / 2048) ** 0.5)
+    assert auto.embedding_lr == pytest.approx(demo["embedding_lr"] * (256 / 2048) ** 0.5)
+    assert auto.head_lr == pytest.approx(0.5 * (256 / 524288) ** 0.5)  # what was asked for, as in `day`
+
+
 def test_a_run_keeps_its_batch_when_its_budget_grows(lm, tiny, texts, tmp_path, capsys):
     places = {"source": texts[0], "runs_dir": str(tmp_path / "runs"), "data_dir": str(tmp_path / "data")}
     config = tiny(batch_tokens="auto", max_tokens=4096, max_steps=0, val_fraction=0.2, **places)

@@ -21,7 +21,8 @@ from machinery import text_files
 from machinery.errors import DataError, UserError
 from machinery.held_out import is_held_out
 from machinery.machine import Machine
-from machinery.shards import new_manifest
+from machinery.preparation import open_sources, tokenize
+from machinery.shards import new_manifest, read_manifest
 from machinery.sources import iter_documents, open_source
 from machinery.tokenizers import token_byte_counts, tokenizer_from_dict, tokenizer_to_dict
 from tests.text_config import TextConfig, batches_at
@@ -296,6 +297,16 @@ def test_a_part_is_extended_when_more_is_read(texts, tmp_path, monkeypatch):
     assert len(windows) < len(whole)
     assert np.array_equal(windows.read(0, len(whole)), whole.read(0, len(whole)))
     part.stop()
+
+
+def test_several_processes_prepare_no_more_than_one(texts, tmp_path, monkeypatch):
+    """Each waits for the others, and then finds enough."""
+    monkeypatch.setattr(data_utils, "SHARD_TOKENS", 5000)
+    task = prepare(texts[0], tmp_path, max_tokens=100).task
+    folder = prepare(texts[0], tmp_path, max_tokens=100).folder
+    before = read_manifest(folder)
+    tokenize(folder, task, False, *open_sources(task))
+    assert read_manifest(folder) == before and not before["complete"]
 
 
 def test_what_stops_a_background_tokenization_is_told(tmp_path, monkeypatch):

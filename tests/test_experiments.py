@@ -78,6 +78,13 @@ def test_as_many_runs_at_a_time_as_memory_and_disk_hold(lm, common, monkeypatch)
         assert runs_that_fit(config, model, optimizers, machine) == runs
 
 
+def test_a_sweep_settles_the_batch(common):
+    row = sweep(
+        {"auto": {"batch_tokens": "auto", "max_steps": 3}}, **{n: v for n, v in common.items() if n != "max_steps"}
+    )
+    assert row.status.item() == "finished" and row.tokens.item() >= 3 * 16
+
+
 def test_a_configuration_that_cannot_work_is_refused_before_training(common):
     with pytest.raises(UserError, match="did you mean 'gqa'"):
         sweep({"a": {}, "b": {"attention": "gqaa"}}, **common)

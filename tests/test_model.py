@@ -14,6 +14,7 @@ import transformers
 from conftest import LM
 
 from machinery.errors import UserError
+from machinery.machine import Machine
 from machinery.notebook import NOTEBOOK, load_definitions
 from model_utils import attention_maps, count_parameters, flops_per_token, short_attention
 
@@ -304,6 +305,25 @@ def test_short_attention_equals_the_kernel(lm, n_kv_head, dtype, tolerance):
         gradients.append(torch.cat([x.grad.flatten().float() for x in heads]))
     for ours, kernels in (outputs, gradients):
         assert (ours - kernels).norm() < tolerance * kernels.norm()
+
+
+def test_a_norm_without_a_gain_trains_and_odd_heads_are_told(lm, tiny, monkeypatch):
+    class Plain(torch.nn.Module):
+        def __init__(self, dim, eps=1e-5):
+            super().__init__()
+
+        def forward(self, x):
+            return torch.nn.functional.rms_norm(x, x.shape[-1:])
+
+    class Mine(lm.GroupedQueryAttention):
+        pass
+
+    monkeypatch.setitem(lm.NORMS, "plain", Plain)
+    monkeypatch.setitem(lm.ATTENTIONS, "mine", Mine)
+    config = tiny(norm="plain")
+    assert len(lm.build_optimizers(lm.build_model(config), config, Machine.find("cpu"))) == 2  # there is no gain
+    with pytest.raises(UserError, match="n_head 4 is not divisible by n_kv_head 3"):
+        lm.build_model(tiny(attention="mine", n_head=4, n_kv_head=3))
 
 
 def test_copied_keys_give_the_same_as_shared_ones(lm, tiny, monkeypatch):

@@ -12,12 +12,14 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.optim import lr_scheduler
 
 from machinery import machine as machine_module
+from machinery.budget import budget_left, budget_used
 from machinery.checkpoints import (
     checkpoint_folders,
     newest_checkpoint,
@@ -34,13 +36,12 @@ from machinery.run_folder import RunFolder, run_state
 from machinery.watch import Watch, print_preflight, refuse_what_does_not_fit
 from model_utils import (
     attention_maps,
-    budget_left,
     choose_micro_batch,
     multiplying_parameters,
     predict,
     training_memory,
 )
-from train_utils import SCHEDULES, Budget, Run
+from train_utils import SCHEDULES, Run
 
 # --------------------------------------------------------------------------------------------- schedules
 
@@ -84,10 +85,10 @@ def test_schedules_are_sane_everywhere(name):
 
 
 def test_the_first_limit_of_a_budget_counts():
-    budget = Budget(max_steps=10, max_tokens=1000, max_hours=1.0)
-    assert budget.progress(5, 100, 36.0) == 0.5
-    assert budget.progress(5, 900, 36.0) == 0.9
-    assert budget.progress(5, 100, 7200.0) == 1.0
+    budget = SimpleNamespace(max_steps=10, max_tokens=1000, max_hours=1.0)
+    assert budget_used(budget, 5, 100, 36.0) == 0.5
+    assert budget_used(budget, 5, 900, 36.0) == 0.9
+    assert budget_used(budget, 5, 100, 7200.0) == 1.0
 
 
 # ---------------------------------------------------------------------------------------- run directory
@@ -413,6 +414,19 @@ def test_layers_that_draw_numbers_go_on_where_they_were(lm, settings, monkeypatc
         lm.train(settings(run_name="halves", max_steps=steps, **steady))
     runs = Path(settings().runs_dir)
     assert same(weights_of(lm, runs / "straight"), weights_of(lm, runs / "halves"))
+
+
+def test_a_run_that_ends_by_a_smaller_budget_is_scored_on_all_held_out_text(lm, settings):
+    config = settings(eval_tokens=64)
+    lm.train(replace(config, max_steps=8))
+    summary = lm.train(replace(config, max_steps=6))
+    assert summary["status"] == "finished" and summary["steps"] == 8
+    _, model, _ = lm.load_run(Path(config.runs_dir) / config.run_name)
+    scores = lm.evaluate(model, lm.prepare_data(config), Machine.find("cpu"), 4, math.inf)
+    assert summary["val_loss"] == pytest.approx(scores["val_loss"], rel=1e-3)
+    lines = read_jsonl(Path(config.runs_dir) / config.run_name / "metrics.jsonl")
+    assert lm.train(replace(config, max_steps=6))["val_loss"] == summary["val_loss"]
+    assert read_jsonl(Path(config.runs_dir) / config.run_name / "metrics.jsonl") == lines  # once is enough
 
 
 def test_a_finished_run_is_not_trained_further(lm, settings):
@@ -1115,6 +1129,14 @@ def test_more_processes_than_gpus_are_told_so(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
     with pytest.raises(UserError, match="process 1 has no GPU to itself: there are 1"):
         Machine.find("cuda")
+
+
+def test_processes_that_do_not_agree_are_told():
+    machine = Machine.find("cpu")
+    machine.agree(20, "the step")
+    others = SimpleNamespace(maximum=lambda *values: [max(value, other) for value, other in zip(values, (20, 0))])
+    with pytest.raises(UserError, match="do not agree on the step: one has 0, another 20"):
+        Machine.agree(others, 0, "the step")
 
 
 def test_machine_on_this_computer():

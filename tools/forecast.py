@@ -202,8 +202,8 @@ here larger models gain more from the same tokens.
 
 ## Can short runs foretell longer ones?
 
-A law fitted to runs of up to a minute on two cores. *Error* is how far it misses the longest run of each size, root
-mean square, when it is fitted without them; the band is twice that.
+A law fitted to runs of as many tokens as a minute of two cores holds. *Error* is how far it misses the longest run of
+each size, root mean square, when it is fitted without them; the band is twice that.
 
 {short}
 

@@ -24,6 +24,7 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
+from machinery.budget import settle_batch
 from machinery.errors import UserError
 from machinery.files import free_bytes, read_json, read_jsonl
 from machinery.machine import Machine
@@ -62,7 +63,7 @@ def sweep(
     for label, values in variants.items():
         for seed in seeds:
             config = lm.Config.from_preset(preset, **(PLAIN | common | values | {"seed": seed, "run_name": ""}))
-            config = _named(config, source)
+            config = _named(settle_batch(config, Machine.find(config.device, config.dtype)), source)
             with torch.device("meta"):  # an unknown variant, and what the model holds
                 runs.append((label, config, lm.build_model(config)))
     jobs = jobs or max(1, (os.cpu_count() or 1) // threads)
