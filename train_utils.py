@@ -155,7 +155,7 @@ class Run:
         """`runner` compiled, or itself where that is not wanted or fails; an eager step takes more memory."""
         self.note = "eager"
         if self.config.compile and self.progress() < 1:
-            print("compiling the model: a minute, more on a busy machine")
+            print("compiling the model: seconds to minutes")
             runner, self.note = compile_or_eager(runner, *batches.next(), self.machine)
             if self.machine.maximum(self.note.startswith("eager"))[0]:
                 eager = replace(self.config, compile=False)
@@ -178,13 +178,15 @@ class Run:
                 step = time_per_call(one, machine, 3, long)
                 if more := batches.micro_steps - 1:
                     step += more * (time_per_call(two, machine, 3, long) - step)
-            between = time_per_call(lambda: batches.retry(self.model, evaluation), machine, 1) / config.eval_every
-            between += time_per_call(sample, machine, 1) / config.sample_every
+            scoring = time_per_call(lambda: batches.retry(self.model, evaluation), machine, 1)
+            between = scoring / config.eval_every + time_per_call(sample, machine, 1) / config.sample_every
             self.model.zero_grad(set_to_none=True)
             batches.seek()
             own, rate = replace(config, micro_batch=at.micro_batch), config.batch_tokens / (step + between)
             p = predict(self.model, self.optimizers, own, machine, rate, self._in_use, used=spent)
             p["tokens per second"] = self._watch.expected_rate = config.batch_tokens / step
+            parts = self.data.manifest["tokens"]["val"] / config.eval_tokens
+            p["last evaluation (s)"] = scoring * max(1.0, parts)  # of all held-out text, once the budget is used
             epochs, left = self._epochs(at.tokens + p["tokens"]), budget_left(config, rate, spent)
             self._forecast = print_preflight(p, config, machine, self.note, self.folder.path, epochs, left)
             self._repeats = self._epochs(at.tokens) >= 1

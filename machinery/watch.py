@@ -115,7 +115,8 @@ def print_preflight(
         "disk": f"{p['checkpoint (GB)'] * (keep + 2):.2f} GB for {keep} checkpoints, the best and one being written,"
         f" {free_bytes(folder) / 1e9:.1f} GB free",
         "speed": f"{p['tokens per second']:,.0f} tokens/s, {flops / matmul_flops:.0%} of the matrix rate{mfu}",
-        "budget": f"{p['tokens']:,.0f} tokens in {length} with evaluations and samples, until {end:%Y-%m-%d %H:%M}",
+        "budget": f"{p['tokens']:,.0f} tokens in {length} with evaluations and samples, until {end:%Y-%m-%d %H:%M};"
+        f" then {_clock(p['last evaluation (s)'])} to score all held-out text",
         "limit": f"{first} is reached first; {later}" if later else "",
         "text": "read once or less, or not known yet"
         if epochs <= 1

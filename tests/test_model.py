@@ -86,6 +86,13 @@ def every_parameter_gets_gradient(lm, config):
         assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
 
 
+def every_parameter_is_in_one_optimizer(lm, config):
+    model = lm.build_model(config)
+    optimizers = lm.build_optimizers(model, config, Machine.find("cpu", "float32"))
+    taken = [id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(taken) == sorted(id(p) for p in model.parameters())
+
+
 def one_batch_is_overfitted(lm, config):
     model = lm.build_model(config)
     tokens, targets = random_batch(config, batch=2)
@@ -112,6 +119,7 @@ PROMISES = [
     cached_decoding_is_the_full_forward,
     initial_loss_is_ln_v,
     every_parameter_gets_gradient,
+    every_parameter_is_in_one_optimizer,
     one_batch_is_overfitted,
     state_round_trips,
 ]

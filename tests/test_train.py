@@ -740,9 +740,10 @@ def test_float16_trains_with_a_scaled_loss_and_resumes(lm, settings, monkeypatch
 def test_preflight_says_no_before_anything_is_made(lm, settings, tmp_path, capsys):
     machine, config = Machine.find("cpu"), settings(micro_batch=1)
     prediction = predict(*lm.outline(config, machine), config, machine, 1e5)
+    prediction["last evaluation (s)"] = 90.0
     print_preflight(prediction, config, machine, "eager", tmp_path, 0.0, {"max_steps": prediction["tokens"]})
     printed = capsys.readouterr().out
-    assert "GB predicted" in printed and "limit" not in printed
+    assert "then 0:01:30 to score all held-out text" in printed and "GB predicted" in printed and "limit" not in printed
     with pytest.raises(UserError, match="no go: one sequence .* 99999.0 GB"):
         refuse_what_does_not_fit(prediction | {"peak memory (GB)": 99999.0}, machine, tmp_path)
     with pytest.raises(UserError, match="no go: a checkpoint takes"):
