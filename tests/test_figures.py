@@ -15,7 +15,7 @@ from tools.runs import Results
 
 NUMBER = r"([+-]?\d+(?:,\d{3})*(?:\.\d+)?)"
 BENCH, DEMO, RECIPE, REHEARSAL = (
-    f"results/{name}.md" for name in ("bench-amd-epyc-2-threads", "demo", "recipe-2026-11-25", "rehearsal")
+    f"results/{name}.md" for name in ("bench-amd-epyc-2-threads", "demo", "recipe", "rehearsal")
 )
 DOCS, README, TEXT, OUTPUTS = "docs/benchmarks.md", "README.md", "the notebook", "the notebook's outputs"
 
@@ -87,10 +87,7 @@ QUOTES = [
     (DOCS, "the same, 12 MB | * | # |", BENCH, "| 12 | tiktoken, batch | # |", 1),
     (DOCS, "the same, 12 MB | * | * | # × |", BENCH, "| 12 | LMHarness, * | * | #% |", 0.01),
     (DOCS, "waiting for data, of a training step | #% |", BENCH, "| demo | * | #% |", 1),
-    (DOCS, "nanoGPT recipe has after # tokens", RECIPE, "`demo`, trained on # tokens, one change", 1),
-    (DOCS, "tokens with at most # of the tokens", RECIPE, "nanoGPT recipe with #× or less of its tokens", 1),
-    (DOCS, "of the tokens and # of the time", RECIPE, "so that is #× of its time or less", 1),
-    (DOCS, "the step of Muon, for # times the time", RECIPE, "A step takes #× the time", 1),
+    (DOCS, "the step of Muon, # ms where AdamW takes #,", RECIPE, "in turns: the default # ms, nanoGPT # ms", 1),
     (DOCS, "on a 4090 # GB, where", REHEARSAL, "RTX 4090 | 1 | {} | bfloat16 | compiled | 16 | * | # |", 1),
     (DOCS, "the preflight predicted #.", REHEARSAL, "RTX 4090 | 1 | {} | bfloat16 | compiled | 16 | # |", 1),
 ]
@@ -124,7 +121,6 @@ COMPUTED = [
     (README, "`demo`: #M, three minutes", lambda lm: [_millions(lm, "demo")]),
     (TEXT, "about # million parameters for a day", lambda lm: [round(_millions(lm, "day"), -1)]),
     (TEXT, "There, `n_embd` is # times `n_layer`", lambda lm: [lm.Config.n_embd / lm.Config.n_layer]),
-    (DOCS, "also has # single changes over three seeds", lambda lm: [_changes()]),
     (DOCS, "n_embd·block_size = # GFLOP", lambda lm: [flops_per_token(*reversed(sized(lm, "day"))) / 1e9]),
     (DOCS, "with N = #M. A 4090 does # TFLOP/s", lambda lm: [_millions(lm, "day"), DATASHEET_TFLOPS["RTX 4090"]]),
     (TEXT, "gives losses of about #, #, # and # for runs of 1, 6, 12 and 24",
@@ -143,11 +139,6 @@ COMPUTED = [
 
 def _millions(lm, preset: str) -> float:
     return count_parameters(sized(lm, preset)[1])["total"] / 1e6
-
-
-def _changes() -> int:
-    """Rows of the recipe's table of single changes with three runs."""
-    return len(re.findall(r"^\| [^|]+ \| [+-][^|]+ \| [^|]* \| 3 \|", (ROOT / RECIPE).read_text("utf-8"), re.MULTILINE))
 
 
 def _bytes(lm, **overrides) -> float:

@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 
 from data_utils import TokenData
+from machinery.machine import Machine
 from tools.common import RESULTS, ROOT, lm, table
 
 RESULT = RESULTS / "rehearsal.md"
@@ -116,7 +117,7 @@ def rehearse_job(overrides: dict, folder: str) -> None:
         "max_steps": 2, "eval_every": 1, "eval_tokens": 65536, "sample_every": 1,
         "sample_tokens": 4, "checkpoint_every": 1,
     } | overrides)  # fmt: skip
-    said = io.StringIO()
+    said, _ = io.StringIO(), Machine.find()  # joins the processes, of which all but one fall silent
     with contextlib.redirect_stdout(said):
         summary = lm.train(config)
     memory, size = re.search(r"([\d.]+) GB predicted at micro-batch (\d+)", said.getvalue()).groups()
