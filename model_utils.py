@@ -179,6 +179,8 @@ def predict(
     `model` and `optimizers` may be without memory ("meta"). `used` is what the run has spent: steps, tokens, seconds.
     `free_memory` is that of another machine, in bytes.
     """  # fmt: skip
+    if config.batch_tokens == "auto":
+        raise UserError("batch_tokens is 'auto': machinery.budget.settle_batch(config, machine) makes it a number")
     parameters, flops = count_parameters(model)["total"], flops_per_token(model, config)
     tokens, trained = min(budget_left(config, tokens_per_second, used).values()), used[1]
     best = compute_optimal(flops * (trained + tokens))[0]  # parameters, by a law that knows nothing of small models

@@ -11,7 +11,7 @@ from machinery.budget import best_batch, settle_batch, tokens_of_steps
 from machinery.errors import UserError
 from machinery.machine import Machine
 from machinery.watch import print_ending
-from model_utils import best_shape
+from model_utils import best_shape, predict
 from tools import forecast as short
 from tools.runs import Results
 
@@ -45,6 +45,12 @@ def test_auto_follows_the_budget_and_moves_the_rates(lm, capsys, monkeypatch, tm
     capsys.readouterr()
     given = lm.Config.from_preset("day", batch_tokens=65536)
     assert settle_batch(given, CPU) is given and not capsys.readouterr().out
+
+
+def test_a_prediction_needs_a_number_of_tokens(lm):
+    config = lm.Config.from_preset("day")
+    with pytest.raises(UserError, match="settle_batch"):
+        predict(*lm.outline(config, CPU), config, CPU, 1.0)
 
 
 def test_auto_takes_a_preset_s_rates_for_the_batch_that_they_are_for(lm):
