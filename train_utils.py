@@ -180,7 +180,6 @@ class Run:
                     step += more * (time_per_call(two, machine, 3, long) - step)
             scoring = time_per_call(lambda: batches.retry(self.model, evaluation), machine, 1)
             between = scoring / config.eval_every + time_per_call(sample, machine, 1) / config.sample_every
-            self.model.zero_grad(set_to_none=True)
             batches.seek()
             own, rate = replace(config, micro_batch=at.micro_batch), config.batch_tokens / (step + between)
             p = predict(self.model, self.optimizers, own, machine, rate, self._in_use, used=spent)

@@ -257,6 +257,10 @@ def test_ddp_exchanges_gradients_once_a_step_and_fsdp_in_each_micro_batch(lm, se
             lm.gradient(runner, batches, steps, machine, machine.scaler())
         exchanges = ("c10d::allreduce_", "c10d::_reduce_scatter_base_")
         counted.append(sum(event.count for event in profile.key_averages() if event.key in exchanges))
+    if parallel == "ddp":  # gradients stay where they are sent from, or there would be two sets of them
+        model = runner.module
+        lm.step_weights(model, lm.build_optimizers(model, config, machine), machine.scaler(), 0.0, 1.0)
+        assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
     torch.distributed.destroy_process_group()
     assert counted[2] == counted[1] * (1 if parallel == "ddp" else 4) > 0
 
