@@ -141,9 +141,10 @@ def open_notebook(chromium, server, name, overrides):
             cell.source = f'preset = "smoke"\noverrides = {overrides!r}'
     nbformat.write(notebook, folder / NOTEBOOK.name)
     page = chromium.new_page(viewport={"width": 1280, "height": 1000})
+    page.set_default_timeout(2 * MINUTE)  # of a busy machine, on which the kernel takes its time
     page.goto(f"{address}/lab/tree/{name}/{NOTEBOOK.name}?reset")
-    page.wait_for_function(f"document.querySelectorAll('{CELLS}').length == {len(notebook.cells)}", timeout=2 * MINUTE)
-    page.wait_for_function(AT_REST, timeout=2 * MINUTE)
+    page.wait_for_function(f"document.querySelectorAll('{CELLS}').length == {len(notebook.cells)}")
+    page.wait_for_function(AT_REST)
     return page, folder / NOTEBOOK.name
 
 
