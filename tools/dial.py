@@ -57,8 +57,7 @@ def write_dial(sizes: Results, batches: Results) -> None:
     ]  # fmt: skip
     others = [
         {"batch_tokens": batch, "steps": TOKENS // batch, "bits per byte": batches.loss(run), "as they are": as_is}
-        for batch, run, still in zip(BATCHES, by_batch(), by_batch(power=0.0))
-        for as_is in [batches.loss(still) if batch in UNMOVED else None]
+        for batch, run, as_is in zip(BATCHES, by_batch(), map(batches.loss, by_batch(power=0.0)))
     ]
     write_atomic(RESULTS / "dial.md", TEXT.format(
         today=date.today(), rule=power_of_two(best_batch(TOKENS), lm.PRESETS["demo"]["block_size"]), tokens=TOKENS,
