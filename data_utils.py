@@ -148,6 +148,7 @@ class TokenData:
             raise UserError(f"micro_batch is {micro_batch!r} and tokens {tokens!r}; both must be above 0")
         windows = self.windows("val", self.block_size)
         count = int(max(1, min(len(windows), tokens / self.block_size)))
+        micro_batch = min(micro_batch, math.ceil(len(windows) / machine.processes))
         chosen = np.linspace(0, len(windows), count, endpoint=False).astype(int)
         for start in range(0, count, machine.processes * micro_batch):
             first = start + machine.rank * micro_batch  # of this process

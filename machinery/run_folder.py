@@ -165,16 +165,17 @@ class RunFolder:
             write_json(self.path / f"{name}.json", value)
 
     def _make_again(self) -> None:
-        """Where the folder is gone, or its lock: lock it again, with all that the next checkpoint needs beside it."""
-        if os.path.lexists(self._lock.lock_file):
+        """Where the folder is gone, or a file that a checkpoint needs beside it: lock it, and write those again."""
+        files = [self._lock.lock_file, *(self.path / f"{name}.json" for name in self._files)]
+        if all(map(os.path.lexists, files)):
             return
         make_folder(self.path)
         self.unlock()
         self.lock()
         self._write_files()
         print(
-            f"\n{self.path} or its .lock was moved or removed while this run trains there; the folder is written again"
-            " from here on: what it held before, if moved, is at its new place"
+            f"\n{self.path} or files of it were moved or removed while this run trains there; it is written again from"
+            " here on: what it held before, if moved, is at its new place"
         )
 
     def predict(self, values: dict[str, float], forecast) -> dict[str, float]:

@@ -257,16 +257,17 @@ class HubSource(Source):
                 return
             except DataError:
                 raise
-            except Exception as error:  # whatever the network libraries raise
+            except Exception as error:  # whatever the network libraries raise; a ValueError is about content
                 failures += 1
-                if not reached or failures > HUB_RETRIES:  # opening is retried by the library itself
-                    raise self.unreadable(error) from None
+                if not reached or failures > (1 if isinstance(error, ValueError) else HUB_RETRIES):
+                    raise self.unreadable(error, position["rows"]) from None  # opening is retried by the library
                 time.sleep(2 ** (failures - 1))
 
-    def unreadable(self, error: Exception) -> DataError:
-        """What to say of an error of the network libraries."""
+    def unreadable(self, error: Exception, rows: int = 0) -> DataError:
+        """What to say of an error of the network libraries, after so many rows."""
+        where = f" after row {rows:,}" if rows else ""
         return DataError(
-            f"data set {self.name!r} could not be read from the Hugging Face hub ({first_line(error)});"
+            f"data set {self.name!r} could not be read from the Hugging Face hub{where} ({first_line(error)});"
             " check the name, the network and its files, or use source='python' or a local file"
         )
 
@@ -315,7 +316,7 @@ class HubSource(Source):
         return ""  # the name is all there is before it is read
 
     def notes(self) -> list[str]:
-        return [f"source {self.name!r}: no file or folder here; read as a data set of the Hugging Face hub"]
+        return [f"{self.name!r}: no file or folder here; read as a data set of the Hugging Face hub"]
 
 
 @cache

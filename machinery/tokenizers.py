@@ -5,7 +5,7 @@ One code path encodes and decodes them all, whether it was published, learned he
 
 from __future__ import annotations
 
-import base64
+import binascii
 import hashlib
 import itertools
 import json
@@ -39,7 +39,7 @@ def tokenizer_to_dict(encoding: tiktoken.Encoding) -> dict:
         "name": encoding.name,
         "pattern": encoding._pat_str,
         "special_tokens": encoding._special_tokens,
-        "tokens": [base64.b64encode(token).decode() for token in tokens],
+        "tokens": [binascii.b2a_base64(token, newline=False).decode() for token in tokens],
     }
 
 
@@ -65,7 +65,7 @@ def tokenizer_from_dict(
     Raises `DataError` for what cannot encode every text, with the path `where` it was read and what to do about it.
     """
     with told(where, DataError, "not usable", advice):
-        ranks = {base64.b64decode(token, validate=True): rank for rank, token in enumerate(fields["tokens"])}
+        ranks = {binascii.a2b_base64(token, strict_mode=True): rank for rank, token in enumerate(fields["tokens"])}
         special = fields["special_tokens"]
         if len(ranks) != len(fields["tokens"]) or not all(bytes([byte]) in ranks for byte in range(256)):
             raise ValueError("it does not hold every byte exactly once")

@@ -150,6 +150,22 @@ def test_json_of_a_hub_is_read_by_its_text_column_alone(tmp_path):
         assert f"row {len(rows) + 1}: no column 'text'; there are 'body'" in message
 
 
+def test_content_that_is_no_text_is_told_at_once_with_its_row(tmp_path):
+    served = tmp_path / "served"
+    served.mkdir()
+    (served / "train.jsonl").write_bytes(b'{"text": "one"}\n' * 1_000_000 + b'{"text": "\xe4"}\n')
+    program = (
+        "import json; from machinery.sources import *; from machinery import sources\n"
+        "slept = []; sources.time.sleep = slept.append\n"
+        "try: list(iter_documents('owner/name'))\n"
+        "except DataError as error: print(json.dumps([slept, str(error)]))"
+    )
+    with Hub(served) as hub:
+        slept, message = run(hub, tmp_path, program)
+    assert sum(slept) <= 1 and "utf-8" in message
+    assert 500_000 < int(message.split("after row ")[1].split(" ")[0].replace(",", "")) < 1_000_001
+
+
 def test_a_json_array_of_a_hub_is_read_by_its_text_column_alone(tmp_path):
     rows = [*JSON_LINES, {"text": None, "meta": "a word"}, {"text": "last", "meta": 5}]
     (tmp_path / "served").mkdir()

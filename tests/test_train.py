@@ -234,22 +234,23 @@ def test_a_full_disk_keeps_lines_for_later(tmp_path, capsys):
     assert capsys.readouterr().out.count("cannot be written now") == 1
 
 
-@pytest.mark.parametrize("moved", [False, True])
-def test_a_folder_that_goes_while_its_run_trains_is_written_again(lm, settings, monkeypatch, capsys, moved):
+@pytest.mark.parametrize("how", ["moved", "removed", "a file is removed"])
+def test_a_folder_that_goes_while_its_run_trains_is_written_again(lm, settings, monkeypatch, capsys, how):
     config = settings()
     folder, write_text = Path(config.runs_dir) / config.run_name, lm.write_text
 
     def take_away(*arguments, **options):
         if (folder / "metrics.jsonl").exists() and len(read_jsonl(folder / "metrics.jsonl")) == 7:
-            if moved:
+            if how == "moved":
                 folder.rename(folder.with_name("elsewhere"))
-            while folder.exists():  # a checkpoint may be being written there
+            (folder / "config.json").unlink(missing_ok=True)
+            while how == "removed" and folder.exists():  # a checkpoint may be being written there
                 shutil.rmtree(folder, ignore_errors=True)
         return write_text(*arguments, **options)
 
     monkeypatch.setattr(lm, "write_text", take_away)
     assert lm.train(config)["status"] == "finished"
-    assert capsys.readouterr().out.count("was moved or removed while this run trains there") == 1
+    assert capsys.readouterr().out.count("moved or removed while this run trains there") == 1
     assert lm.load_run(folder)[0].n_embd == config.n_embd and run_state(folder)["last"]["step"] == 12
     assert lm.train(replace(config, max_steps=14))["steps"] == 14
 

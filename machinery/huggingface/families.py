@@ -194,6 +194,8 @@ def model_fields(folder: Path) -> dict:
     import transformers  # noqa: F401 - where it is missing, that is the error
 
     path = folder / "config.json"
+    if not path.exists() and (folder / "adapter_config.json").exists():
+        raise ExportError(f"{folder}: holds an adapter (LoRA); merge it into its base model first: merge_and_unload()")
     raw = read_json(path)
     with told(path, ExportError):
         return _model_fields(folder, raw)
