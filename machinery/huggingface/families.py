@@ -60,6 +60,7 @@ class Family:
 FAMILIES = [
     Family("llama", "rope", "gated", "rms"),
     Family("qwen3", "rope", "gated", "rms", qk_norm=True),
+    Family("arcee", "rope", "relu2", "rms", settings={"hidden_act": "relu2"}),
     Family("arcee", "rope", "mlp", "rms", gguf="no, has ReLU²", settings=GELU),
     Family(
         "apertus", "rope", "mlp", "rms", qk_norm=True, gguf="no, has xIELU",
@@ -204,8 +205,9 @@ def model_fields(folder: Path) -> dict:
 def _model_fields(folder: Path, raw: dict) -> dict:
     import transformers
 
-    types = [family.model_type for family in FAMILIES]
-    family = next((family for family in FAMILIES if family.model_type == raw.get("model_type")), None)
+    types = dict.fromkeys(family.model_type for family in FAMILIES)
+    rows = [family for family in FAMILIES if family.model_type == raw.get("model_type")]
+    family = max(rows, key=lambda row: raw.items() >= row.settings.items(), default=None)
     if family is None:
         advice = "" if "model_type" in raw else "; export_hf makes such a checkpoint of a run"
         raise ExportError(f"model_type {raw.get('model_type')!r} is not one of {', '.join(types)}{advice}")

@@ -56,6 +56,7 @@ CHOICES: dict[str, dict] = {
     "wsd, decay 0.8": {"decay": 0.8},
     "no qk_norm": {"qk_norm": False},
     "MLP": {"ffn": "mlp", "n_ffn": 768},
+    "MLP with squared ReLU": {"ffn": "relu2", "n_ffn": 768},
     "weight_decay 0.1": {"weight_decay": 0.1},
     "no warmup": {"warmup": 0.0},
     "MHA": {"attention": "mha", "n_ffn": 426},
