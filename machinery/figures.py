@@ -105,8 +105,7 @@ POINTS = 100  # of a line of steps, at most: smooth, and drawn fast
 def draw_run(metrics: list[dict], expected: dict | None = None) -> Figure:
     """Loss, learning rate and speed of a run against its training tokens, from the lines of its metrics.jsonl.
 
-    `expected` is a band of held-out loss to draw in grey: lists "tokens", "low" and "high" of one length, and their
-    "unit", "nats per token" or "bits per byte".
+    `expected` is a band of held-out bits per byte to draw in grey: lists "tokens", "low" and "high" of one length.
     """
     band = _band(metrics, expected)
     figure, (loss, rate, speed) = plt.subplots(1, 3, figsize=(9.5, 2.6))
@@ -149,16 +148,12 @@ def _points(metrics: list[dict], name: str) -> tuple[list[float], list[float]]:
 
 
 def _band(metrics: list[dict], expected: dict | None) -> tuple[list[float], list[float], list[float]] | None:
-    """Millions of tokens, and the band's ends in nats per token; None where there is none, or no factor to its unit."""
-    if not expected:
+    """Millions of tokens, and the band's ends in nats per token; None where there is none, or nothing was scored yet."""
+    evaluated = [line for line in metrics if line.get("val_bpb") and line.get("val_loss")]
+    if not expected or not evaluated:
         return None
     with told("expected.json", problem="is no band of the loss"):
-        factor = 1.0
-        if expected["unit"] == "bits per byte":  # one of them is so many nats per token of this text
-            evaluated = [line for line in metrics if line.get("val_bpb") and line.get("val_loss")]
-            if not evaluated:
-                return None
-            factor = evaluated[-1]["val_loss"] / evaluated[-1]["val_bpb"]
+        factor = evaluated[-1]["val_loss"] / evaluated[-1]["val_bpb"]  # nats per token of this text in a bit per byte
         tokens = [count / 1e6 for count in expected["tokens"]]
         low, high = ([factor * value for value in expected[end]] for end in ("low", "high"))
         return tokens, low, high

@@ -64,7 +64,7 @@ class Forecast:
             return {}
         shares = [share for share, *_ in self.law["way"]]
         low, high = zip(*(self.at(share) for share in shares))
-        return {"tokens": [s * self.tokens for s in shares], "low": low, "high": high, "unit": "bits per byte"}
+        return {"tokens": [s * self.tokens for s in shares], "low": low, "high": high}
 
 
 def expected(law: dict, parameters: float, tokens: float) -> float:

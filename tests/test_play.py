@@ -195,15 +195,14 @@ def test_the_figure_of_a_run_labels_its_lines_smooths_steps_and_has_room_for_wha
     assert all(axes.get_xlabel() == "training tokens (millions)" and axes.get_ylabel() for axes in figure.axes)
     plt.close(figure)
 
-    expected = {"tokens": [10**6, 10**7], "low": [3.0, 2.0], "high": [3.5, 2.2], "unit": "nats per token"}
-    for unit, factor in (("nats per token", 1.0), ("bits per byte", LINES[-1]["val_loss"] / LINES[-1]["val_bpb"])):
-        figure = figures.draw_run(LINES, expected | {"unit": unit})
-        assert "for expected, training (means of 10), held out" in describe(figure)
-        corners = figure.axes[0].collections[0].get_paths()[0].vertices
-        assert corners[:, 0].max() == 10 and corners[:, 1].min() == pytest.approx(2.0 * factor)
-        plt.close(figure)
+    expected = {"tokens": [10**6, 10**7], "low": [3.0, 2.0], "high": [3.5, 2.2]}
+    figure, factor = figures.draw_run(LINES, expected), LINES[-1]["val_loss"] / LINES[-1]["val_bpb"]
+    assert "for expected, training (means of 10), held out" in describe(figure)
+    corners = figure.axes[0].collections[0].get_paths()[0].vertices
+    assert corners[:, 0].max() == 10 and corners[:, 1].min() == pytest.approx(2.0 * factor)
+    plt.close(figure)
     with pytest.raises(UserError, match="expected.json: is no band of the loss"):
-        figures.draw_run(LINES, {"unit": "bits per byte"})
+        figures.draw_run(LINES, {"tokens": [10**6]})
     assert not figures.draw_run([{"step": 0}]).axes[0].get_legend()
     plt.close("all")
 
