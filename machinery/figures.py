@@ -148,7 +148,7 @@ def _points(metrics: list[dict], name: str) -> tuple[list[float], list[float]]:
 
 
 def _band(metrics: list[dict], expected: dict | None) -> tuple[list[float], list[float], list[float]] | None:
-    """Millions of tokens, and the band's ends in nats per token; None where there is none, or nothing was scored yet."""
+    """Millions of tokens, and the band's ends in nats per token; None where there is none, or nothing scored yet."""
     evaluated = [line for line in metrics if line.get("val_bpb") and line.get("val_loss")]
     if not expected or not evaluated:
         return None
