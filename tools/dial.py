@@ -16,11 +16,15 @@ from machinery.files import write_atomic
 from machinery.machine import Machine, measure_matmul_flops
 from model_utils import best_shape
 from tools.common import RESULTS, lm, quietly, table
-from tools.forecast import LINES, MINUTES, run_of
+from tools.forecast import LINES, MINUTES, SCORES, run_of
 from tools.runs import Results, Run, parser_of_runs, run_missing
 
-BATCHES, TOKENS = (1024, 2048, 4096, 8192, 16384), 1_400_000  # of the preset's 4 × 192, about a minute too
-UNMOVED = (1024, 8192)  # also tried with the rates of the preset
+BATCHES = {  # by size and tokens: the preset's, for about a minute, and the best sizes for one and for three
+    ((4, 192), 1_400_000): (512, 1024, 2048, 4096, 8192, 16384),
+    ((2, 128), 4_300_000): (1024, 2048, 4096, 8192),
+    ((3, 192), 6_000_000): (1024, 2048, 4096, 8192),
+}
+UNMOVED = (1024, 8192)  # for the first, also tried with the rates of the preset
 ENGLISH = {"source": "english", "prompt": "The"}
 
 
@@ -29,14 +33,19 @@ def by_size() -> list[Run]:
     return [run_of("english", size, tokens, {}) for sizes in MINUTES.values() for size, tokens in sizes.items()]
 
 
-def by_batch(batches: tuple[int, ...] = BATCHES, power: float = 0.5) -> list[Run]:
-    """The preset with other batches, and rates that move with this power of them."""
-    preset, runs = lm.PRESETS["demo"], []
-    for batch in batches:
-        factor = (batch / preset["batch_tokens"]) ** power
-        rates = {name: preset[name] * factor for name in ("lr", "embedding_lr", "head_lr")}
-        runs.append(Run(f"english, batch {batch}", ENGLISH | {"batch_tokens": batch} | rates, 0, TOKENS))
-    return runs
+def with_batch(size: tuple[int, int], tokens: int, batch: int, power: float = 0.5) -> Run:
+    """A run with another batch, and rates that move with this power of it."""
+    preset = lm.PRESETS["demo"]
+    factor = (batch / preset["batch_tokens"]) ** power
+    rates = {name: preset[name] * factor for name in ("lr", "embedding_lr", "head_lr")}
+    return lm.replace(run_of("english", size, tokens, {"batch_tokens": batch} | rates), scores=1)
+
+
+def by_batch() -> list[Run]:
+    """Each size with its batches, but for the preset's, which `by_size` may have; and the rates of the preset."""
+    runs = [with_batch(*at, batch) for at, batches in BATCHES.items() for batch in batches]
+    runs = [run for run in runs if lm.replace(run, scores=SCORES).key not in {other.key for other in by_size()}]
+    return runs + [with_batch(*next(iter(BATCHES)), batch, power=0.0) for batch in UNMOVED]
 
 
 def chosen_size(minutes: int) -> str:
@@ -55,16 +64,22 @@ def write_dial(sizes: Results, batches: Results) -> None:
          "bits per byte": sizes.loss(run_of("english", size, tokens, {}))}
         for minutes, some in MINUTES.items() for size, tokens in some.items()
     ]  # fmt: skip
-    others = [
-        {"batch_tokens": batch, "steps": TOKENS // batch, "bits per byte": batches.loss(run), "as they are": as_is}
-        for batch, run, as_is in zip(BATCHES, by_batch(), map(batches.loss, by_batch(power=0.0)))
-    ]
+    others = []
+    for (size, tokens), some in BATCHES.items():
+        said = power_of_two(best_batch(tokens), lm.PRESETS["demo"]["block_size"])
+        for batch in some:
+            run = with_batch(size, tokens, batch)
+            loss = batches.loss(run) or sizes.loss(lm.replace(run, scores=SCORES))
+            row = {"n_layer × n_embd": "{} × {}".format(*size), "tokens": tokens, "batch_tokens": batch}
+            row |= {"steps": tokens // batch, "bits per byte": loss, "auto": "this" if batch == said else ""}
+            others.append(row | {"as they are": batches.loss(with_batch(size, tokens, batch, power=0.0))})
     write_atomic(RESULTS / "dial.md", TEXT.format(
-        today=date.today(), rule=power_of_two(best_batch(TOKENS), lm.PRESETS["demo"]["block_size"]), tokens=TOKENS,
+        today=date.today(),
         said="; ".join(f"{chosen_size(minutes)} for {60 * minutes} seconds" for minutes in MINUTES),
         rate=measure_matmul_flops(Machine.find()) / 1e9,
         sizes=table(rows, {"minutes": "d", "n_layer × n_embd": "", "tokens": ",d", "bits per byte": ".4f"}),
-        batches=table(others, {"batch_tokens": ",d", "steps": ",d", "bits per byte": ".4f", "as they are": ".4f"}),
+        batches=table(others, {"n_layer × n_embd": "", "tokens": ",d", "batch_tokens": ",d", "steps": ",d",
+                               "bits per byte": ".4f", "as they are": ".4f", "auto": ""}),
     ))  # fmt: skip
 
 
@@ -82,9 +97,8 @@ to these runs too; without them it covers no best size for so long.
 
 ## Batch
 
-4 × 192, {tokens:,} tokens; learning rates move with the square root of the batch. `batch_tokens="auto"` would say
-{rule:,}. The smallest batch tried is the best, so the best is not bracketed. *As they are*: with the rates of the
-preset, unmoved.
+Learning rates move with the square root of the batch; *as they are*: with those of the preset, unmoved. *auto*: what
+`batch_tokens="auto"` would take for so many tokens.
 
 {batches}
 """
@@ -97,7 +111,7 @@ def main() -> None:
     sizes, batches = Results(LINES), Results(RESULTS / "dial.jsonl")
     if not options.summary:
         run_missing(sizes, by_size, options.jobs)
-        run_missing(batches, lambda: by_batch() + by_batch(UNMOVED, 0.0), options.jobs)
+        run_missing(batches, by_batch, options.jobs)
     write_dial(sizes, batches)
 
 
