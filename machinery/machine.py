@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import ctypes
 import os
 import platform
@@ -250,7 +249,7 @@ def time_per_call(call: Callable, machine: Machine, calls: int = 5, least: float
 def left_as_it_was(model: torch.nn.Module, *parts) -> Iterator[None]:
     """Give the model's buffers, such as running means, and the states of `parts` their values back at the end."""
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    states = _copy_on_cpu([part.state_dict() for part in parts])
+    states = processes.gather([part.state_dict() for part in parts], whole=False)  # on the CPU: the device may be full
     try:
         yield
     finally:
@@ -258,15 +257,6 @@ def left_as_it_was(model: torch.nn.Module, *parts) -> Iterator[None]:
             buffer.copy_(buffers[name])
         for part, state in zip(parts, states):
             part.load_state_dict(state)
-
-
-def _copy_on_cpu(state):
-    """A copy of lists and dicts whose tensors take no memory of the device."""
-    if isinstance(state, dict):
-        return {name: _copy_on_cpu(value) for name, value in state.items()}
-    if isinstance(state, list):
-        return [_copy_on_cpu(value) for value in state]
-    return state.to("cpu", copy=True) if isinstance(state, torch.Tensor) else copy.copy(state)
 
 
 def compile_or_eager(

@@ -84,17 +84,17 @@ def parallelize(model: nn.Module, device: torch.device, dtype: torch.dtype, proc
     return fully_shard(model, mesh=mesh, mp_policy=policy).to(device)
 
 
-def gather(value, keep: bool = True):
-    """A copy of a tensor on the CPU, with all its parts where it is sharded; other values as they are.
+def gather(value, keep: bool = True, whole: bool = True):
+    """A copy of a tensor on the CPU, with all its parts where it is sharded and wanted `whole`; others as they are.
 
     Takes dicts and lists of them too. Every process has to call it, also one that will not `keep` what is gathered.
     """
     if isinstance(value, Tensor):
-        whole = value.full_tensor() if isinstance(value, DTensor) else value
-        return whole.detach().to("cpu", copy=True, memory_format=torch.contiguous_format) if keep else None
+        value = value.full_tensor() if whole and isinstance(value, DTensor) else value
+        return value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format) if keep else None
     if isinstance(value, dict):
-        return {key: gather(part, keep) for key, part in value.items()}
-    return [gather(part, keep) for part in value] if isinstance(value, list) else value
+        return {key: gather(part, keep, whole) for key, part in value.items()}
+    return [gather(part, keep, whole) for part in value] if isinstance(value, list) else value
 
 
 def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
