@@ -240,7 +240,7 @@ class Run:
         self._line |= at.scores
         if not self._repeats and (epochs := self._epochs(at.tokens)) >= 1:
             self._repeats = True
-            self.screen.say(f"step {at.step:,}: the whole text was read {epochs:.1f} times; from here on it repeats")
+            self.screen.say(f"step {at.step:,}: the whole text was read {epochs:.1f} times; it repeats now")
         numbers = f"step {at.step:7,} {at.tokens:15,} tokens {at.seconds:8,.0f} s"
         said = self._forecast.place(self.progress(), at.tokens, scores["val_bpb"]) if self._forecast else ""
         self.screen.say(f"{numbers}   {scores['val_bpb']:.4f} bits per byte held out{said}")

@@ -90,6 +90,7 @@ QUOTES = [
     (TEXT, "that gained # bits per byte (`results/recipe.md`)", RECIPE, "| no embedding_norm | # |", 1),
     (TEXT, "AdamW alone ends # bits per byte higher", RECIPE, "| AdamW for all | # |", 1),
     (TEXT, '`attention="value"` gained # bits', RECIPE, "| and value embeddings (more parameters) | # |", -1),
+    (TEXT, "and 0.1 gained # bits per byte there", RECIPE, "| weight_decay 0.1 | # |", -1),
     (TEXT, "LayerNorm was better by # bits", RECIPE, "| LayerNorm | # |", -1),
     (DOCS, "the step of Muon, # ms where AdamW takes #,", RECIPE, "in turns: the default # ms, nanoGPT # ms", 1),
     (DOCS, "on a 4090 # GB, where", REHEARSAL, "RTX 4090 | 1 | {} | bfloat16 | compiled | 16 | * | # |", 1),

@@ -939,7 +939,7 @@ def test_a_run_tells_when_its_text_repeats_and_that_the_best_was_earlier(lm, set
     summary = lm.train(config)
     printed = capsys.readouterr().out
     assert re.search(r"text +read \d+\.\d times \(what repeats adds less from about 4 on\)", printed)
-    assert printed.count("from here on it repeats") == 1
+    assert printed.count("it repeats now") == 1
     assert f"held-out loss was best at step {summary['best_step']:,}" in printed
     run = Path(config.runs_dir) / config.run_name
     assert [int(path.name[5:]) for path in checkpoint_folders(run)] == [summary["best_step"], 400, 600]
