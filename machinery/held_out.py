@@ -17,7 +17,9 @@ from collections import Counter
 from collections.abc import Container, Iterable
 
 LINE_ENDS = bytes.maketrans(b"\v\f\x1c\x1d\x1e", b"\n" * 5)  # as `str.splitlines` sees them
-ODD_BLANKS = re.compile(rb"\xc2[\x85\xa0]|\xe2\x80[\x80-\x8b\xa8\xa9\xaf]|\xe2\x81[\x9f\xa0]|\xe3\x80\x80|\xef\xbb\xbf")
+ODD_BLANKS = re.compile(
+    rb"\xc2[\x85\xa0]|\xe1\x9a\x80|\xe2(?:\x80[\x80-\x8b\xa8\xa9\xaf]|\x81[\x9f\xa0])|\xe3\x80\x80|\xef\xbb\xbf"
+)
 ODD_LINE_ENDS = {end.encode() for end in "\x85\u2028\u2029"}  # among those blanks: U+00A0, U+2003, U+3000, …
 LONG_LINE = 16  # bytes of a line that tells one document from another, blank space aside: some 20 with it
 NEAR_COPY = 0.5  # share of a document's longer lines that makes a near-copy
@@ -34,7 +36,7 @@ def _dense(content: bytes) -> bytes:
     """A text without blank space, and with plain line ends."""
     if not content.isascii():
         content = ODD_BLANKS.sub(lambda found: b"\n" if found[0] in ODD_LINE_ENDS else b"", content)
-    return content.translate(LINE_ENDS, b" \t")
+    return content.translate(LINE_ENDS, b" \t\x1f")
 
 
 def smallest_line(lines: Iterable[bytes]) -> bytes:

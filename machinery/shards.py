@@ -274,6 +274,7 @@ def _write_shards(folder, manifest, encoding, source, val_source, train_tokens, 
         documents = (("val", *document) for document in val_source.read("validation"))
         for document in encode_all(encoding, documents, train.dtype):
             held_out.add(document)
+            manifest["is_split"] |= val_source.is_split
             if held_out.tokens >= settings["shard_tokens"]:
                 break
     position = manifest["position"]

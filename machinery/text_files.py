@@ -129,7 +129,7 @@ def _wide_encoding(head: bytes) -> str | None:
         with contextlib.suppress(UnicodeDecodeError):
             text = codecs.getincrementaldecoder(encoding)().decode(head)
             no_text = sum(c not in "\t\n\r" and unicodedata.category(c) in ("Cc", "Cn", "Co", "Cs") for c in text)
-            is_likely = ascii_share < 0.7 if len(text) < 32 else not BETWEEN_WORDS.isdisjoint(text)
+            is_likely = text.isascii() or not BETWEEN_WORDS.isdisjoint(text) if len(text) >= 32 else ascii_share < 0.7
             if text and no_text <= 0.05 * len(text) and is_likely:
                 return encoding
     return None
@@ -152,10 +152,10 @@ def texts(path: Path, separator: str, lenient: bool) -> Iterator[str]:
                 del block
                 is_utf8 = is_utf8 or not rest.isascii()
                 if separator and len(rest) < 4 * MAX_DOCUMENT_BYTES:  # what comes after the last one may go on
-                    whole, _, rest = rest.rpartition(separator)
+                    *whole, rest = rest.rpartition(separator)
                 else:
-                    whole, rest = rest, ""
-                yield whole
+                    whole, rest = [rest], ""
+                yield "".join(whole)
             yield rest + decoder.decode(b"", final=True)
         except UnicodeDecodeError as error:
             if not lenient:

@@ -237,6 +237,7 @@ WORDS = {
     "japanese": "吾輩は猫である。名前はまだ無い。\nどこで生れたかとんと見当がつかぬ。\n" * 3,
     "thai": "ภาษาไทยเป็นภาษาราชการ\nของประเทศไทย และคนไทย\n",
     "short": "hi\n",
+    "without blanks": "ACGT" * 25,
     "devanagari": "सभी मनुष्यों को गौरव और अधिकारों के मामले में\nजन्मजात स्वतन्त्रता\n",
 }
 WIDE = ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be"]
@@ -523,6 +524,18 @@ def test_end_of_text_spelt_in_texts_is_counted_and_said_or_split_at(tmp_path, ca
     data = prepare(tmp_path, root, split_on="<|endoftext|>")
     assert sorted(texts_of(data, "train") + texts_of(data, "val")) == sorted([*stories, "x" * 99])
     assert "<|endoftext|>" not in capsys.readouterr().out and data.manifest["held_out"] == "documents"
+
+
+@pytest.mark.parametrize("where", ["at their ends", "at their beginnings", "once", "in val_source alone"])
+def test_a_separator_is_noticed_wherever_it_stands(tmp_path, capsys, where):
+    marks = {"at their ends": ("", "", "</s>"), "at their beginnings": ("</s>", "", ""), "once": ("", "</s>", "")}
+    before, between, after = marks.get(where, ("", "", ""))
+    stories = {f"t/{i}.txt": f"{before}story {i}\n{between}" + f"of the year {i}\n" * 30 + after for i in range(30)}
+    write(tmp_path, stories | {"v/a.txt": "one\n" * 9 + "</s>" + "two\n" * 9})
+    val_source = "" if where in marks else str(tmp_path / "v")
+    data = prepare(tmp_path, str(tmp_path / "t"), split_on="</s>", val_source=val_source)
+    assert "stands" not in capsys.readouterr().out and data.manifest["is_split"]
+    assert not any("</s>" in text for text in texts_of(data, "train") + texts_of(data, "val"))
 
 
 OTHER_ENDS = [
