@@ -74,7 +74,7 @@ def _is_text(path: Path, passed_over: Counter[str]) -> bool:
 
 def _existing_part(pattern: str) -> tuple[Path, list[str]]:
     """The longest beginning of a pattern that exists as it is written, and the parts that follow it."""
-    parts = list(Path(os.path.expanduser(pattern)).parts)
+    parts = list(Path(pattern if os.path.lexists(pattern) else os.path.expanduser(pattern)).parts)
     root = Path(parts[0]) if parts and Path(parts[0]).anchor else Path()
     parts = parts[1:] if root.parts else parts
     while parts and os.path.exists(root / parts[0]):

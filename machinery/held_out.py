@@ -112,7 +112,7 @@ class HeldOutLines:
         return any(count >= NEAR_COPY * self._sizes[number] for number, count in shared.items())
 
 
-def standing_in(documents: list[array], training: array) -> list[bool]:
+def standing_in(documents, training: array) -> list[bool]:
     """Whether half of the lines of each document stand in the training text; both are hashes of lines."""
-    shared = {line for lines in documents for line in lines}.intersection(training)
-    return [sum(line in shared for line in lines) >= NEAR_COPY * len(lines) for lines in documents]
+    shared = {line for document in documents for line in document.lines}.intersection(training)
+    return [sum(line in shared for line in d.lines) >= NEAR_COPY * len(d.lines) for d in documents]

@@ -156,6 +156,35 @@ class ShardWriter:
         self._clear()
 
 
+class Collected:
+    """Documents in flat arrays: a million small ones take little more than their tokens."""
+
+    def __init__(self, dtype: np.dtype) -> None:
+        self.dtype, self.ids, self.lines, self.ends_of_text = dtype, bytearray(), array("q"), {}
+        self.counts = array("q")  # of each: bytes of its ids, its lines, its own bytes, a hash of its smallest line
+
+    def add(self, document: Encoded) -> None:
+        size = len(self.ids)
+        while document.ids:  # freed one by one: a document may be large
+            self.ids += document.ids.pop(0).data
+        self.lines.extend(document.lines)
+        if document.ends_of_text:
+            self.ends_of_text[len(self)] = document.ends_of_text
+        self.counts.extend((len(self.ids) - size, len(document.lines), document.bytes, hash(document.smallest)))
+
+    def __len__(self) -> int:
+        return len(self.counts) // 4
+
+    def __iter__(self) -> Iterator[Encoded]:
+        """Yield them as they were; of the smallest line there is the hash."""
+        at = line = 0
+        for number, (size, lines, length, smallest) in enumerate(zip(*(self.counts[i::4] for i in range(4)))):
+            ids = np.frombuffer(self.ids, self.dtype, size // self.dtype.itemsize, at)
+            own, ends = self.lines[line : line + lines], self.ends_of_text.get(number, [])
+            yield Encoded("val", 0, [ids], length, own, smallest.to_bytes(8, "big", signed=True), ends)
+            at, line = at + size, line + lines
+
+
 class UnevenSides(Exception):
     """The sides of whole documents leave too little to validate with, or to train on: they are few, or much alike."""
 
@@ -170,7 +199,7 @@ class HeldOut:
 
     def __init__(self, folder: Path, manifest: dict, encoding: tiktoken.Encoding) -> None:
         self.manifest, self.writer = manifest, ShardWriter(folder, "val", manifest)
-        self.documents: list[Encoded] = []
+        self.documents = Collected(self.writer.dtype)
         self.tokens = 0
         self.lines, self.training = HeldOutLines(), array("q")
         self.is_open = not manifest["shards"]["val"]
@@ -187,8 +216,8 @@ class HeldOut:
                 self.lines.add(lines)
 
     def add(self, document: Encoded) -> None:
-        self.documents.append(document)
         self.tokens += sum(map(len, document.ids)) + 1
+        self.documents.add(document)
 
     def takes_apart(self, document: Encoded) -> bool:
         """Whether a document of the training text is set aside. The first shard's lines are kept until `close`."""
@@ -207,18 +236,18 @@ class HeldOut:
     def close(self, training_bytes: int) -> None:
         """Write what is held out. Raises `UnevenSides`, or `DataError` where no other way is left."""
         settings, way, self.is_open = self.manifest["settings"], self.manifest["held_out"], False
-        copied = standing_in([document.lines for document in self.documents], self.training)
+        copied = standing_in(self.documents, self.training)
         self.training = array("q")
         if way == "tails" and all(copied):  # a text that repeats itself
             copied = [False] * len(copied)
-        kept = [document for document, is_copy in zip(self.documents, copied) if not is_copy]
-        whole, left = sum(d.bytes for d in self.documents), sum(d.bytes for d in kept)
+        sizes = self.documents.counts[2::4]
+        whole, left = sum(sizes), sum(size for size, is_copy in zip(sizes, copied) if not is_copy)
         share, fraction = left / max(1, training_bytes + whole), settings["val_fraction"]
         if way == "documents" and not FEWEST * fraction <= share <= min(MOST * fraction, (1 + fraction) / 2):
             raise UnevenSides
         if way == "val_source" and left < whole / 2:
             raise DataError(
-                f"val_source {settings['val_source']!r}: {len(self.documents) - len(kept)} of its {len(self.documents)}"
+                f"val_source {settings['val_source']!r}: {sum(copied)} of its {len(self.documents)}"
                 f" documents stand in source {settings['source']!r} too, whole or half of their lines; name other text,"
                 " or leave val_source empty"
             )
@@ -235,7 +264,7 @@ class HeldOut:
             if not self.manifest["complete"]:  # more text is to come
                 self.lines.add(document.lines)
         self.writer.close()
-        self.documents = []
+        self.documents = Collected(self.writer.dtype)
 
 
 def split_documents(ids: np.ndarray, end_of_text: int) -> Iterator[np.ndarray]:
@@ -311,7 +340,7 @@ def _side(document: Encoded, fraction: float) -> str:
 def _close(folder: Path, manifest: dict, train: ShardWriter, held_out: HeldOut, position: Position) -> None:
     if held_out.is_open:
         settings = manifest["settings"]
-        if not (train.documents or held_out.documents):
+        if not (train.documents or len(held_out.documents)):
             raise DataError(f"source {settings['source']!r} holds no text to train on and validate with")
         if not train.documents and manifest["held_out"] == "documents":
             raise UnevenSides

@@ -10,8 +10,10 @@ import tiktoken
 
 from machinery.errors import DataError
 from machinery.files import read_json
+from machinery.text_files import in_parts
 from machinery.tokenizers import END_OF_TEXT, SPLIT_PATTERN, tokenizer_from_dict
 
+BPE_TRAINING_PART = 900_000  # characters of a text at a time
 BPE_TRAINING_BYTES = 256 << 20  # text a BPE vocabulary is learned from; more changes it very little
 
 
@@ -71,7 +73,7 @@ def _train_bpe(documents: Iterable[str], vocab_size: int) -> tiktoken.Encoding:
     def sample() -> Iterator[str]:
         left = BPE_TRAINING_BYTES
         for text in documents:
-            yield text
+            yield from in_parts(text, BPE_TRAINING_PART)  # the pattern fails on longer runs of blanks
             left -= len(text)
             if left <= 0:
                 return

@@ -568,3 +568,9 @@ def test_long_runs_of_one_character_come_back(tmp_path, run):
     root = write(tmp_path / "texts", {"a.txt": text})
     data = prepare(tmp_path, root, tokenizer="bpe", vocab_size=300)
     assert "".join(texts_of(data, "train") + texts_of(data, "val")) == text
+
+
+def test_a_vocabulary_is_learned_from_a_run_of_blanks(tmp_path):
+    source = write(tmp_path, {"blank.txt": " " * 3_000_000 + "words\n" * 2000})
+    config = TextConfig(source, tokenizer="bpe", vocab_size=300, data_dir=str(tmp_path / "data"))
+    assert prepare_data(config).manifest["complete"]
