@@ -136,11 +136,12 @@ def training_memory(
     rows = min(tokens, loss_rows(tokens))
     kv_width = cache_bytes_per_token(config, 1) // config.n_layer  # keys and values, per block
     hidden = (3 if config.ffn == "gated" else 2) * config.n_ffn
+    tables = sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())  # such as rotary angles
     weights = config.n_head * config.block_size if config.compile and config.block_size <= SHORT else 0
     kept = 1.0 if config.compile else 1.7 if matmul_bytes < 4 else 1.4
     per_block = 2 * stream_bytes * config.n_embd + matmul_bytes * (5 * config.n_embd + kv_width + weights + hidden)
     return {
-        "weights": 4.0 * parameters / shares + (matmul_bytes * parameters if matmul_bytes < 4 else 0),
+        "weights": 4.0 * parameters / shares + (matmul_bytes * parameters if matmul_bytes < 4 else 0) + tables,
         "gradients": 4.0 * parameters / shares,
         "optimizer": state / shares,
         "activations": tokens * config.n_layer * per_block * kept,
@@ -182,12 +183,15 @@ def predict(
     if config.batch_tokens == "auto":
         raise UserError("batch_tokens is 'auto': machinery.budget.settle_batch(config, machine) makes it a number")
     parameters, flops = count_parameters(model)["total"], flops_per_token(model, config)
-    tokens, trained = min(budget_left(config, tokens_per_second, used).values()), used[1]
+    left, trained = min(budget_left(config, tokens_per_second, used).values()), used[1]
+    tokens = math.ceil(left / config.batch_tokens) * config.batch_tokens  # a run takes whole steps
     best = compute_optimal(flops * (trained + tokens))[0]  # parameters, by a law that knows nothing of small models
     shares = machine.processes if config.parallel == "fsdp" else 1
     free_memory = free_memory or machine.free_memory()
     micro_batch = choose_micro_batch(model, optimizers, config, machine.dtype, free_memory, shares)
     memory = training_memory(model, optimizers, config, micro_batch, machine.dtype, shares)
+    checkpoint = 4 * parameters + shares * memory["optimizer"]
+    copied = checkpoint if machine.device.type == "cpu" else 0  # in the same memory while it is being written
     return {
         "parameters": parameters,
         "FLOPs per token": flops,
@@ -195,8 +199,8 @@ def predict(
         "tokens": tokens,
         "seconds": tokens / tokens_per_second,
         "micro-batch": micro_batch,
-        "peak memory (GB)": (in_use + sum(memory.values())) / 1e9,
-        "checkpoint (GB)": (4 * parameters + shares * memory["optimizer"]) / 1e9,
+        "peak memory (GB)": (in_use + sum(memory.values()) + copied) / 1e9,
+        "checkpoint (GB)": checkpoint / 1e9,
         "tokens per parameter": (trained + tokens) / parameters,  # about 20 is compute-optimal
         "expected loss": expected_loss(parameters, trained + tokens) if parameters > 5e7 else math.nan,
         "compute-optimal parameters": best if best > 5e7 else math.nan,

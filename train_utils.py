@@ -18,7 +18,7 @@ import torch
 
 from data_utils import Batches, TokenData
 from machinery.budget import budget_left, budget_used, settle_batch
-from machinery.checkpoints import CheckpointError, Saver, check_weights, load_checkpoint, newest_checkpoint
+from machinery.checkpoints import MOVE_AWAY, CheckpointError, Saver, check_weights, load_checkpoint, newest_checkpoint
 from machinery.errors import told
 from machinery.files import read_jsonl
 from machinery.interrupts import StopRequest
@@ -113,7 +113,8 @@ class Run:
         if self.checkpoint:
             self.folder.compare(config.to_dict(), config.fixed)
             check_weights(self.checkpoint, model)
-        needed = predict(model, optimizers, config, self.machine, 1.0, self._in_use)
+        one = replace(config, micro_batch=1)  # what is left where more do not fit
+        needed = predict(model, optimizers, one, self.machine, 1.0, self._in_use)
         refuse_what_does_not_fit(needed, self.machine, self.folder.path)
 
     def resume(self, at, data: TokenData, model: torch.nn.Module, optimizers: list, scaler):
@@ -126,7 +127,7 @@ class Run:
         if self.checkpoint:
             self.folder.same_text(tokenizer, data.key, str(self.machine.dtype)[6:])
             saved = load_checkpoint(self.checkpoint, model, optimizers)
-            with told(self.checkpoint, CheckpointError, "its state is odd"):
+            with told(self.checkpoint, CheckpointError, "its state is odd", MOVE_AWAY):
                 if saved["scaler"]:  # empty unless it was saved in float16
                     scaler.load_state_dict(saved["scaler"])
                 for name, value in vars(at).items():
@@ -184,7 +185,8 @@ class Run:
             own, rate = replace(config, micro_batch=at.micro_batch), config.batch_tokens / (step + between)
             p = predict(self.model, self.optimizers, own, machine, rate, self._in_use, used=spent)
             p["tokens per second"] = self._watch.expected_rate = config.batch_tokens / step
-            parts = self.data.manifest["tokens"]["val"] / config.eval_tokens
+            at_once = config.block_size * at.micro_batch * machine.processes  # the least that an evaluation computes
+            parts = self.data.manifest["tokens"]["val"] / max(config.eval_tokens, at_once)
             p["last evaluation (s)"] = scoring * max(1.0, parts)  # of all held-out text, once the budget is used
             epochs, left = self._epochs(at.tokens + p["tokens"]), budget_left(config, rate, spent)
             self._forecast = print_preflight(p, config, machine, self.note, self.folder.path, epochs, left)

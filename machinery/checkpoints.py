@@ -41,6 +41,7 @@ from machinery.processes import gather, shard_like
 T = TypeVar("T")
 FILES = ("model.safetensors", "training.pt")
 FRACTIONS = ("F16", "BF16", "F32", "F64")  # what weights may be made of
+MOVE_AWAY = "move that checkpoint away to go on from the one before it, or use a new run_name"
 NAME = re.compile(r"step_(\d{8,})(?:\.(\d+))?")  # .1, .2, …: moved out of the way of a newer one of the same step
 
 
@@ -187,7 +188,7 @@ def read_newest(run: Path, read: Callable[[Path], T], step: int | None = None) -
     it meanwhile. Raises `CheckpointError` where there is none.
     """
     if step is not None:
-        path, known = run / "checkpoints" / f"step_{step:08d}", [folder.name for folder in checkpoint_folders(run)]
+        path, known = run / "checkpoints" / f"step_{step!s:0>8}", [folder.name for folder in checkpoint_folders(run)]
         if path.name not in known:
             raise CheckpointError(f"{path} is not there; there are {', '.join(known) or 'none'}")
         return read(path)
@@ -242,8 +243,7 @@ def load_checkpoint(path: Path, model: torch.nn.Module, optimizers: list = ()) -
     fresh = [_states_after_a_step(optimizer) for optimizer in optimizers]
     load_weights(path, model)
     if optimizers:
-        advice = "move that checkpoint away to go on from the one before it, or use a new run_name"
-        with told(path / "training.pt", CheckpointError, "refused", advice):
+        with told(path / "training.pt", CheckpointError, "refused", MOVE_AWAY):
             training = torch.load(path / "training.pt", map_location="cpu", weights_only=True)
             for optimizer, saved, states in zip(optimizers, training["optimizers"], fresh, strict=True):
                 _restore(optimizer, saved, states)
@@ -273,7 +273,6 @@ def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 
 def _restore(optimizer: torch.optim.Optimizer, saved: dict, fresh: list[dict]) -> None:
     """Give an optimizer its saved state. Raises `ValueError` unless all of it is of the kind that `fresh` is."""
-    hyperparameters = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     parameters = _parameters(optimizer)
     if any(fresh) and not saved["state"]:
         raise ValueError("it holds no state of an optimizer")
@@ -285,9 +284,10 @@ def _restore(optimizer: torch.optim.Optimizer, saved: dict, fresh: list[dict]) -
                 raise ValueError(f"{name} of parameter {number} is {there} there and {here} here")
             if torch.is_tensor(values[name]) and values[name].shape == like.shape:
                 values[name] = shard_like(values[name], like)
-    optimizer.load_state_dict(saved)
-    for group, kept in zip(optimizer.param_groups, hyperparameters):
-        group.update(kept)
+    groups = optimizer.state_dict()["param_groups"]  # rates and decay as they are now
+    if [group["params"] for group in saved["param_groups"]] != [group["params"] for group in groups]:
+        raise ValueError("its groups hold other parameters")
+    optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
 
 
 def _kind(value: object) -> str:

@@ -22,6 +22,7 @@ from machinery.checkpoints import (
     load_checkpoint,
     load_weights,
     newest_checkpoint,
+    read_newest,
     read_state,
     take_checkpoint,
 )
@@ -230,6 +231,14 @@ def test_where_none_is_whole_it_is_said(tmp_path, capsys):
     assert "model.safetensors: content does not match its checksum" in capsys.readouterr().out
 
 
+def test_a_step_that_is_none_is_one_line(tmp_path):
+    path = save(tmp_path, 1)
+    assert read_newest(tmp_path, str, 1) == read_newest(tmp_path, str, "1") == str(path)
+    for odd in ("latest", 1.0, [1], "../1"):
+        with pytest.raises(CheckpointError, match="is not there; there are step_00000001"):
+            read_newest(tmp_path, str, odd)
+
+
 def test_checkpoint_of_another_architecture_is_refused(tmp_path):
     save(tmp_path, 1)
     other = torch.nn.Sequential(torch.nn.Embedding(9, 4))
@@ -279,6 +288,7 @@ def test_a_checkpoint_that_carries_code_is_refused(tmp_path):
         lambda s: s["state"].update({-1: s["state"][0]}),
         lambda s: s.update(state=[]),
         lambda s: s.update(param_groups=[]),
+        lambda s: s["param_groups"][0].update(params=[9]),
         lambda s: s.clear(),
     ],
     ids=[
@@ -298,6 +308,7 @@ def test_a_checkpoint_that_carries_code_is_refused(tmp_path):
         "negative",
         "list",
         "groups",
+        "strangers",
         "nothing",
     ],
 )

@@ -131,8 +131,8 @@ def test_what_is_meant_is_taken_and_the_rest_is_one_line(lm):
         {"norm_eps": float("nan")}, {"norm_eps": -1.0}, {"norm_eps": float("inf")}, {"rope_base": 1e-320},
         {"max_hours": 1e300}, {"max_hours": float("inf")}, {"block_size": 1 << 25, "batch_tokens": 1 << 25},
         {"n_position": 33_000_000}, {"source": "a\0b"}, {"n_layer": True}, {"lr": "fast"}, {"n_layer": 2.5},
-        {"lr": 10**5000}, {"seed": -(10**5000)}, {"wandb": []}, {"schedule": {}}, {"runs_dir": ""},
-        {"data_dir": "~no such user/x"},
+        {"lr": 10**5000}, {"optimizer": 10**5000}, {"seed": -(10**5000)}, {"wandb": []}, {"schedule": {}},
+        {"runs_dir": ""}, {"data_dir": "~no such user/x"},
     ],
 )  # fmt: skip
 def test_values_that_cannot_work_are_refused(lm, overrides):

@@ -351,6 +351,9 @@ def test_card_and_settings_for_generation(tiny, tmp_path):
     card = (out / "README.md").read_text()
     stated = ["python", "muon", "lr 0.02", "5,120 in 20 steps", "val_loss 3.2500", "val_bpb 1.5000", "commit abc123"]
     assert all(part in card for part in stated), card
+    source = json.loads((tmp_path / "run/config.json").read_text()) | {"source": "a\n\n# b | c"}
+    (tmp_path / "run/config.json").write_text(json.dumps(source))
+    assert r"| data | a\n\n# b \| c |" in (export_hf(tmp_path / "run", tmp_path / "other") / "README.md").read_text()
     assert str(tmp_path) not in "".join(
         path.read_text() for path in out.glob("*.[jm]*") if path.suffix != ".safetensors"
     )

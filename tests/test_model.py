@@ -13,6 +13,7 @@ import torch
 import transformers
 from conftest import LM
 
+from data_utils import get_tokenizer
 from machinery.errors import UserError
 from machinery.machine import Machine
 from machinery.notebook import NOTEBOOK, load_definitions
@@ -473,10 +474,31 @@ def test_tokens_that_no_text_has_are_not_drawn(lm, tiny):
     assert drawn.max() < 257 <= lm.generate(model, start, 12, temperature=2.0, top_p=1.0)[:, 4:].max()
 
 
-@pytest.mark.parametrize("options", [{"top_p": 0}, {"top_p": 1.5}, {"top_k": -1}, {"temperature": -0.1}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"top_p": 0},
+        {"top_p": 1.5},
+        {"top_k": -1},
+        {"top_k": True},
+        {"temperature": -0.1},
+        {"seed": True},
+        {"n_new": -1},
+    ],
+)
 def test_ways_to_draw_that_cannot_work_are_one_line(lm, tiny, options):
     with pytest.raises(UserError, match=f"{next(iter(options))} {next(iter(options.values()))}"):
-        lm.generate(lm.build_model(tiny()), torch.zeros(1, 4, dtype=torch.long), 2, **options)
+        lm.generate(lm.build_model(tiny()), torch.zeros(1, 4, dtype=torch.long), **{"n_new": 2} | options)
+
+
+def test_a_temperature_of_any_size_is_one_and_a_length_that_is_none_is_one_line(lm, tiny):
+    model, machine = lm.build_model(tiny()), Machine.find("cpu")
+    tokens = torch.zeros(1, 4, dtype=torch.long)
+    drawn = [lm.generate(model, tokens, 8, temperature=size).tolist() for size in (10**400, math.inf)]
+    assert drawn[0] == drawn[1]
+    for odd in (None, "5", 2.5, []):
+        with pytest.raises(UserError, match=f"n_new {re.escape(repr(odd))}"):
+            lm.write_text(model, get_tokenizer("bytes"), machine, "a", odd)
 
 
 def test_loss_with_only_the_head_to_train(lm, tiny):

@@ -752,7 +752,34 @@ def test_preflight_says_no_before_anything_is_made(lm, settings, tmp_path, capsy
     before = machine.peak_memory()
     with pytest.raises(UserError, match="no go"):
         lm.train(settings(n_layer=64, n_embd=1 << 16, n_head=16, n_kv_head=16, n_ffn=1 << 18))
+    with pytest.raises(UserError, match="no go: one sequence"):  # whatever micro_batch is
+        lm.train(settings(n_ffn=1 << 22, n_layer=64, micro_batch=4))
     assert machine.peak_memory() - before < 500e6 and not (tmp_path / "data").exists()
+
+
+def test_what_is_predicted_counts_whole_steps_tables_and_the_copy_of_a_checkpoint(lm, settings):
+    def foretold(config, machine):
+        return predict(*lm.outline(config, machine), config, machine, 1e5, used=(4, 256, 1.0))
+
+    machine, config = Machine.find("cpu", "float32"), settings(max_steps=0, max_tokens=257, batch_tokens=64)
+    assert foretold(config, machine)["tokens"] == 64
+    assert foretold(replace(config, max_tokens=0, max_hours=1.001 / 3600), machine)["tokens"] == 128
+    long = replace(config, n_position=1 << 20)  # two tables of angles, 8 channels in float32
+    more = foretold(long, machine)["peak memory (GB)"] - foretold(config, machine)["peak memory (GB)"]
+    assert more == pytest.approx(2 * (1 << 20) * config.head_size * 4 / 1e9, rel=0.01)
+    on_gpu = replace(machine, device=torch.device("cuda"))  # whose checkpoints are copied to other memory
+    shapes, free = lm.outline(config, machine), {"free_memory": 10**12}
+    peaks = [predict(*shapes, config, where, 1e5, **free)["peak memory (GB)"] for where in (machine, on_gpu)]
+    checkpoint = foretold(config, machine)["checkpoint (GB)"]
+    assert peaks[0] - peaks[1] == pytest.approx(checkpoint)
+
+
+def test_the_last_evaluation_is_foretold_from_what_one_computes_at_least(lm, settings, monkeypatch):
+    monkeypatch.setattr("train_utils.time_per_call", lambda *arguments: 1.0)
+    config = settings(eval_tokens=1, max_steps=2)
+    summary = lm.train(config)
+    data, batch = lm.prepare_data(config), config.block_size * config.micro_batch
+    assert summary["predicted"]["last evaluation (s)"] == data.manifest["tokens"]["val"] / batch
 
 
 def test_preflight_says_which_limit_of_the_budget_is_reached_first(lm, settings, capsys):

@@ -19,7 +19,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from machinery.checkpoints import read_newest, read_state, read_weights
-from machinery.errors import UserError, told
+from machinery.errors import UserError, printable, told
 from machinery.files import IS_IT_A_RUN, folder_path, publish, read_json, remove, sha256, write_json
 from machinery.huggingface.families import (
     PARTS,
@@ -229,7 +229,8 @@ def _model_card(run: Path, config: dict, state: dict) -> str:
         if isinstance(versions, dict) else "unknown",
         "LMHarness": f"commit {environment.get('commit') or 'unknown'}",
     }  # fmt: skip
-    table = "\n".join("| {} | {} |".format(name, str(text).replace("|", "\\|")) for name, text in rows.items())
+    texts = {name: printable(str(text)).replace("|", "\\|") for name, text in rows.items()}
+    table = "\n".join(f"| {name} | {text} |" for name, text in texts.items())
     return CARD.format(name=run.name, table=table, end=END_OF_TEXT)
 
 
