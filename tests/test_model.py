@@ -498,7 +498,7 @@ def test_a_temperature_of_any_size_is_one_and_a_length_that_is_none_is_one_line(
     assert drawn[0] == drawn[1]
     for odd in (None, "5", 2.5, []):
         with pytest.raises(UserError, match=f"n_new {re.escape(repr(odd))}"):
-            lm.write_text(model, get_tokenizer("bytes"), machine, "a", odd)
+            lm.write_text(model, get_tokenizer("bytes", 257), machine, "a", odd)
 
 
 def test_loss_with_only_the_head_to_train(lm, tiny):
