@@ -97,8 +97,8 @@ def every_parameter_is_in_one_optimizer(lm, config):
 def one_batch_is_overfitted(lm, config):
     model = lm.build_model(config)
     tokens, targets = random_batch(config, batch=2)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-    for _ in range(60):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
+    for _ in range(25):
         loss = model(tokens, targets)
         optimizer.zero_grad()
         loss.backward()
