@@ -27,6 +27,7 @@ def test_calls_take_turns_and_the_first_round_does_not_count():
     assert order == list("abcabcabc") and set(seconds) == set("abc")
 
 
+@pytest.mark.long
 def test_peak_memory_is_of_a_process_of_its_own():
     assert in_own_process("tools.bench.steps", "transformers, as shipped", "tiny", "cpu")["bytes"] > 0
     with pytest.raises(RuntimeError, match="KeyError: 'nobody'"):

@@ -169,6 +169,7 @@ def test_unreadable_sources_are_one_line_each(tmp_path):
         assert "\n" not in message and all(part in message for part in named), message
 
 
+@pytest.mark.long
 def test_hub_that_does_not_answer_is_one_line():
     """A real refusal: the hub library is told to use an address where nothing listens."""
     program = "from machinery.sources import *\nlist(iter_documents('owner/name:config'))"
