@@ -110,9 +110,3 @@ class HeldOutLines:
             return False
         shared = Counter(number for line in set(lines) for number in self._documents.get(line, ()))
         return any(count >= NEAR_COPY * self._sizes[number] for number, count in shared.items())
-
-
-def standing_in(documents, training: array) -> list[bool]:
-    """Whether half of the lines of each document stand in the training text; both are hashes of lines."""
-    shared = {line for document in documents for line in document.lines}.intersection(training)
-    return [sum(line in shared for line in d.lines) >= NEAR_COPY * len(d.lines) for d in documents]

@@ -16,7 +16,7 @@ import tiktoken
 from machinery.encoding import PIECE, Encoded, encode_all, look_at_lines
 from machinery.errors import DataError, told
 from machinery.files import json_digest, regular_file, write_atomic
-from machinery.held_out import HeldOutLines, common_lines, cut_tail, falls_under, standing_in
+from machinery.held_out import NEAR_COPY, HeldOutLines, common_lines, cut_tail, falls_under
 from machinery.sources import Position, Source
 from machinery.text_files import in_parts
 from machinery.tokenizers import tokenizer_from_dict, tokenizer_hash
@@ -184,6 +184,11 @@ class Collected:
             yield Encoded("val", 0, [ids], length, own, smallest.to_bytes(8, "big", signed=True), ends)
             at, line = at + size, line + lines
 
+    def standing_in(self, training: array) -> list[bool]:
+        """Of each, whether half of its lines stand in the training text, whose hashes of lines are given."""
+        shared = set(self.lines).intersection(training)
+        return [sum(line in shared for line in d.lines) >= NEAR_COPY * len(d.lines) for d in self]
+
 
 class UnevenSides(Exception):
     """The sides of whole documents leave too little to validate with, or to train on: they are few, or much alike."""
@@ -236,7 +241,7 @@ class HeldOut:
     def close(self, training_bytes: int) -> None:
         """Write what is held out. Raises `UnevenSides`, or `DataError` where no other way is left."""
         settings, way, self.is_open = self.manifest["settings"], self.manifest["held_out"], False
-        copied = standing_in(self.documents, self.training)
+        copied = self.documents.standing_in(self.training)
         self.training = array("q")
         if way == "tails" and all(copied):  # a text that repeats itself
             copied = [False] * len(copied)

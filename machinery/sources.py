@@ -358,7 +358,7 @@ def source_kind(source: str) -> str:
     """The entry of `SOURCES` that reads a source."""
     if source in named():
         return source
-    looks_local = os.path.lexists(source) or os.path.exists(os.path.expanduser(source)) or source.endswith(SUFFIXES)
+    looks_local = os.path.exists(os.path.expanduser(source)) or source.endswith(SUFFIXES)
     name = r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*(:[\w.-]+)?"
     return "hub" if not looks_local and re.fullmatch(name, source) else "files"
 

@@ -129,7 +129,8 @@ def _wide_encoding(head: bytes) -> str | None:
         with contextlib.suppress(UnicodeDecodeError):
             text = codecs.getincrementaldecoder(encoding)().decode(head)
             no_text = sum(c not in "\t\n\r" and unicodedata.category(c) in ("Cc", "Cn", "Co", "Cs") for c in text)
-            is_likely = text.isascii() or not BETWEEN_WORDS.isdisjoint(text) if len(text) >= 32 else ascii_share < 0.7
+            is_text = text.isascii() or not BETWEEN_WORDS.isdisjoint(text)
+            is_likely = is_text if len(text) >= 32 else ascii_share < 0.7
             if text and no_text <= 0.05 * len(text) and is_likely:
                 return encoding
     return None
