@@ -31,8 +31,8 @@ CELLS, OUTPUT = ".jp-Notebook .jp-Cell", ".jp-OutputArea-output"
 SCROLLED = ".jp-WindowedPanel-outer"  # what scrolls in JupyterLab; in the report, the page does
 PROMPTS = "[...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].map(prompt => prompt.innerText)"
 BEGUN = f"() => {PROMPTS}.some(text => /[*\\d]/.test(text))"
-AT_REST = f"""() => document.querySelector('.jp-Notebook-ExecutionIndicator')?.dataset.status == 'idle'
-    && !{PROMPTS}.some(text => text.includes('*'))"""
+AT_REST = f"""() => document.querySelector('#jp-main-statusbar')?.innerText.includes('| Idle')
+    && !{PROMPTS}.some(text => text.includes('*'))"""  # the circle above is 'idle' before there is a kernel
 
 # What is wrong with the looks of the element that scrolls, as sentences. Contrast is WCAG's, without the editors' text.
 FAULTS = """area => {
@@ -225,10 +225,10 @@ def test_run_all_cells_to_the_last_line(executed):
 
 
 @pytest.fixture(scope="module")
-def report(executed, tmp_path_factory):
-    """The HTML page that nbconvert makes of the executed notebook."""
+def report(tmp_path_factory):
+    """The HTML page that nbconvert makes of the notebook as it is committed, with its outputs."""
     path = tmp_path_factory.mktemp("report") / "LMHarness.html"
-    path.write_text(report_page(nbformat.read(executed[1], as_version=4)), encoding="utf-8")
+    path.write_text(report_page(nbformat.read(NOTEBOOK, as_version=4)), encoding="utf-8")
     return path
 
 
