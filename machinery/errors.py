@@ -54,7 +54,7 @@ def first_line(error: BaseException, length: int = 160) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror  # without the number, and without the path that stands beside it
     lines = [line.strip() for line in str(error).strip().splitlines()] or [""]
-    text = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    text = " ".join(lines[:2]) if lines[0].endswith((":", ".")) else lines[0]
     name = type(error).__name__
     return (name if not text else f"{name}: {text}" if isinstance(error, KeyError) else text)[:length]
 

@@ -67,6 +67,8 @@ def _is_text(path: Path, passed_over: Counter[str]) -> bool:
         passed_over["broken links, devices, unreadable files"] += 1
     elif path.suffix not in SUFFIXES:
         passed_over[path.suffix or "without a suffix"] += 1
+    elif not os.path.getsize(path):
+        passed_over["empty files"] += 1
     else:
         return True
     return False

@@ -137,8 +137,9 @@ class RunFolder:
             )
         if read_json(self.path / "data.json", advice=COPY).get("key") != key:
             raise UserError(
-                f"run {name!r} was begun with other text than its source holds now (source {saved.get('source')!r},"
-                f" val_source {saved.get('val_source')!r} then); {advice}"
+                f"run {name!r} was begun with other text than its source holds now, or files of other names, which are"
+                f" in another order (source {saved.get('source')!r}, val_source {saved.get('val_source')!r} then);"
+                f" {advice}"
             )
         before = dtype
         with contextlib.suppress(UserError):  # a mere note

@@ -100,15 +100,17 @@ def report(manifest: dict) -> list[str]:
         )
     split_on = manifest["settings"]["split_on"]
     if split_on and not manifest["is_split"]:
-        lines.append(f"split_on {split_on!r} stands nowhere in the texts; they are documents as they are")
+        windows = split_on.replace("\n", "\r\n") if "\r" not in split_on else split_on
+        hint = f"; with Windows' line ends it is {windows!r}" if windows != split_on else ""
+        lines.append(f"split_on {split_on!r} stands nowhere in the texts; they are documents as they are{hint}")
     return lines
 
 
 def load_tokenizer(folder: Path) -> tiktoken.Encoding:
     """The tokenizer of a folder of shards. Raises `DataError` where it is not the one that the manifest names."""
-    path, manifest = folder / "tokenizer.json", read_manifest(folder)
-    with told(path, DataError, "not readable", "remove the folder to tokenize again"):
-        encoding = tokenizer_from_dict(json.loads(regular_file(path).read_bytes()))
+    path, manifest, advice = folder / "tokenizer.json", read_manifest(folder), "remove the folder to tokenize again"
+    with told(path, DataError, "not readable", advice):
+        encoding = tokenizer_from_dict(json.loads(regular_file(path).read_bytes()), path, advice)
     if manifest and manifest["tokenizer"]["sha256"] != tokenizer_hash(encoding):
         raise DataError(f"{folder}: shards and tokenizer.json do not belong together; remove the folder")
     return encoding

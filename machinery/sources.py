@@ -268,7 +268,7 @@ class HubSource(Source):
         where = f" after row {rows:,}" if rows else ""
         return DataError(
             f"data set {self.name!r} could not be read from the Hugging Face hub{where} ({first_line(error)});"
-            " check the name, the network and its files, or use source='python' or a local file"
+            " check the name ('owner/name:config'), the network and its files, or use source='python' or a local file"
         )
 
     def _open(self, split: str):
@@ -310,7 +310,7 @@ class HubSource(Source):
     def split(self, wanted: str) -> str:
         """The split to read: for held-out text the validation or test split, where there is one."""
         available = _datasets().get_dataset_split_names(*self._address()) if wanted != "train" else []
-        return next((split for split in (wanted, "test") if split in available), "train")
+        return next((split for split in (wanted, "valid", "val", "dev", "test") if split in available), "train")
 
     def stamp(self) -> str:
         return ""  # the name is all there is before it is read
@@ -384,7 +384,7 @@ def refuse_overlap(source: Source, held_out: Source) -> None:
         except Exception as error:
             raise held_out.unreadable(error) from None
         if split == "train":
-            raise _same_text(held_out, source, "it has no other split")
+            raise _same_text(held_out, source, "it has no validation or test split")
     if isinstance(source, FileSource) and isinstance(held_out, FileSource):
         by_identity = {identity(path): path for path in source.files.values()}
         by_size: dict[int, list[Path]] = {}

@@ -296,8 +296,6 @@ def parquet_texts(path: Path, text_column: str) -> Iterator[str]:
     from pyarrow import ArrowException, ArrowNotImplementedError
     from pyarrow.parquet import ParquetFile
 
-    if path.stat().st_size == 0:
-        return
     try:
         with path.open("rb") as content:
             _check_format(path, content.read(4096), "Parquet")

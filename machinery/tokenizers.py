@@ -58,7 +58,7 @@ class CarefulEncoding(tiktoken.Encoding):
 
 
 def tokenizer_from_dict(
-    fields: dict, where: object = "tokenizer.json", advice: str = "remove its folder"
+    fields: dict, where: object = "tokenizer.json", advice: str = "use another tokenizer"
 ) -> tiktoken.Encoding:
     """The encoding that `tokenizer_to_dict` described.
 

@@ -182,8 +182,11 @@ def test_hub_that_does_not_answer_is_one_line():
 
 def test_empty_source_is_one_line(tmp_path):
     (tmp_path / "empty.txt").write_text("")
-    with pytest.raises(DataError, match="holds no text"):
+    with pytest.raises(DataError, match="found only empty files"):
         prepare(str(tmp_path / "empty.txt"), tmp_path)
+    (tmp_path / "null.jsonl").write_text('{"text": null}')
+    with pytest.raises(DataError, match="holds no text"):
+        prepare(str(tmp_path / "null.jsonl"), tmp_path)
 
 
 # ----------------------------------------------------------------------------------------- shards, batches

@@ -10,6 +10,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from machinery.errors import DataError
+from machinery.sources import open_source, refuse_overlap
 from tools.drills.hub_server import Hub
 
 DOCUMENTS = [f"Document {i}: ünïcode\r\n" + f"line {i} of many\n" * (5 + i % 40) for i in range(600)]
@@ -78,6 +80,22 @@ def test_the_same_data_set_cannot_be_both(folder, tmp_path):
         assert "val_source is the same text as source" in run(hub, tmp_path, program)
         gone = program.replace("owner/name", "owner/other")
         assert "data set 'owner/other' could not be read" in run(hub, tmp_path, gone)
+
+
+@pytest.mark.parametrize("held_out", ["validation", "valid", "val", "dev", "test", ""])
+def test_held_out_splits_by_their_names(monkeypatch, held_out):
+    monkeypatch.setattr("datasets.get_dataset_split_names", lambda *address: ["train", held_out])
+    source = open_source("owner/name")
+    assert source.split("validation") == (held_out or "train") and source.split("train") == "train"
+    if not held_out:
+        with pytest.raises(DataError, match="it has no validation or test split"):
+            refuse_overlap(source, open_source("owner/name"))
+
+
+def test_a_configuration_that_has_to_be_named_is_said_with_those_there_are():
+    words = "Config name is missing.\nPlease pick one among the available configs: ['de', 'en']\nExample of usage: …"
+    message = str(open_source("owner/name").unreadable(ValueError(words)))
+    assert "['de', 'en']" in message and "'owner/name:config'" in message
 
 
 def test_an_interrupted_hub_tokenization_goes_on_and_gives_the_same_shards(folder, tmp_path):

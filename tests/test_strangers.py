@@ -146,7 +146,7 @@ def test_a_tail_ends_before_the_footer_and_nothing_is_lost():
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "tokenizer.json"])
-@pytest.mark.parametrize("damage", ["pipe", "folder", "list", "empty", "broken link"])
+@pytest.mark.parametrize("damage", ["pipe", "folder", "list", "object", "empty", "broken link"])
 def test_damaged_shards_end_in_a_line_that_names_the_file(corpus, name, damage):
     config = TextConfig(source="texts")
     path = prepare_data(config, progress=False).folder / name
@@ -155,6 +155,7 @@ def test_damaged_shards_end_in_a_line_that_names_the_file(corpus, name, damage):
         "pipe": lambda: os.mkfifo(path),
         "folder": path.mkdir,
         "list": lambda: path.write_text("[1, 2]"),
+        "object": lambda: path.write_text("{}"),
         "empty": path.touch,
         "broken link": lambda: path.symlink_to("nowhere"),
     }[damage]()
@@ -162,6 +163,7 @@ def test_damaged_shards_end_in_a_line_that_names_the_file(corpus, name, damage):
         prepare_data(config, progress=False)
     assert str(path) in str(error.value)
     assert "remove" in str(error.value) or "not a regular file" in str(error.value)
+    assert str(error.value).count(name) == 1
 
 
 def test_no_link_is_written_through(corpus):

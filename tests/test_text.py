@@ -161,6 +161,7 @@ def test_what_is_passed_over_is_said(tmp_path, capsys):
     write(
         tmp_path, {f"texts/{i}.html": "" for i in range(3)} | {"texts/a.TXT": "", "texts/b.txt.gz": "", "texts/c": ""}
     )
+    write(tmp_path, {"texts/none.txt": "", "texts/none.jsonl": "", "texts/none.parquet": ""})
     write(tmp_path, {"texts/.git/x.txt": "", "texts/.x.txt": "", "texts/a.\x1b[1m": ""})
     (tmp_path / "texts" / "broken.md").symlink_to("nothing")
     prepare(tmp_path, os.path.join(root, "texts"))
@@ -172,9 +173,11 @@ def test_what_is_passed_over_is_said(tmp_path, capsys):
         ".TXT (1)",
         ".gz (1)",
         "without a suffix (1)",
+        "empty files (3)",
         "broken links, devices, unreadable files (1)",
     ):
         assert part in line
+    (tmp_path / "texts" / "none.txt").unlink()
     prepare(tmp_path, os.path.join(root, "texts", "*.txt"))
     assert "passed over" not in capsys.readouterr().out  # the pattern leaves them out
 
@@ -538,6 +541,17 @@ def test_a_separator_is_noticed_wherever_it_stands(tmp_path, capsys, where):
     assert not any("</s>" in text for text in texts_of(data, "train") + texts_of(data, "val"))
 
 
+@pytest.mark.parametrize(
+    ("split_on", "said"),
+    [("\n---\n", "; with Windows' line ends it is '\\r\\n---\\r\\n'"), ("\r\n---\n", ""), ("\r", "")],
+)
+def test_a_separator_that_other_line_ends_hide_is_said(tmp_path, capsys, split_on, said):
+    stories = "\r\n---\r\n".join(f"story {i}\r\n" * 30 for i in range(30)).replace("\r", "\r" * (split_on != "\r"))
+    prepare(tmp_path, write(tmp_path / "texts", {"a.txt": stories}), split_on=split_on)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("split_on")]
+    assert line == f"split_on {split_on!r} stands nowhere in the texts; they are documents as they are{said}"
+
+
 OTHER_ENDS = [
     "<｜end▁of▁sentence｜>",
     "<|end|>",
@@ -556,7 +570,7 @@ def test_ends_of_text_as_others_spell_them_are_said(tmp_path, capsys, end):
     said = capsys.readouterr().out
     assert f"{end!r} stands 59 times" in said and f"set split_on={end!r}" in said
     assert data.manifest["end_of_text_spelt"] == {end: 59}
-    assert "split_on '<|other|>' stands nowhere in the texts" in said
+    assert "split_on '<|other|>' stands nowhere in the texts; they are documents as they are\n" in said
     prepare(tmp_path, root, split_on=end)
     assert "stands" not in capsys.readouterr().out
 

@@ -173,7 +173,7 @@ def test_val_source_that_is_in_the_source_is_refused(tmp_path, monkeypatch):
         message = told(prepare, tmp_path, "texts", val_source=val_source)
         assert message.startswith("val_source") and repr(val_source) in message, val_source
     assert "val_source" in told(prepare, tmp_path, "python+site", val_source="python")
-    assert "'empty.txt' holds no text" in told(prepare, tmp_path, "texts", val_source="empty.txt")
+    assert "found only empty files" in told(prepare, tmp_path, "texts", val_source="empty.txt")
 
 
 def test_what_stands_in_val_source_too_is_set_aside(tmp_path):
@@ -267,7 +267,7 @@ def test_the_key_names_the_text(tmp_path, monkeypatch, shard_tokens, digest_byte
     assert len(keys) == 7
 
 
-@pytest.mark.parametrize("change", ["touched", "other content", "one less"])
+@pytest.mark.parametrize("change", ["touched", "an empty one more", "other content", "one less"])
 def test_what_is_read_later_is_of_the_text_that_was_begun_with(tmp_path, monkeypatch, change):
     monkeypatch.setattr(data_utils, "SHARD_TOKENS", 5000)
     root = write(tmp_path / "t", {f"{i}.txt": prose(i) for i in range(40)})
@@ -277,8 +277,10 @@ def test_what_is_read_later_is_of_the_text_that_was_begun_with(tmp_path, monkeyp
         write(tmp_path / "t", {"1.txt": prose(99)})
     elif change == "one less":
         (tmp_path / "t" / "1.txt").unlink()
+    elif change == "an empty one more":
+        write(tmp_path / "t", {"more.txt": ""})
     task = data.task | {"train_tokens": None}
-    if change == "touched":
+    if change in ("touched", "an empty one more"):
         tokenize(data.folder, task, False, *open_sources(task))
         assert data.manifest["complete"]
     else:
@@ -316,6 +318,9 @@ def test_other_text_is_read_with_the_tokenizer_of_a_run(tmp_path):
     """Its folder holds a tokenizer.json, in the form of this project."""
     first = prepare(tmp_path, write(tmp_path / "t", {f"{i}.txt": prose(i) for i in range(20)}), vocab_size=300)
     other = prepare(tmp_path, write(tmp_path / "u", {f"{i}.txt": prose(99 + i) for i in range(20)}), tokenizer="bytes")
+    write(tmp_path, {"damaged/tokenizer.json": '{"special_tokens": {}}'})
+    message = told(prepare, tmp_path, str(tmp_path / "u"), tokenizer=str(tmp_path / "damaged"), vocab_size=512)
+    assert "use another tokenizer" in message and "remove" not in message  # it is somebody's
     again = prepare(tmp_path, str(tmp_path / "u"), tokenizer=str(first.folder), vocab_size=512)
     assert again.manifest["tokenizer"]["sha256"] == first.manifest["tokenizer"]["sha256"]
     assert texts_of(again, "train") == texts_of(other, "train")
@@ -384,6 +389,6 @@ def test_a_run_does_not_go_on_with_other_text_or_another_tokenizer(run_on):
     refused("another tokenizer", source="v", val_source="t")
     refused("another tokenizer.*'bpe'", tokenizer="bytes")
     write(Path("v"), {"a.txt": prose(1000)})
-    refused("other text than its source holds now")
+    refused("other text than its source holds now, or files of other names")
     write(Path("t"), {"0.txt": prose(2000)})
     refused("another tokenizer, or one learned from other text")
