@@ -98,6 +98,12 @@ def report(manifest: dict) -> list[str]:
             f"{spelling!r} stands {count:,} times in the texts, as text like any other; if it separates documents,"
             f" set split_on={spelling!r}"
         )
+    tokens, vocab_size = manifest["tokenizer"]["n_vocab"], manifest["settings"]["vocab_size"]
+    if 2 * tokens <= vocab_size:
+        lines.append(
+            f"vocab_size is {vocab_size:,} but the tokenizer has {tokens:,} tokens: the rest costs time and memory and"
+            f" is never used; set vocab_size to {-(-tokens // 64) * 64:,}"
+        )
     split_on = manifest["settings"]["split_on"]
     if split_on and not manifest["is_split"]:
         windows = split_on.replace("\n", "\r\n") if "\r" not in split_on else split_on

@@ -588,3 +588,14 @@ def test_a_vocabulary_is_learned_from_a_run_of_blanks(tmp_path):
     source = write(tmp_path, {"blank.txt": " " * 3_000_000 + "words\n" * 2000})
     config = TextConfig(source, tokenizer="bpe", vocab_size=300, data_dir=str(tmp_path / "data"))
     assert prepare_data(config).manifest["complete"]
+
+
+@pytest.mark.parametrize(("tokenizer", "vocab_size", "is_said"), [("bpe", 5000, True), ("bytes", 320, False)])
+def test_a_vocabulary_that_is_mostly_unused_is_said(tmp_path, capsys, tokenizer, vocab_size, is_said):
+    """Of little text, few tokens are learned, and a model would have a row for each of the others."""
+    root = write(tmp_path / "texts", {f"{i}.txt": f"text {i}\n" * 40 for i in range(20)})
+    tokens = prepare(tmp_path, root, tokenizer=tokenizer, vocab_size=vocab_size).encoding.n_vocab
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("vocab_size is")]
+    assert len(lines) == is_said
+    if is_said:
+        assert f"5,000 but the tokenizer has {tokens:,} tokens" in lines[0] and "set vocab_size to 320" in lines[0]
