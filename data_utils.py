@@ -38,6 +38,7 @@ from machinery.vocabularies import get_tokenizer
 __all__ = ["Batches", "TokenData", "TokenWindows", "get_tokenizer", "prepare_data", "tokens_needed", "work"]
 
 SHARD_TOKENS = 1 << 25  # a shard closes at the first document that ends beyond this: 67 MB of uint16
+LEARNING_BYTES = 32 << 20  # from more text than this, it is said that a vocabulary is learned
 BACKGROUND_BYTES = 256 << 20  # more text than this is tokenized by a process of its own, beside training
 
 
@@ -78,9 +79,14 @@ def prepare_data(config, progress: bool = True) -> TokenData:
         with told(data.folder, DataError, "cannot be written", ADVICE):
             data.folder.mkdir(parents=True, exist_ok=True)
         size = source.size()
+        is_large = size is None or size > LEARNING_BYTES
+        if is_large and config.tokenizer == "bpe" and not (data.folder / "tokenizer.json").exists():
+            print(
+                "first a vocabulary is learned, from up to 256 MB of the text, which takes minutes where that has no"
+                " blanks; then the tokenization begins",
+                flush=True,
+            )
         if is_known(settings) and (size is None or size > BACKGROUND_BYTES):
-            if config.tokenizer == "bpe" and not (data.folder / "tokenizer.json").exists():
-                print("first a vocabulary is learned, from up to 256 MB of the text; then the tokenization begins")
             data.start_background()
             data.wait(progress=progress)
         else:

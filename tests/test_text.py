@@ -599,3 +599,17 @@ def test_a_vocabulary_that_is_mostly_unused_is_said(tmp_path, capsys, tokenizer,
     assert len(lines) == is_said
     if is_said:
         assert f"5,000 but the tokenizer has {tokens:,} tokens" in lines[0] and "set vocab_size to 320" in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "large", "is_said"), [("bpe", 0, True), ("bpe", 1 << 25, False), ("bytes", 0, False)]
+)
+def test_that_a_vocabulary_is_learned_from_large_text_is_said_before(
+    tmp_path, monkeypatch, capsys, tokenizer, large, is_said
+):
+    monkeypatch.setattr(data_utils, "LEARNING_BYTES", large)
+    monkeypatch.setattr("machinery.preparation.get_tokenizer", lambda *_: 1 / 0)
+    root = write(tmp_path / "texts", {"a.txt": "ACGT" * 99})
+    with pytest.raises(ZeroDivisionError):
+        prepare(tmp_path, root, tokenizer=tokenizer, vocab_size=300)
+    assert ("first a vocabulary is learned" in capsys.readouterr().out) is is_said
