@@ -43,6 +43,7 @@ from machinery.notebook import NOTEBOOK
 
 COPY = "bring it back from a copy, use a new run_name, or resume='never' to start over"
 ENDINGS = ("finished", "interrupted", "diverged")  # of a run, as summary.json tells them
+SIGNS = ("config.json", "metrics.jsonl", "checkpoints")  # of a run: one of them is there from its first moment on
 PLACES = ("source", "val_source", "tokenizer", "init_from", "data_dir", "runs_dir")  # fields that may hold a path
 TAKEN = re.compile(r"wandb|(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # by W&B beside runs, by Windows
 
@@ -85,6 +86,21 @@ class RunFolder:
             ) from None
         except OSError as error:
             raise FileError(f"{self.path}: not to be written ({error.strerror}); set runs_dir elsewhere") from None
+        try:
+            self._contents()
+        except UserError:
+            self.unlock()
+            raise
+
+    def _contents(self) -> list[Path]:
+        """What is in the folder beside its lock. Raises `UserError` where that is of no run: it is somebody else's."""
+        found = sorted(path for path in self.path.iterdir() if path.name != ".lock")
+        others = [path.name for path in found if path.name[0] != "."]
+        if others and not any(name.startswith(SIGNS) for name in others):
+            raise UserError(
+                f"{self.path} holds {', '.join(others[:3])} and no run; move that away, or use another run_name"
+            )
+        return found
 
     def unlock(self) -> None:
         """Let the folder go."""
@@ -92,7 +108,7 @@ class RunFolder:
 
     def set_aside(self) -> None:
         """Move what an earlier run left here to `<run_name>.1`, `.2`, …: nothing is lost."""
-        found = [path for path in self.path.iterdir() if path.name != ".lock"]
+        found = self._contents()
         if not found or not self.writes:
             return
         names = (self.path.with_name(f"{self.path.name}.{n}") for n in itertools.count(1))

@@ -121,6 +121,21 @@ def test_starting_over_keeps_the_earlier_run(tmp_path):
         (tmp_path / "run/config.json").unlink()  # not even that is needed
 
 
+def test_a_folder_of_other_things_is_not_moved_to_make_room_for_a_run(lm, settings, tmp_path):
+    """`runs_dir` "." and `run_name` "data", or a folder of the user's own."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/.DS_Store").touch()
+    open_folder(tmp_path).unlock()  # what a system puts into any folder is in nobody's way
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/notes.txt").write_text("mine")
+    for name in ("data", "mine"):  # "data": the shards are made there first
+        for _ in range(2):
+            with pytest.raises(UserError, match=f"{name} holds .* and no run; move that away"):
+                lm.train(settings(runs_dir=str(tmp_path), run_name=name, data_dir=str(tmp_path / "data")))
+        assert not (tmp_path / f"{name}.1").exists() and run_state(tmp_path / "run")["status"] == "stopped"
+    assert (tmp_path / "mine/notes.txt").read_text() == "mine"
+
+
 def test_a_terminal_that_closes_is_a_safe_stop_and_nohup_is_obeyed():
     before = signal.signal(signal.SIGHUP, signal.default_int_handler)
     try:
