@@ -112,11 +112,13 @@ def parse_overrides(overrides) -> dict:
         try:
             text, overrides = overrides, yaml.load(overrides, yaml.BaseLoader) or {}
             root = yaml.compose(text, yaml.BaseLoader)
+            again = any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.BaseLoader))
         except (yaml.YAMLError, RecursionError) as error:
             problem = getattr(error, "problem", None) or first_line(error)
             raise ConfigError(
                 f"overrides {overrides!r} cannot be read ({problem}); write {{n_layer: 2, source: '*.txt'}}"
             ) from None
+        require(not again, f"overrides {text!r} refer to a value by *; write it out, and a pattern in quotes: '*.txt'")
         twice = isinstance(overrides, dict) and root and len(root.value) > len(overrides)
         require(not twice, f"overrides {text!r} hold a name twice; write each once")
     require(
