@@ -442,6 +442,13 @@ def test_biases_are_refused_unless_zero(tiny, tmp_path, model_type):
         import_hf(out)
 
 
+def test_a_name_of_weights_that_no_file_can_have_is_one_line(tiny, tmp_path):
+    _, _, out = exported(tmp_path, tiny)
+    (out / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"lm_head.weight": "z" * 5000}}))
+    with pytest.raises(ExportError, match="not readable .File name too long"):
+        import_hf(out)
+
+
 def test_damaged_and_missing_files_are_one_line(tiny, tmp_path):
     _, _, out = exported(tmp_path, tiny)
     weights = (out / "model.safetensors").read_bytes()
@@ -538,6 +545,11 @@ ODD = [
             "model.norm.weight",
             lambda weights: weights["model.norm.weight"].to(torch.int8),
             "model.norm.weight holds int8",
+        ),
+        (
+            "model.norm.weight",
+            lambda weights: 1e300 * weights["model.norm.weight"].double(),
+            "model.norm.weight holds values that are not finite in float32",
         ),
         ("lm_head.weight", lambda weights: 2 * weights["model.embed_tokens.weight"], "differs from the embedding"),
         ("lm_head.weight", lambda weights: weights["model.embed_tokens.weight"].clone(), None),

@@ -300,6 +300,8 @@ def import_hf(checkpoint: str | Path, config: dict | None = None) -> tuple[dict,
         if not tensor.is_floating_point():
             raise ExportError(f"{folder}: {name} holds {str(tensor.dtype)[6:]}; weights come in as floating point")
         tensor = tensor.float()
+        if not tensor.isfinite().all():
+            raise ExportError(f"{folder}: {name} holds values that are not finite in float32; use an undamaged copy")
         if not ours and tensor.any():
             raise ExportError(f"{folder}: {name} is a bias that is not zero, and this stack has none there")
         if _is_transposed(family, name):
@@ -355,11 +357,12 @@ def _tensor_files(folder: Path) -> tuple[dict[str, Path], dict[str, tuple]]:
     files, shapes = {}, {}
     for name in sorted(names):
         path = folder / name
-        if path.parent != folder or not path.is_file():
-            raise ExportError(f"{path} is missing; weights come in as safetensors only")
-        with told(path, ExportError, "not readable"), safe_open(path, framework="pt") as file:
-            for tensor in file.keys():  # noqa: SIM118
-                files[tensor], shapes[tensor] = path, tuple(file.get_slice(tensor).get_shape())
+        with told(path, ExportError, "not readable"):
+            if path.parent != folder or not path.is_file():
+                raise ExportError(f"{path} is missing; weights come in as safetensors only")
+            with safe_open(path, framework="pt") as file:
+                for tensor in file.keys():  # noqa: SIM118
+                    files[tensor], shapes[tensor] = path, tuple(file.get_slice(tensor).get_shape())
     return files, shapes
 
 
