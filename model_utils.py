@@ -5,9 +5,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -19,7 +17,7 @@ from machinery.attention import SHORT, attend, short_attention
 from machinery.budget import budget_left, multiplying_and_flops, tokens_within
 from machinery.errors import UserError
 from machinery.forecast import forecast
-from machinery.machine import Machine
+from machinery.machine import Machine, evaluation_mode
 from machinery.settings import kv_heads
 from machinery.sources import source_kind
 
@@ -260,17 +258,6 @@ def cross_entropy(x: Tensor, table: Tensor, targets: Tensor) -> Tensor:
 # ----------------------------------------------------------------------------------------- looking in
 
 
-@contextlib.contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Within it no layer drops values out; after it, the model trains on as before."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
-
-
 class AttentionProbe(TorchFunctionMode):
     """Within `with AttentionProbe() as probe:`, `probe.maps` gets the weights (B, H, T, S) of every attention that is
     computed by `scaled_dot_product_attention`, in order: query rows, key columns, each row summing to 1.
@@ -312,4 +299,9 @@ def attention_maps(model: nn.Module, tokens: Tensor) -> Tensor:
     """(n_layer, H, T, T): where every head of every layer looks, for one sequence of tokens (T,)."""
     with evaluation_mode(model), AttentionProbe() as probe:
         model(tokens[None])
+    if len(probe.maps) != len(model.blocks):
+        raise UserError(
+            f"{len(probe.maps)} attention maps for {len(model.blocks)} layers: a layer has one where it calls"
+            " scaled_dot_product_attention, or `attend` of model_utils, once"
+        )
     return torch.cat(probe.maps)

@@ -259,6 +259,19 @@ def left_as_it_was(model: torch.nn.Module, *parts) -> Iterator[None]:
             part.load_state_dict(state)
 
 
+@contextlib.contextmanager
+def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
+    """Within it no layer drops values out; after it, the model trains on as before, each part in the mode it had."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(modes[0][1])
+        for module, training in modes:
+            module.training = training
+
+
 def compile_or_eager(
     model: torch.nn.Module, tokens: torch.Tensor, targets: torch.Tensor, machine: Machine
 ) -> tuple[Callable, str]:
@@ -272,13 +285,13 @@ def compile_or_eager(
     try:
         compiled = torch.compile(model, dynamic=False)
         with left_as_it_was(model), machine.autocast():
-            with torch.no_grad():  # first: after it, FSDP has parameters gathered, whose gradients are others
-                compiled.eval()(tokens, targets)
-            compiled.train()(tokens, targets).backward()
+            with evaluation_mode(compiled), torch.no_grad():  # first: after it, FSDP has gathered other parameters
+                compiled(tokens, targets)
+            compiled(tokens, targets).backward()
         model.zero_grad(set_to_none=True)
         return compiled, f"compiled in {time.perf_counter() - start:.0f} s"
     except Exception as error:
-        model.train().zero_grad(set_to_none=True)
+        model.zero_grad(set_to_none=True)
         if is_out_of_memory(error):  # the loop will try again with a smaller micro-batch
             return compiled, "compiled at the first step"
         torch.compiler.reset()

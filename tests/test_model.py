@@ -354,6 +354,21 @@ def test_grouped_attention_maps_have_every_query_head(lm, tiny):
     assert torch.allclose(maps.sum(-1), torch.ones(2, 4, 16), atol=1e-5)
 
 
+@pytest.mark.parametrize("calls", [0, 2])
+def test_maps_that_are_not_one_of_each_layer_are_one_line(lm, tiny, monkeypatch, calls):
+    """A variant's attention may be computed by hand, or as the difference of two."""
+
+    class Attention(lm.MultiHeadAttention):
+        def attend(self, q, k, v):
+            maps = [torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True) for _ in range(calls)]
+            return sum(maps, v)
+
+    monkeypatch.setitem(lm.ATTENTIONS, "own", Attention)
+    config = tiny(attention="own")
+    with pytest.raises(UserError, match=f"{calls * config.n_layer} attention maps for {config.n_layer} layers"):
+        attention_maps(lm.build_model(config), random_batch(config)[0][0])
+
+
 def gradients(model, tokens, targets, dtype=None):
     """In float64, of a copy in that precision; or of products in `dtype`."""
     model = copy.deepcopy(model).to(torch.float32 if dtype else torch.float64)

@@ -897,6 +897,25 @@ def test_a_layer_that_drops_values_drops_none_outside_training(lm, settings, mon
     assert torch.equal(attention_maps(model, tokens[0]), attention_maps(model, tokens[0])) and model.training
 
 
+@pytest.mark.parametrize("compile", [False, True])
+def test_a_part_that_is_kept_in_evaluation_mode_stays_in_it(lm, settings, monkeypatch, compile):
+    class Frozen(lm.MLP):
+        modes = set()
+
+        def __init__(self, config):
+            super().__init__(config)
+            self.dropout = torch.nn.Dropout(0.5).eval()
+
+        def forward(self, x):
+            self.modes.add((self.training, self.dropout.training))
+            return self.dropout(super().forward(x))
+
+    monkeypatch.setattr(torch, "compile", lambda model, dynamic: torch.nn.Sequential(model)[0])  # takes no time
+    monkeypatch.setitem(lm.FFNS, "frozen", Frozen)
+    lm.train(settings(ffn="frozen", max_steps=6, eval_every=2, compile=compile))
+    assert Frozen.modes == {(True, False), (False, False)}
+
+
 def test_checkpoints_come_by_the_clock_too(lm, settings):
     config = settings(
         max_steps=0,
