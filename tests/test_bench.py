@@ -204,6 +204,10 @@ def test_the_row_of_a_card_is_what_its_run_left(texts, tmp_path, tiny, capsys, m
     assert card.card_row(run)["loss after an hour"] == hour
     card.main()
     printed = capsys.readouterr()
+    for odd in ({"train_seconds": 9.0}, {"train_seconds": "x"}, summary | {"parameters": "x"}):
+        (run / "summary.json").write_text(json.dumps(odd))
+        with pytest.raises(UserError, match="mine: its files do not hold what a row needs .*; is it the folder of"):
+            card.main()
     assert printed.out.count("|") == card.PAGE.read_text().splitlines()[-1].count("|") and f"{hour:.3f}" in printed.out
     assert "| 50% |" in printed.out and "results/cards.md" in printed.err
 

@@ -55,6 +55,9 @@ def test_the_program_has_the_knobs_and_no_cells_that_show(tmp_path, monkeypatch)
     assert 'preset = "demo"' in program and 'overrides = "{n_layer: 2, prompt: it\'s}"' in program
     assert "summary = train(config)" in program and "from tools" not in program
     compile(program, "LMHarness.py", "exec")
+    monkeypatch.setattr(execute, "PROGRAM", tmp_path)
+    with pytest.raises(UserError, match="cannot be written .Is a directory.; copy this project"):
+        execute.write_program({"preset": "demo", "overrides": ""})
 
 
 def test_a_day_its_gigabytes_and_an_hour_to_begin_with_are_announced(capsys):

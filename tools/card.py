@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from machinery.checkpoints import checkpoint_folders
-from machinery.errors import UserError, plain_errors
+from machinery.errors import UserError, plain_errors, told
 from machinery.files import IS_IT_A_RUN, folder_path, read_json, read_jsonl
 from tools.common import RESULTS, table
 
@@ -46,7 +46,9 @@ def main() -> None:
     plain_errors()
     if len(sys.argv) != 2:
         raise UserError("python -m tools.card RUN: which run? For example runs/day-1a2b3c")
-    print(table([card_row(folder_path(sys.argv[1], "the folder of a run"))], COLUMNS).splitlines()[-1])
+    run = folder_path(sys.argv[1], "the folder of a run")
+    with told(run, problem="its files do not hold what a row needs", advice=IS_IT_A_RUN):
+        print(table([card_row(run)], COLUMNS).splitlines()[-1])
     print(f"\nAdd this line to the table in results/{PAGE.name}, and send it as a pull request.", file=sys.stderr)
 
 

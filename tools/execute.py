@@ -122,7 +122,8 @@ def write_program(parameters: dict) -> None:
     notebook = papermill.execute_notebook(NOTEBOOK, None, parameters, prepare_only=True)
     notebook, _ = TagRemovePreprocessor(remove_cell_tags={"show"}, enabled=True).preprocess(notebook, {})
     program, _ = ScriptExporter().from_notebook_node(notebook)
-    PROGRAM.write_text(program, encoding="utf-8")
+    with told(PROGRAM, problem="cannot be written", advice="copy this project to a folder of yours"):
+        PROGRAM.write_text(program, encoding="utf-8")
 
 
 def main() -> None:

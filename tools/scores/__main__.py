@@ -17,7 +17,7 @@ from pathlib import Path
 
 from data_utils import prepare_data
 from machinery.errors import UserError, plain_errors
-from machinery.files import read_json, write_json
+from machinery.files import folder_path, read_json, write_json
 from machinery.huggingface import export_hf
 from machinery.machine import Machine
 from tools.common import lm
@@ -90,4 +90,6 @@ def compare(run: Path) -> dict:
 if __name__ == "__main__":
     plain_errors()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    compare(Path(sys.argv[1]))
+    if len(sys.argv) != 2:
+        raise UserError("python -m tools.scores RUN: which run? For example runs/demo-b64f1d")
+    compare(folder_path(sys.argv[1], "the folder of a run"))
