@@ -11,7 +11,6 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from machinery.attention import SHORT, attend, short_attention
 from machinery.budget import budget_left, multiplying_and_flops, tokens_within
@@ -258,50 +257,30 @@ def cross_entropy(x: Tensor, table: Tensor, targets: Tensor) -> Tensor:
 # ----------------------------------------------------------------------------------------- looking in
 
 
-class AttentionProbe(TorchFunctionMode):
-    """Within `with AttentionProbe() as probe:`, `probe.maps` gets the weights (B, H, T, S) of every attention that is
-    computed by `scaled_dot_product_attention`, in order: query rows, key columns, each row summing to 1.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.maps: list[Tensor] = []
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if function is F.scaled_dot_product_attention:
-            self.maps.append(_attention_weights(*args, **kwargs).detach())
-        return function(*args, **kwargs)
-
-
-def _attention_weights(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    """What `scaled_dot_product_attention` computes on its way: (B, H, T, S)."""
-    key = key.repeat_interleave(query.size(1) // key.size(1), dim=1)
-    scores = query.float() @ key.float().mT * (scale or query.size(-1) ** -0.5)
-    if is_causal:
-        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-    if attn_mask is not None:
-        scores = scores.masked_fill(~attn_mask, -math.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
-    return scores.softmax(-1)
-
-
 @torch.no_grad()
 def attention_maps(model: nn.Module, tokens: Tensor) -> Tensor:
-    """(n_layer, H, T, T): where every head of every layer looks, for one sequence of tokens (T,)."""
-    with evaluation_mode(model), AttentionProbe() as probe:
-        model(tokens[None])
-    if len(probe.maps) != len(model.blocks):
-        raise UserError(
-            f"{len(probe.maps)} attention maps for {len(model.blocks)} layers: a layer has one where it calls"
-            " scaled_dot_product_attention, or `attend` of model_utils, once"
-        )
-    return torch.cat(probe.maps)
+    """(n_layer, H, T, T): where every head of every layer looks, for one sequence of tokens (T,); rows are queries.
+
+    `attend` takes weighted means of values, so with the rows of a unit matrix as values, it gives the weights.
+    """
+    maps, layers = [], [block.attention for block in model.blocks if hasattr(block.attention, "attend")]
+
+    def looking(attend):
+        def look(q: Tensor, k: Tensor, v: Tensor, *bias: Tensor) -> Tensor:
+            unit = torch.eye(k.size(2), dtype=v.dtype, device=v.device).expand(*k.shape[:2], -1, -1)
+            maps.append(attend(q, k, unit, *bias))  # (1, H, T, T)
+            return attend(q, k, v, *bias)
+
+        return look
+
+    for layer in layers:
+        layer.attend = looking(layer.attend)
+    try:
+        with evaluation_mode(model):
+            model(tokens[None])
+    finally:
+        for layer in layers:
+            del layer.attend
+    if len(maps) != len(model.blocks):
+        raise UserError(f"{len(maps)} attention maps for {len(model.blocks)} layers: each is to call its `attend` once")
+    return torch.cat(maps)

@@ -354,18 +354,33 @@ def test_grouped_attention_maps_have_every_query_head(lm, tiny):
     assert torch.allclose(maps.sum(-1), torch.ones(2, 4, 16), atol=1e-5)
 
 
-@pytest.mark.parametrize("calls", [0, 2])
-def test_maps_that_are_not_one_of_each_layer_are_one_line(lm, tiny, monkeypatch, calls):
-    """A variant's attention may be computed by hand, or as the difference of two."""
-
-    class Attention(lm.MultiHeadAttention):
+def test_maps_of_attention_by_hand_and_of_a_difference_of_two(lm, tiny, monkeypatch):
+    class ByHand(lm.MultiHeadAttention):
         def attend(self, q, k, v):
-            maps = [torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True) for _ in range(calls)]
-            return sum(maps, v)
+            return lm.attention_by_hand(q, k, v)[0]
 
-    monkeypatch.setitem(lm.ATTENTIONS, "own", Attention)
-    config = tiny(attention="own")
-    with pytest.raises(UserError, match=f"{calls * config.n_layer} attention maps for {config.n_layer} layers"):
+    class Difference(lm.MultiHeadAttention):
+        def attend(self, q, k, v):
+            return 2 * super().attend(q, k, v) - super().attend(-q, k, v)
+
+    monkeypatch.setitem(lm.ATTENTIONS, "hand", ByHand)
+    monkeypatch.setitem(lm.ATTENTIONS, "difference", Difference)
+    kernel, hand, difference = (lm.build_model(tiny(attention=name)) for name in ("mha", "hand", "difference"))
+    tokens = random_batch(tiny())[0][0]
+    assert torch.allclose(attention_maps(hand, tokens), attention_maps(kernel, tokens), atol=1e-6)
+    maps = attention_maps(difference, tokens)
+    assert torch.allclose(maps.sum(-1), torch.ones(maps.shape[:-1]), atol=1e-5) and maps.min() < 0
+    assert "attend" not in vars(difference.blocks[0].attention)
+
+
+def test_maps_of_attention_without_an_attend_are_one_line(lm, tiny, monkeypatch):
+    class Mean(lm.MultiHeadAttention):
+        def forward(self, x, *_):
+            return x
+
+    monkeypatch.setitem(lm.ATTENTIONS, "mean", Mean)
+    config = tiny(attention="mean")
+    with pytest.raises(UserError, match=f"0 attention maps for {config.n_layer} layers"):
         attention_maps(lm.build_model(config), random_batch(config)[0][0])
 
 
