@@ -46,7 +46,7 @@ def make_texts(folder):
         )
     with (folder / "rows.jsonl").open("w") as file:
         for i in range(60):
-            file.write(json.dumps({"body": f"Row {i}\n" + "of a table, with text in it\n" * (20 + i)}) + "\n")
+            file.write(json.dumps({"body": f"Row {i}\n" + "of a table, with text in it\n" * (2 + i % 3)}) + "\n")
     return folder
 
 
@@ -58,7 +58,7 @@ CASES = {
     "RoPE MHA, AdamW": {"attention": "mha", "position": "rope", "optimizer": "adamw", "lr": 0.001},
     "NoPE GQA with MLP, JSONL, W&B offline": {
         "attention": "gqa", "position": "none", "ffn": "mlp", "tie_embeddings": False, "wandb": "offline",
-        "source": "texts/rows.jsonl", "text_column": "body", "val_fraction": 0.2, "vocab_size": 320,
+        "source": "texts/rows.jsonl", "text_column": "body", "val_source": "texts/7.txt", "vocab_size": 320,
     },
 }  # fmt: skip
 
