@@ -35,12 +35,19 @@ NANOGPT = {"optimizer": "adamw", "schedule": "cosine", "weight_decay": 0.1, "emb
 NANOGPT_RATES = (0.001, 0.002, 0.004)
 
 UNTIED = {"tie_embeddings": False, "embedding_norm": False, "embedding_lr": 0.3, "head_lr": 0.016}
-VALUE = UNTIED | {"attention": "value"}
+CONTENDERS = {  # of this project, by what differs from the presets' recipe
+    OURS: {},
+    "smeared keys": {"attention": "smeared"},
+    "untied": UNTIED,
+    "untied, with value embeddings": UNTIED | {"attention": "value"},
+    "untied, with smeared keys and value embeddings": UNTIED | {"attention": "smeared_value"},
+}
 
 # One change each. Where a change would add or remove parameters, n_ffn makes up for it, unless the name says otherwise.
 CHOICES: dict[str, dict] = {
     "untied, rates of its own (more parameters)": UNTIED,
-    "and value embeddings (more parameters)": VALUE,
+    "and value embeddings (more parameters)": CONTENDERS["untied, with value embeddings"],
+    "smeared keys": CONTENDERS["smeared keys"],
     "no embedding_norm": {"embedding_norm": False},
     "embedding_lr × 0.5": {"embedding_lr": 0.03},
     "embedding_lr × 2": {"embedding_lr": 0.12},
@@ -67,19 +74,9 @@ CHOICES: dict[str, dict] = {
 # ------------------------------------------------------------------------------------------- contenders
 
 
-def ours(seed: int, tokens: int, text: str) -> Run:
-    """The presets' recipe."""
-    return Run(OURS, TEXTS[text], seed, tokens)
-
-
-def beyond(seed: int, tokens: int, text: str) -> Run:
-    """With a part that no architecture of transformers has."""
-    return Run("untied, with value embeddings", TEXTS[text] | VALUE, seed, tokens)
-
-
-def untied(seed: int, tokens: int, text: str) -> Run:
-    """Two tables, each with a rate of its own."""
-    return Run("untied", TEXTS[text] | UNTIED, seed, tokens)
+def ours(seed: int, tokens: int, text: str, name: str = OURS) -> Run:
+    """One of this project's."""
+    return Run(name, TEXTS[text] | CONTENDERS[name], seed, tokens)
 
 
 def nanogpt(rate: float, seed: int, tokens: int, text: str) -> Run:
@@ -112,7 +109,7 @@ def tuning() -> list[list[Run]]:
 
 def contest(results: Results, text: str, seed: int, tokens: int) -> list[Run]:
     """The contenders at one seed and budget, as far as their rates are tuned."""
-    runs = [make(seed, tokens, text) for make in (ours, untied, beyond)]
+    runs = [ours(seed, tokens, text, name) for name in CONTENDERS]
     for group in tuning():
         if best := best_of(results, group):
             runs.append(lm.replace(best, seed=seed, tokens=tokens, overrides=best.overrides | TEXTS[text]))
@@ -233,12 +230,9 @@ def draw_recipe(path: Path, rows: list[dict], tables: dict[str, list[dict]]) -> 
 
 
 def seconds_per_step(machine, rounds: int = 30, **changes) -> dict[str, float]:
-    """Seconds of a whole step of `demo`, compiled, under both recipes' optimizers; they take turns."""
+    """Seconds of a whole step of `demo`, compiled, for some contenders; they take turns."""
     steps = {}
-    for name, overrides in [
-        (OURS, {}),
-        (NANOGPT_NAME, nanogpt(0.002, 0, 0, "python").overrides),
-    ]:
+    for name, overrides in (CONTENDERS | {NANOGPT_NAME: nanogpt(0.002, 0, 0, "python").overrides}).items():
         config = lm.Config.from_preset("demo", **overrides | changes, micro_batch=8)
         model = lm.build_model(config).to(machine.device)
         optimizers, scaler = lm.build_optimizers(model, config, machine), machine.scaler()
@@ -267,7 +261,8 @@ differences are between runs with the same seed, and *better* and *worse* are mo
 of the others are the best of three on seed 0 of Python at the smallest budget.
 
 - **untied**: the default with a head of its own, and rates that suit two tables (`embedding_lr` 0.3, `head_lr` 0.016).
-- **untied, with value embeddings**: the same with `attention="value"`.
+- **smeared keys**: the default with `attention="smeared"`, one more number for each layer and key/value head.
+- **untied, with value embeddings**: untied, with `attention="value"`; with smeared keys too, `"smeared_value"`.
 - **nanoGPT**: the optimizer of [nanoGPT](https://github.com/karpathy/nanoGPT), AdamW with one learning rate for
   everything, weight decay 0.1 and a cosine, on the notebook's model.
 - **nanochat, llama**: the optimizer, schedules and initial weights of [nanochat](https://github.com/karpathy/nanochat),
