@@ -173,6 +173,7 @@ def test_every_combination_exports_or_names_the_part_in_the_way(lm, tiny):
     ("change", "message"),
     [
         ({"attention": "value"}, "attention 'value' .*; 'mha' or 'gqa' has$"),
+        ({"attention": "smeared"}, "attention 'smeared' .*; 'mha' or 'gqa' has$"),
         ({"attention": "window", "position": "none", "ffn": "mlp"}, "attention 'window' .*; 'mha' or 'gqa' has$"),
         ({"position": "absolute", "ffn": "gated", "norm": "rms"}, "position 'absolute' .*there is one with position"),
         ({"position": "none", "norm": "layer", "qk_norm": False}, "norm 'layer' .*position 'rope', or with norm 'rms'"),
@@ -181,7 +182,7 @@ def test_every_combination_exports_or_names_the_part_in_the_way(lm, tiny):
             "position 'none' .* there is one with position 'rope' and",
         ),
     ],
-    ids=["value", "window", "absolute", "layer", "two"],
+    ids=["value", "smeared", "window", "absolute", "layer", "two"],
 )
 def test_the_part_in_the_way_is_the_one_whose_change_is_enough(tiny, change, message):
     with pytest.raises(ExportError, match=message):

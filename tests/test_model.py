@@ -354,6 +354,30 @@ def test_grouped_attention_maps_have_every_query_head(lm, tiny):
     assert torch.allclose(maps.sum(-1), torch.ones(2, 4, 16), atol=1e-5)
 
 
+def test_smeared_keys_find_what_followed_in_one_layer(lm):
+    """On repetitions of random tokens, of a length that varies: other keys need two layers (Olsson et al. 2022)."""
+
+    def last_loss(attention):
+        rates = dict.fromkeys(("lr", "embedding_lr", "head_lr"), 0.02)
+        size = {"n_layer": 1, "n_embd": 32, "n_head": 2, "n_kv_head": 2, "n_ffn": 64, "vocab_size": 320}
+        config = lm.Config.from_preset("smoke", **size, **rates, block_size=32, batch_tokens=512, attention=attention)
+        model, generator = lm.build_model(config), torch.Generator().manual_seed(0)
+        optimizers = lm.build_optimizers(model, config, Machine.find("cpu", "float32"))
+        for _ in range(400):
+            period = int(torch.randint(9, 24, (), generator=generator))
+            rows = torch.randint(64, (16, period), generator=generator).repeat(1, 4)[:, :33]
+            targets = rows[:, 1:].clone()
+            targets[:, :period] = -100  # of the first time nothing can be known
+            loss = model(rows[:, :-1], targets)
+            loss.backward()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+        return loss.item()
+
+    assert last_loss("smeared") < 0.6 < 3 < last_loss("gqa")
+
+
 def test_maps_of_attention_by_hand_and_of_a_difference_of_two(lm, tiny, monkeypatch):
     class ByHand(lm.MultiHeadAttention):
         def attend(self, q, k, v):
