@@ -177,7 +177,7 @@ def extended(tmp_path_factory):
 
 @pytest.mark.parametrize("promise", PROMISES, ids=lambda promise: promise.__name__)
 def test_a_new_sibling_is_one_class_and_one_line(extended, tiny, promise):
-    assert list(extended.ATTENTIONS) == ["mha", "gqa", "value", "window"]
+    assert list(extended.ATTENTIONS) == [*LM.ATTENTIONS, "window"]
     config = tiny(attention="window", n_layer=1)
     promise(extended, config)
     tokens, _ = random_batch(config)
