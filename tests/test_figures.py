@@ -8,6 +8,8 @@ import pytest
 import torch
 from conftest import ROOT
 
+from machinery.budget import multiplying_and_flops
+from machinery.forecast import forecast
 from machinery.machine import DATASHEET_TFLOPS, Machine
 from model_utils import count_parameters, expected_loss, flops_per_token, training_memory
 from tools.bench.recipe import ours
@@ -110,12 +112,13 @@ def sized(lm, preset: str, **overrides):
     return config, lm.outline(config, Machine.find("cpu", "float32"))[0]
 
 
-def day_on(lm, card: str, hours: float) -> tuple[float, float, float]:
-    """Tokens that `day` reads on a card at an MFU of 40%, tokens for each parameter, and the expected loss."""
+def day_on(lm, card: str, hours: float) -> tuple[float, ...]:
+    """Of `day` on a card at an MFU of 40%: tokens, tokens for each parameter, expected loss, bits per byte."""
     config, model = sized(lm, "day")
     parameters = count_parameters(model)["total"]
     tokens = 0.4e12 * DATASHEET_TFLOPS[card] * 3600 * hours / flops_per_token(model, config)
-    return tokens, tokens / parameters, expected_loss(parameters, tokens)
+    forecasted = forecast(config, *multiplying_and_flops(config), tokens).middle
+    return tokens, tokens / parameters, expected_loss(parameters, tokens), forecasted
 
 
 # A text and its sentence, and how to compute its numbers
@@ -127,12 +130,12 @@ COMPUTED = [
     (DOCS, "with N = #M. A 4090 does # TFLOP/s", lambda lm: [_millions(lm, "day"), DATASHEET_TFLOPS["RTX 4090"]]),
     (TEXT, "gives losses of about #, #, # and # for runs of 1, 6, 12 and 24",
      lambda lm: [day_on(lm, "RTX 4090", hours)[2] for hours in (1, 6, 12, 24)]),
-    (TEXT, "is predicted to fall by only #%: most",
+    (TEXT, "Training memory falls by only #% in `day`",
      lambda lm: [100 - 100 * _bytes(lm) / _bytes(lm, attention="mha")]),
     ("docs/platforms.md", "# billion tokens at 40%", lambda lm: [day_on(lm, "RTX 4090", 24)[0] / 1e9]),
     ("docs/platforms.md", "Its # billion tokens", lambda lm: [day_on(lm, "H100", 24)[0] / 1e9]),
     *(
-        (DOCS, f"| {hours} | # billion | # | # |",
+        (DOCS, f"| {hours} | # billion | # | # | # |",
          lambda lm, hours=hours: [day_on(lm, "RTX 4090", hours)[0] / 1e9, *day_on(lm, "RTX 4090", hours)[1:]])
         for hours in (1, 6, 12, 24)
     ),

@@ -220,6 +220,10 @@ Fitted to all of these runs, short and long. *Error* is how far laws that are fi
 these runs, root mean square, for runs of about so many tokens. The band of a forecast is twice that.
 
 {laws}
+
+`day` and `hour` read FineWeb-Edu, of which this project has no run. There the forecast is a power law through two
+published runs of [nanochat](https://github.com/karpathy/nanochat), 0.829 bits per byte at 5e18 FLOPs and 0.800 at 1e19,
+± 0.03. What it says of a day on an RTX 4090: [benchmarks](../docs/benchmarks.md).
 """
 
 
