@@ -36,7 +36,6 @@ VARIANTS = {
     "mha, none": {"attention": "mha", "position": "none"},
     "gqa, none": {"attention": "gqa", "position": "none"},
     "one layer": {"attention": "mha", "position": "rope", "n_layer": 1},  # which cannot form them: the control
-    "one layer, smeared keys": {"attention": "smeared", "n_kv_head": 2, "position": "rope", "n_layer": 1},
 }
 SCALES = {
     "cpu": {
