@@ -91,6 +91,14 @@ QUOTES = [
     (DOCS, "waiting for data, of a training step | #% |", BENCH, "| demo | * | #% |", 1),
     (TEXT, "that gained # bits per byte (`results/recipe.md`)", RECIPE, "| no embedding_norm | # |", 1),
     (TEXT, "AdamW alone ends # bits per byte higher", RECIPE, "| AdamW for all | # |", 1),
+    *(
+        (where, sentence, RECIPE, f"| {row} | 1,000,000 | * | * | * | * | # |", -1)
+        for where, sentence, row in [
+            (TEXT, "end # bits per byte lower after a million", "untied, with smeared keys and value embeddings"),
+            (README, "# bits per byte lower after a million", "untied, with smeared keys and value embeddings"),
+            (TEXT, "and smeared keys alone #; in English", "smeared keys"),
+        ]
+    ),
     (TEXT, "LayerNorm was better by # bits", RECIPE, "| LayerNorm | # |", -1),
     (DOCS, "the step of Muon, # ms where AdamW takes #,", RECIPE, "in turns: the default # ms, nanoGPT # ms", 1),
     (DOCS, "on a 4090 # GB, where", REHEARSAL, "RTX 4090 | 1 | {} | bfloat16 | compiled | 16 | * | # |", 1),
