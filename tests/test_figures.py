@@ -23,14 +23,19 @@ DOCS, README, TEXT, OUTPUTS = "docs/benchmarks.md", "README.md", "the notebook",
 
 
 def read(name: str) -> str:
-    """A file, the notebook's text and code, or what its cells printed, with single spaces and nothing bold."""
+    """A file or, after #, a section of it, the notebook's text and code, or what its cells printed, with single spaces
+    and nothing bold.
+    """
     if name in (TEXT, OUTPUTS):
         cells = json.loads((ROOT / "LMHarness.ipynb").read_text("utf-8"))["cells"]
         printed = [output.get("text", "") for cell in cells for output in cell.get("outputs", [])]
         parts = printed if name == OUTPUTS else [cell["source"] for cell in cells]
         text = "\n".join("".join(part) for part in parts)
     else:
+        name, _, section = name.partition("#")
         text = (ROOT / name).read_text("utf-8")
+        if section:
+            text = text.split(f"\n### {section}\n")[1].split("\n###")[0]
     return " ".join(text.replace("**", "").split())
 
 
@@ -92,7 +97,7 @@ QUOTES = [
     (TEXT, "that gained # bits per byte (`results/recipe.md`)", RECIPE, "| no embedding_norm | # |", 1),
     (TEXT, "AdamW alone ends # bits per byte higher", RECIPE, "| AdamW for all | # |", 1),
     *(
-        (where, sentence, RECIPE, f"| {row} | 1,000,000 | * | * | * | * | # |", -1)
+        (where, sentence, f"{RECIPE}#python", f"| {row} | 1,000,000 | * | * | * | * | # |", -1)
         for where, sentence, row in [
             (TEXT, "end # bits per byte lower after a million", "untied, with smeared keys and value embeddings"),
             (README, "# bits per byte lower after a million", "untied, with smeared keys and value embeddings"),
