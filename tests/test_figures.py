@@ -105,7 +105,7 @@ QUOTES = [
         ]
     ),
     (TEXT, "LayerNorm was better by # bits", RECIPE, "| LayerNorm | # |", -1),
-    (DOCS, "the step of Muon, # ms where AdamW takes #,", RECIPE, "in turns: the default # ms, nanoGPT # ms", 1),
+    (DOCS, "the step of Muon, # ms where AdamW takes #,", RECIPE, "in turns: the default # ms, * nanoGPT # ms", 1),
     (DOCS, "on a 4090 # GB, where", REHEARSAL, "RTX 4090 | 1 | {} | bfloat16 | compiled | 16 | * | # |", 1),
     (DOCS, "the preflight predicted #.", REHEARSAL, "RTX 4090 | 1 | {} | bfloat16 | compiled | 16 | # |", 1),
 ]
