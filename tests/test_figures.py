@@ -101,7 +101,14 @@ QUOTES = [
         for where, sentence, row in [
             (TEXT, "end # bits per byte lower after a million", "untied, with smeared keys and value embeddings"),
             (README, "# bits per byte lower after a million", "untied, with smeared keys and value embeddings"),
-            (TEXT, "and smeared keys alone #; in English", "smeared keys"),
+            (TEXT, "and smeared keys alone #; in", "smeared keys"),
+        ]
+    ),
+    *(
+        (TEXT, sentence, f"{RECIPE}#english", f"| {row} | 1,000,000 | * | * | * | * | # |", -1)
+        for sentence, row in [
+            ("in English, # and * (`results/recipe.md`)", "untied, with smeared keys and value embeddings"),
+            ("in English, * and # (`results/recipe.md`)", "smeared keys"),
         ]
     ),
     (TEXT, "LayerNorm was better by # bits", RECIPE, "| LayerNorm | # |", -1),

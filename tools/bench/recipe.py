@@ -271,8 +271,8 @@ of the others are the best of three on seed 0 of Python at the smallest budget.
 
 Between half a million and two million tokens of Python, the loss of a run falls faster for a while, at a time that the
 seed decides: hence the large ± there. What comes then may be the heads of section 7, which find what followed the last
-time. Smeared keys and value embeddings bring it forward. English repeats itself less, and there smeared keys alone make
-no difference.
+time. Smeared keys and value embeddings bring it forward. English repeats itself less, and there smeared keys alone are
+worth 0.002.
 
 {contest}
 
