@@ -57,6 +57,7 @@ def assert_same(quoted: list[str], measured: list[float], where: str) -> None:
     assert quoted == [rounded(value, text) for text, value in zip(quoted, measured, strict=True)], where
 
 
+BOTH = "untied, with smeared keys and value embeddings"
 # A text and its sentence, a source and the passage there, and what to multiply by
 QUOTES = [
     (README, "from # bits per byte of held-out text", OUTPUTS, "demo-* from step 0 step 0 0 tokens 0 s # bits per", 1),
@@ -97,18 +98,13 @@ QUOTES = [
     (TEXT, "that gained # bits per byte (`results/recipe.md`)", RECIPE, "| no embedding_norm | # |", 1),
     (TEXT, "AdamW alone ends # bits per byte higher", RECIPE, "| AdamW for all | # |", 1),
     *(
-        (where, sentence, f"{RECIPE}#python", f"| {row} | 1,000,000 | * | * | * | * | # |", -1)
-        for where, sentence, row in [
-            (TEXT, "end # bits per byte lower after a million", "untied, with smeared keys and value embeddings"),
-            (README, "# bits per byte lower after a million", "untied, with smeared keys and value embeddings"),
-            (TEXT, "and smeared keys alone #; in", "smeared keys"),
-        ]
-    ),
-    *(
-        (TEXT, sentence, f"{RECIPE}#english", f"| {row} | 1,000,000 | * | * | * | * | # |", -1)
-        for sentence, row in [
-            ("in English, # and * (`results/recipe.md`)", "untied, with smeared keys and value embeddings"),
-            ("in English, * and # (`results/recipe.md`)", "smeared keys"),
+        (where, sentence, f"{RECIPE}#{text}", f"| {row} | 1,000,000 | * | * | * | * | # |", -1)
+        for where, sentence, text, row in [
+            (TEXT, "end # bits per byte lower after a million", "python", BOTH),
+            (README, "# bits per byte lower after a million", "python", BOTH),
+            (TEXT, "and smeared keys alone #; in", "python", "smeared keys"),
+            (TEXT, "in English, # and * (`results/recipe.md`)", "english", BOTH),
+            (TEXT, "in English, * and # (`results/recipe.md`)", "english", "smeared keys"),
         ]
     ),
     (TEXT, "LayerNorm was better by # bits", RECIPE, "| LayerNorm | # |", -1),
