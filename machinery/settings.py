@@ -21,7 +21,7 @@ LIMITS = {
     "vocab_size": 1 << 24, "block_size": 1 << 20, "n_position": 1 << 20, "sample_tokens": 1 << 24,
 }  # fmt: skip
 AUTO_BATCH = 524_288  # tokens a step that learning rates are for where batch_tokens is "auto"
-SHARED = ("gqa", "smeared", "value", "smeared_value")  # attentions whose heads share keys and values
+SHARED = ("gqa", "value")  # attentions whose heads share keys and values
 ABOVE_ZERO = {int: 1, float: 1e-30}  # the least of a number whose field does not say
 
 

@@ -200,11 +200,11 @@ class PythonAndPackagesSource(PythonSource):
 
 def _find_python(root: Path, skipped: Iterable[str] = ()) -> dict[str, Path]:
     """Python files under `root`, without a look into `skipped` folders, which may hold many more."""
-    files = {}
+    files, start = {}, len(str(root)) + 1
     for folder, subfolders, names in os.walk(root):
         subfolders[:] = [name for name in subfolders if name not in skipped]
-        paths = (Path(folder, name) for name in names if name.endswith(".py"))
-        files |= {path.relative_to(root).as_posix(): path for path in paths}
+        paths = (os.path.join(folder, name) for name in names if name.endswith(".py"))
+        files |= {path[start:].replace(os.sep, "/"): Path(path) for path in paths}
     return files
 
 

@@ -57,6 +57,8 @@ FORMATS = {  # first bytes, what they are of, and how to get at the text
     b"\x5d\0\0": ("lzma", "unpack it with unlzma"),
     b"\x28\xb5\x2f\xfd": ("zstd", "unpack it with unzstd"),
     b"\x04\x22\x4d\x18": ("lz4", "unpack it with unlz4"),
+    b"\x78\x9c": ("zlib", "unpack it with pigz -dz"),
+    b"\x78\xda": ("zlib", "unpack it with pigz -dz"),
     b"7z\xbc\xaf\x27\x1c": ("7-Zip", "unpack it with 7z x"),
     b"Rar!": ("RAR", "unpack it with unrar x"),
     b"PK\x03\x04": ("zip (or a .docx, .xlsx, .epub)", "unpack it or export its text"),
@@ -93,6 +95,8 @@ def _check_format(path: Path, head: bytes, expected: str = "UTF-8 text") -> None
     name, advice = next((known for start, known in FORMATS.items() if head.startswith(start)), (None, None))
     if expected != "UTF-8 text":
         name = None if name == expected else name
+    elif head[257:262] == b"ustar":
+        name, advice = "tar", "unpack it with tar xf"
     elif name is None:
         found, beyond_ascii = _controls(head), len(head) - len(head.translate(None, bytes(range(128, 256))))
         is_utf8 = head.decode(errors="replace").count("\ufffd") <= 1 + beyond_ascii // 10  # but for a few wrong bytes

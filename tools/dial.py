@@ -3,7 +3,7 @@
     python -m tools.dial                the runs that are missing, then the table
     python -m tools.dial --summary      the table of what there is
 
-All runs are of `demo` on English, whose seeds differ by 0.001 bits per byte.
+All runs are of `demo` on English with random weights at first; seeds differ by 0.001 bits per byte.
 """
 
 from __future__ import annotations
@@ -16,21 +16,31 @@ from machinery.files import write_atomic
 from machinery.machine import Machine, measure_matmul_flops
 from model_utils import best_shape
 from tools.common import RESULTS, lm, quietly, table
-from tools.forecast import LINES, MINUTES, SCORES, run_of
+from tools.forecast import run_of
 from tools.runs import Results, Run, parser_of_runs, run_missing
 
+# Tokens that so many minutes of two cores hold at half of 911 GFLOP/s, their rate of a large matrix product, by size
+MINUTES = {
+    1: {(1, 64): 12_800_000, (2, 128): 4_300_000, (3, 192): 2_000_000, (4, 256): 1_000_000},
+    3: {(2, 128): 13_000_000, (3, 192): 6_000_000, (4, 256): 3_000_000},
+}
 BATCHES = {  # by size and tokens: the preset's, for about a minute, and the best sizes for one and for three
     ((4, 192), 1_400_000): (512, 1024, 2048, 4096, 8192, 16384),
     ((2, 128), 4_300_000): (1024, 2048, 4096, 8192),
     ((3, 192), 6_000_000): (2048, 4096, 8192),
 }
 UNMOVED = (1024, 8192)  # for the first, also tried with the rates of the preset
-ENGLISH = {"source": "english", "prompt": "The"}
+ENGLISH, RANDOM = {"source": "english", "prompt": "The"}, {"induction": False}
 
 
 def by_size() -> list[Run]:
     """Each size, for so many minutes."""
-    return [run_of("english", size, tokens, {}) for sizes in MINUTES.values() for size, tokens in sizes.items()]
+    return [of_size(size, tokens) for sizes in MINUTES.values() for size, tokens in sizes.items()]
+
+
+def of_size(size: tuple[int, int], tokens: int) -> Run:
+    """A run with the batch and the rates of the preset."""
+    return lm.replace(run_of("english", size, tokens, RANDOM), scores=1)
 
 
 def with_batch(size: tuple[int, int], tokens: int, batch: int, power: float = 0.5) -> Run:
@@ -38,13 +48,12 @@ def with_batch(size: tuple[int, int], tokens: int, batch: int, power: float = 0.
     preset = lm.PRESETS["demo"]
     factor = (batch / preset["batch_tokens"]) ** power
     rates = {name: preset[name] * factor for name in ("lr", "embedding_lr", "head_lr")}
-    return lm.replace(run_of("english", size, tokens, {"batch_tokens": batch} | rates), scores=1)
+    return lm.replace(run_of("english", size, tokens, RANDOM | {"batch_tokens": batch} | rates), scores=1)
 
 
 def by_batch() -> list[Run]:
-    """Each size with its batches, but for the preset's, which `by_size` may have; and the rates of the preset."""
+    """Each size with its batches, and with the rates of the preset."""
     runs = [with_batch(*at, batch) for at, batches in BATCHES.items() for batch in batches]
-    runs = [run for run in runs if lm.replace(run, scores=SCORES).key not in {other.key for other in by_size()}]
     return runs + [with_batch(*next(iter(BATCHES)), batch, power=0.0) for batch in UNMOVED]
 
 
@@ -57,24 +66,24 @@ def chosen_size(minutes: int) -> str:
     return f"{shape['n_layer']} × {shape['n_embd']}"
 
 
-def write_dial(sizes: Results, batches: Results) -> None:
+def write_dial(results: Results) -> None:
     """results/dial.md, of the runs there are."""
     rows = [
         {"minutes": minutes, "n_layer × n_embd": "{} × {}".format(*size), "tokens": tokens,
-         "bits per byte": sizes.loss(run_of("english", size, tokens, {}))}
+         "bits per byte": results.loss(of_size(size, tokens))}
         for minutes, some in MINUTES.items() for size, tokens in some.items()
     ]  # fmt: skip
     others, cost = [], 0.0
     for (size, tokens), some in BATCHES.items():
         said = power_of_two(best_batch(tokens), lm.PRESETS["demo"]["block_size"])
         runs = [with_batch(size, tokens, batch) for batch in some]
-        losses = [batches.loss(run) or sizes.loss(lm.replace(run, scores=SCORES)) for run in runs]
+        losses = [results.loss(run) for run in runs]
         least = min(losses)
         for batch, loss in zip(some, losses):
             row = {"n_layer × n_embd": "{} × {}".format(*size), "tokens": tokens, "batch_tokens": batch}
             row |= {"steps": tokens // batch, "bits per byte": loss, "auto": "this" if batch == said else ""}
             cost = max(cost, loss - least if batch == said else 0.0)
-            others.append(row | {"as they are": batches.loss(with_batch(size, tokens, batch, power=0.0))})
+            others.append(row | {"as they are": results.loss(with_batch(size, tokens, batch, power=0.0))})
     write_atomic(RESULTS / "dial.md", TEXT.format(
         today=date.today(), cost=cost,
         said="; ".join(f"{chosen_size(minutes)} for {60 * minutes} seconds" for minutes in MINUTES),
@@ -87,7 +96,8 @@ def write_dial(sizes: Results, batches: Results) -> None:
 
 TEXT = """# The dial on two cores
 
-`make dial`, {today}: `demo` on English, one seed (three differ by 0.001 bits per byte, [recipe.md](recipe.md)).
+`make dial`, {today}: `demo` on English, with random weights at first (`induction` off), one seed (three differ by 0.001
+bits per byte, [recipe.md](recipe.md)).
 
 ## Size
 
@@ -110,11 +120,10 @@ def main() -> None:
     """See the module's docstring."""
     plain_errors()
     options = parser_of_runs(__doc__).parse_args()
-    sizes, batches = Results(LINES), Results(RESULTS / "dial.jsonl")
+    results = Results(RESULTS / "dial.jsonl")
     if not options.summary:
-        run_missing(sizes, by_size, options.jobs)
-        run_missing(batches, by_batch, options.jobs)
-    write_dial(sizes, batches)
+        run_missing(results, lambda: by_size() + by_batch(), options.jobs)
+    write_dial(results)
 
 
 if __name__ == "__main__":

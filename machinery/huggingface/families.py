@@ -51,6 +51,7 @@ class Family:
     norm: str
     qk_norm: bool = False
     attention: str = "any"  # "any" number of key/value heads, "mha": one for each query head, "mqa": one
+    biases: str = "attention_bias"  # its setting that gives queries and keys biases, as `induction` does with "rope"
     gguf: str = "yes"  # whether llama.cpp computes the same; it fixes some settings that `transformers` reads
     settings: dict = field(default_factory=dict)  # of its config, besides sizes
     fields: dict = field(default_factory=lambda: LLAMA_FIELDS)  # our config fields under its names
@@ -67,11 +68,11 @@ FAMILIES = [
         settings=GELU, modules=APERTUS_MODULES,
     ),
     Family(
-        "stablelm", "rope", "gated", "layer",
+        "stablelm", "rope", "gated", "layer", biases="use_qkv_bias",
         fields=LLAMA_FIELDS | {"norm_eps": "layer_norm_eps"}, settings={"partial_rotary_factor": 1.0},
     ),
     Family(
-        "starcoder2", "rope", "mlp", "layer", modules=STARCODER2_MODULES,
+        "starcoder2", "rope", "mlp", "layer", biases="use_bias", modules=STARCODER2_MODULES,
         fields=LLAMA_FIELDS | {"norm_eps": "norm_epsilon"}, settings=GELU,
     ),
     Family("smollm3", "none", "gated", "rms", gguf="no, has RoPE in three of four layers"),
@@ -176,6 +177,7 @@ def to_hf_config(config: dict):
     settings = {theirs: values.get(ours, 1e-5) for ours, theirs in family.fields.items()} | family.settings
     if family.position == "rope":
         settings["rope_parameters"] = {"rope_type": "default", "rope_theta": float(config["rope_base"])}
+        settings[family.biases] = bool(config.get("induction"))
     if family.model_type in ("llama", "qwen3", "arcee"):
         settings["head_dim"] = config["n_embd"] // config["n_head"]
     if family.model_type == "smollm3":
@@ -226,6 +228,7 @@ def _model_fields(folder: Path, raw: dict) -> dict:
     values["n_ffn"] = values["n_ffn"] or 4 * values["n_embd"]
     values["attention"] = "mha" if values["n_kv_head"] == values["n_head"] else "gqa"
     values["embedding_norm"] = False
+    values["induction"] = family.position == "rope" and bool(theirs.get(family.biases))
     rope = theirs.get("rope_parameters") or {}
     values["rope_base"] = rope.get("rope_theta", 10000.0) if family.position == "rope" else 10000.0
     same = to_hf_config(values).to_dict()
@@ -237,8 +240,6 @@ def _model_fields(folder: Path, raw: dict) -> dict:
             here, there = values["n_embd"] // values["n_head"], there or values["n_embd"] // values["n_head"]
         if name == "rope_parameters" and family.position != "rope":
             continue  # of layers that all leave it out
-        if name == "use_bias":
-            continue  # biases are looked at themselves
         if SAME.get(str(there), there) != SAME.get(str(here), here):
             raise ExportError(
                 f"{name} is {str(there)[:120]}, which this stack does not have (it has {str(here)[:120]})"

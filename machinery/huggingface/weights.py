@@ -49,8 +49,11 @@ def _empty_model(hf_config, tensors: int):
         return transformers.AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32)
 
 
-def _renamed(family: Family, names: Iterable[str]) -> Iterator[tuple[str, list[str]]]:
-    """Each of their tensors with ours that it holds, one below the other; none for a bias that this stack lacks."""
+def _renamed(family: Family, biased: bool, names: Iterable[str]) -> Iterator[tuple[str, list[str]]]:
+    """Each of their tensors with ours that it holds, one below the other; none for a bias that this stack lacks.
+
+    Queries and keys have biases if `biased`.
+    """
     for name in names:
         module, leaf = name.rsplit(".", 1)
         layer = re.fullmatch(r"(?:model\.layers|transformer\.h)\.(\d+)\.(.+)", module)
@@ -61,7 +64,9 @@ def _renamed(family: Family, names: Iterable[str]) -> Iterator[tuple[str, list[s
                 break
         if ours == ["position"]:
             yield name, ["position.table"]
-        elif leaf == "bias" and not (family.norm == "layer" and ours[0].endswith("norm")):
+        elif leaf == "bias" and not (
+            (family.norm == "layer" and ours[0].endswith("norm")) or (biased and ours[0].endswith(("q_proj", "k_proj")))
+        ):
             yield name, []
         else:
             yield name, [f"{prefix}{part}.{leaf}" for part in ours]
@@ -84,9 +89,9 @@ def _to_hf_model(config: dict, state: dict[str, Tensor]):
         unit = table * torch.rsqrt(table.square().mean(-1, keepdim=True) + config["norm_eps"])
         state, config = {**state, "embedding.weight": unit}, config | {"tie_embeddings": False}
     model = _empty_model(to_hf_config(config), len(state))
-    renamed, used = {}, set()
+    biased, renamed, used = "blocks.0.attention.q_proj.bias" in state, {}, set()
     try:
-        for name, ours in _renamed(family, model.state_dict()):
+        for name, ours in _renamed(family, biased, model.state_dict()):
             parts = [state[part] for part in ours]
             shape = model.get_parameter(name).shape
             whole = torch.cat(parts) if len(parts) > 1 else parts[0] if parts else torch.zeros(shape)
@@ -293,8 +298,9 @@ def import_hf(checkpoint: str | Path, config: dict | None = None) -> tuple[dict,
             raise ExportError(f"{folder}: {name} is {found[name]} there and {expected[name]} by its config.json")
     sizes = {"q_proj": values["n_embd"]}
     sizes |= dict.fromkeys(("k_proj", "v_proj"), values["n_embd"] // values["n_head"] * values["n_kv_head"])
-    state = {}
-    for name, ours in _renamed(family, found):
+    missing = _renamed(family, values["induction"], set(expected) - set(found))  # biases
+    state = {part: torch.zeros(expected[name]) for name, ours in missing for part in ours}
+    for name, ours in _renamed(family, values["induction"], found):
         with told(files[name], ExportError, f"{name} not readable"), safe_open(files[name], framework="pt") as file:
             tensor = file.get_tensor(name)
         if not tensor.is_floating_point():
@@ -323,7 +329,8 @@ def _check_same(folder: Path, values: dict, config: dict) -> None:
     wanted["attention"] = "mha" if wanted["n_kv_head"] == wanted["n_head"] else config["attention"]
     wanted["block_size"] = positions_of(config)
     for name, value in values.items():
-        unused = (name == "rope_base" or name == "block_size") and values["position"] == "none"
+        unused = name in ("rope_base", "block_size", "induction") and values["position"] == "none"
+        unused |= name == "induction" and values["position"] == "absolute"
         shorter = name == "block_size" and values["position"] == "rope"  # angles are computed for as many as are wanted
         if wanted[name] != value and not (unused or shorter):
             label = "n_position (or block_size)" if name == "block_size" else name
