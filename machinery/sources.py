@@ -41,6 +41,7 @@ from machinery.text_files import (
     no_column,
     parquet_texts,
     row_text,
+    separator_pattern,
     telling_os_errors,
     texts,
 )
@@ -57,7 +58,8 @@ class Source:
 
     def __init__(self, name: str, text_column: str = "text", split_on: str = "", apart: Iterable[Path] = ()) -> None:
         """`split_on` is what stands between documents within a text; files in the folders `apart` are no text."""
-        self.name, self.text_column, self.split_on, self.apart = name, text_column, split_on, tuple(apart)
+        self.name, self.text_column, self.apart = name, text_column, tuple(apart)
+        self.separator = separator_pattern(split_on)
         self.passed_over: Counter[str] = Counter()  # what lies beside the text, and how often
         self.is_split = False  # whether `split_on` was found
 
@@ -77,7 +79,7 @@ class Source:
 
         Byte order marks are no text; files that were put together have several.
         """
-        documents = text.split(self.split_on) if self.split_on else [text]
+        documents = self.separator.split(text) if self.separator else [text]
         if "\ufeff" in text:
             documents = [document.replace("\n\ufeff", "\n").lstrip("\ufeff") for document in documents]
         self.is_split |= len(documents) > 1
@@ -145,7 +147,7 @@ class FileSource(Source):
                 elif path.suffix == ".jsonl":
                     yield from jsonl_texts(path, self.text_column)
                 else:
-                    yield from texts(path, self.split_on, self.lenient)
+                    yield from texts(path, self.separator, self.lenient)
 
     def size(self) -> int:
         return sum(stat.st_size for _, stat in self._stats())

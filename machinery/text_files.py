@@ -140,7 +140,13 @@ def _wide_encoding(head: bytes) -> str | None:
     return None
 
 
-def texts(path: Path, separator: str, lenient: bool) -> Iterator[str]:
+def separator_pattern(split_on: str) -> re.Pattern | None:
+    """What is looked for between documents: line ends in it stand for those of any system. None for nothing."""
+    parts = re.split(r"\r\n|\n|\r", split_on)
+    return re.compile(r"(?:\r\n|\n|\r)".join(map(re.escape, parts))) if split_on else None
+
+
+def texts(path: Path, separator: re.Pattern | None, lenient: bool) -> Iterator[str]:
     """The text of a file; in several parts where it is long, cut at a separator or a line end."""
     decoder, rest, is_utf8 = codecs.getincrementaldecoder("utf-8")(), "", False
     with path.open("rb") as file:
@@ -157,10 +163,11 @@ def texts(path: Path, separator: str, lenient: bool) -> Iterator[str]:
                 del block
                 is_utf8 = is_utf8 or not rest.isascii()
                 if separator and len(rest) < 4 * MAX_DOCUMENT_BYTES:  # what comes after the last one may go on
-                    *whole, rest = rest.rpartition(separator)
+                    cut = max((found.end() for found in separator.finditer(rest)), default=0)
                 else:
-                    whole, rest = [rest], ""
-                yield "".join(whole)
+                    cut = len(rest)
+                yield rest[:cut]
+                rest = rest[cut:]
             yield rest + decoder.decode(b"", final=True)
         except UnicodeDecodeError as error:
             if not lenient:

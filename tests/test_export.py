@@ -70,7 +70,10 @@ CASES = [(family, {"tie_embeddings": tied}) for family in FAMILIES for tied in (
     for family in FAMILIES
     if family.position == "rope"
     for change in (
-        {"n_kv_head": 1, "rope_base": 500.0}, {"n_head": 8, "n_kv_head": 2}, {"attention": "mha"}, {"induction": True}
+        {"n_kv_head": 1, "rope_base": 500.0},
+        {"n_head": 8, "n_kv_head": 2},
+        {"attention": "mha"},
+        {"induction": True},
     )  # fmt: skip
 ]
 CASES += [

@@ -354,16 +354,18 @@ def test_grouped_attention_maps_have_every_query_head(lm, tiny):
     assert torch.allclose(maps.sum(-1), torch.ones(2, 4, 16), atol=1e-5)
 
 
-def test_smeared_keys_find_what_followed_in_one_layer(lm):
-    """On repetitions of random tokens, of a length that varies: other keys need two layers (Olsson et al. 2022)."""
+def test_an_induction_head_from_the_start_soon_repeats_what_came_before(lm):
+    """On repetitions of random tokens, of a length that varies: random weights take some 200 steps to find it."""
 
-    def last_loss(attention):
+    def loss_after_50_steps(induction):
         rates = dict.fromkeys(("lr", "embedding_lr", "head_lr"), 0.02)
-        size = {"n_layer": 1, "n_embd": 32, "n_head": 2, "n_kv_head": 2, "n_ffn": 64, "vocab_size": 320}
-        config = lm.Config.from_preset("smoke", **size, **rates, block_size=32, batch_tokens=512, attention=attention)
+        size = {"n_layer": 2, "n_embd": 64, "n_head": 2, "n_kv_head": 2, "n_ffn": 64, "vocab_size": 320}
+        config = lm.Config.from_preset(
+            "smoke", **size, **rates, block_size=32, batch_tokens=512, embedding_norm=True, induction=induction
+        )
         model, generator = lm.build_model(config), torch.Generator().manual_seed(0)
         optimizers = lm.build_optimizers(model, config, Machine.find("cpu", "float32"))
-        for _ in range(400):
+        for _ in range(50):
             period = int(torch.randint(9, 24, (), generator=generator))
             rows = torch.randint(64, (16, period), generator=generator).repeat(1, 4)[:, :33]
             targets = rows[:, 1:].clone()
@@ -375,7 +377,23 @@ def test_smeared_keys_find_what_followed_in_one_layer(lm):
                 optimizer.zero_grad()
         return loss.item()
 
-    assert last_loss("smeared") < 0.6 < 3 < last_loss("gqa")
+    assert loss_after_50_steps(True) < 1 and loss_after_50_steps(False) > 3
+
+
+@pytest.mark.parametrize("overrides", [{}, {"attention": "mha"}, {"qk_norm": False}, {"norm": "layer"}], ids=str)
+def test_heads_begin_with_the_token_before_and_with_what_followed_the_last_time(lm, overrides):
+    model = lm.build_model(lm.Config.from_preset("demo", **overrides))
+    tokens = torch.randint(4096, (32,), generator=torch.Generator().manual_seed(0)).repeat(2)
+    maps = attention_maps(model, tokens)  # (n_layer, H, T, T)
+    before = maps[0].diagonal(-1, dim1=-2, dim2=-1).mean(-1)  # (H,)
+    followed = maps[1].diagonal(-31, dim1=-2, dim2=-1).mean(-1)
+    assert before[0] > 4 * before[1:].max() and followed[0] > 2 * followed[1:].max()
+
+
+@pytest.mark.parametrize("overrides", [{"position": "none"}, {"n_layer": 1}, {"n_embd": 6}], ids=str)
+def test_models_that_cannot_hold_an_induction_head_begin_without(lm, overrides):
+    model = lm.build_model(lm.Config.from_preset("demo", **overrides))
+    assert all(p.isfinite().all() for p in model.parameters())
 
 
 def test_maps_of_attention_by_hand_and_of_a_difference_of_two(lm, tiny, monkeypatch):

@@ -42,7 +42,7 @@ CONTENDERS = {  # of this project, by what differs from the presets' recipe
     "untied, with value embeddings": UNTIED | {"attention": "value"},
 }
 
-# One change each, to `PLAIN`. Where a change would add or remove parameters, n_ffn makes up for it, unless the name says otherwise.
+# One change each, to `PLAIN`. Where one would add or remove parameters, n_ffn makes up for it, unless the name says not.
 CHOICES: dict[str, dict] = {
     "an induction head at first": {"induction": True},
     "untied, rates of its own (more parameters)": UNTIED,
@@ -272,8 +272,8 @@ of the others are the best of three on seed 0 of Python at the smallest budget.
 - **nanochat, whole**: its model as well: value embeddings, squared ReLU, soft-capped logits, scalars per layer.
 
 From random weights, the loss of a run on Python falls faster for a while, between half a million and two million
-tokens, at a time that the seed decides: hence the large ± there. An induction head at first makes that head start
-needless. English repeats itself less, and gains less.
+tokens, at a time that the seed decides: hence the large ± there. That is when it learns to repeat. Runs that begin with
+an induction head need not wait for it. English repeats itself less, and gains less.
 
 {contest}
 
@@ -281,9 +281,9 @@ needless. English repeats itself less, and gains less.
 
 ## One change at a time
 
-Each change against the same run without it, {tokens:,} tokens of Python, with random weights at first. *Effect* is in bits per byte, and below
-zero is better. Where a change would add or remove parameters, `n_ffn` makes up for it, unless the name says otherwise.
-Failed or diverged: {failed}.
+Each change against the same run without it, {tokens:,} tokens of Python, from random weights. *Effect* is in bits per
+byte, and below zero is better. Where a change would add or remove parameters, `n_ffn` makes up for it, unless the name
+says otherwise. Failed or diverged: {failed}.
 
 ![Effects](recipe.png)
 
