@@ -10,12 +10,14 @@ it runs eagerly: Inductor of PyTorch 2.13 fails there on its optimizer.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import math
 import os
 import sys
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -39,6 +41,21 @@ def clone() -> Path | None:
     if not (Path(path) / "nanochat" / "gpt.py").is_file():
         raise UserError(f"NANOCHAT is {path!r}, which has no nanochat/gpt.py; name a clone of karpathy/nanochat")
     return Path(path).resolve()
+
+
+@contextlib.contextmanager
+def in_reach(machine: Machine) -> Iterator[None]:
+    """Let the clone be imported. What it compiles at import stays eager on a CPU."""
+    compiling, path = torch.compile, str(clone())
+    os.environ["NANOCHAT_DTYPE"] = str(machine.dtype)[6:]
+    sys.path.insert(0, path)
+    if machine.device.type == "cpu":
+        torch.compile = lambda function=None, **_: function or (lambda f: f)
+    try:
+        yield
+    finally:
+        torch.compile = compiling
+        sys.path.remove(path)
 
 
 class Scored(nn.Module):
@@ -120,20 +137,29 @@ def set_rates(optimizer: torch.optim.Optimizer, step: int, steps: int) -> None:
             group["momentum"], group["weight_decay"] = momentum, DECAY * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
+def step_of(model: nn.Module, optimizer: torch.optim.Optimizer, machine: Machine) -> Callable[[torch.Tensor], None]:
+    """A function that takes one step on rows (B, T + 1) of tokens."""
+
+    def step(rows: torch.Tensor) -> None:
+        with machine.autocast():
+            model(rows[:, :-1].contiguous(), rows[:, 1:].contiguous()).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
 def train_nanochat(config, variant: str, scale: float) -> dict:
     """Train on the batches that the notebook would have read, and score all held-out text as it does."""
     machine, data = Machine.find(config.device, config.dtype), prepare_data(config)
     model, optimizer = VARIANTS[variant](config, scale)
     model = model.to(machine.device)
     windows, sequences = data.windows("train", config.block_size, config.seed), config.batch_tokens // config.block_size
-    steps, started = config.max_tokens // config.batch_tokens, time.perf_counter()
+    take_step, steps = step_of(model, optimizer, machine), config.max_tokens // config.batch_tokens
+    started = time.perf_counter()
     for step in range(steps):
-        rows = torch.from_numpy(windows.read(step * sequences, sequences)).to(machine.device)
-        with machine.autocast():
-            model(rows[:, :-1].contiguous(), rows[:, 1:].contiguous()).backward()
         set_rates(optimizer, step, steps)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        take_step(torch.from_numpy(windows.read(step * sequences, sequences)).to(machine.device))
     seconds = time.perf_counter() - started
     scores = lm.evaluate(model, data, machine, sequences, math.inf)
     parameters = sum(p.numel() for p in model.parameters())
@@ -145,11 +171,8 @@ def main() -> None:
     plain_errors()
     values, variant, scale = json.loads(sys.argv[1])
     config = lm.Config.from_dict(values)
-    sys.path.insert(0, str(clone()))
-    os.environ["NANOCHAT_DTYPE"] = str(Machine.find(config.device, config.dtype).dtype)[6:]
-    if not torch.cuda.is_available():
-        torch.compile = lambda function=None, **_: function or (lambda f: f)
-    print(json.dumps(train_nanochat(config, variant, scale)))
+    with in_reach(Machine.find(config.device, config.dtype)):
+        print(json.dumps(train_nanochat(config, variant, scale)))
 
 
 if __name__ == "__main__":
