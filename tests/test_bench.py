@@ -117,7 +117,7 @@ def test_others_come_into_the_contest_with_their_best_rates(tmp_path, small_plan
 
 
 def test_the_summary_says_what_helped_and_what_hurt(tmp_path, small_plan):
-    changes = {"cosine": -0.5, "MLP": 0.5, "wide": 0.0, "untied, with value embeddings": -0.1}
+    changes = {"cosine": -0.5, "MLP": 0.5, "wide": 0.0, "with value embeddings": -0.1}
 
     def losses(run):
         return 1.5 + run.seed / 100 + 200 / run.tokens + changes.get(run.name, 0.0) + run.seed * (run.name == "wide")
@@ -127,7 +127,7 @@ def test_the_summary_says_what_helped_and_what_hurt(tmp_path, small_plan):
     rows = {line.split(" | ")[0][2:]: line for line in text.splitlines() if line.startswith("| ")}
     assert rows["cosine"].endswith("| better |") and rows["MLP"].endswith("| worse |")
     assert rows["wide"].endswith("| no difference seen |")
-    assert "| untied, with value embeddings | 2,000 | 1.5050 | 0.0050 | 2 | 1 | -0.1000 | 0.0000 | better |" in text
+    assert "| with value embeddings | 2,000 | 1.5050 | 0.0050 | 2 | 1 | -0.1000 | 0.0000 | better |" in text
     assert (tmp_path / "recipe.png").stat().st_size > 1000
 
 

@@ -28,6 +28,7 @@ COMBINATIONS = [
 ]
 COVERING = [  # each variant, with and without QK-norm and tying, at least once
     {"attention": "gqa", "position": "rope", "ffn": "gated", "norm": "rms", "qk_norm": True, "tie_embeddings": True},
+    {"attention": "value", "position": "rope", "ffn": "relu2", "norm": "rms", "qk_norm": True, "induction": True},
     {
         "attention": "mha",
         "position": "absolute",

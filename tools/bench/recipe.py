@@ -39,14 +39,14 @@ UNTIED = {"tie_embeddings": False, "embedding_norm": False, "embedding_lr": 0.3,
 CONTENDERS = {  # of this project, by what differs from the presets' recipe
     OURS: {},
     PLAIN: RANDOM,
-    "untied, with value embeddings": UNTIED | {"attention": "value"},
+    "with value embeddings": {"attention": "value"},
 }
 
 # One change each. Where a change would add or remove parameters, n_ffn makes up for it, unless the name says otherwise.
 CHOICES: dict[str, dict] = {
     PLAIN: RANDOM,
     "untied, rates of its own (more parameters)": UNTIED,
-    "and value embeddings (more parameters)": CONTENDERS["untied, with value embeddings"],
+    "value embeddings (more parameters)": CONTENDERS["with value embeddings"],
     "no embedding_norm": {"embedding_norm": False},
     "embedding_lr × 0.5": {"embedding_lr": 0.03},
     "embedding_lr × 2": {"embedding_lr": 0.12},
@@ -272,8 +272,7 @@ differences are between runs with the same seed, and *better* and *worse* are mo
 of the others are the best of three on seed 0 of Python at the smallest budget.
 
 - **random weights at first**: the default with `induction` off (4.5), and so without biases of queries and keys.
-- **untied, with value embeddings**: the default with a head of its own, rates that suit two tables (`embedding_lr` 0.3,
-  `head_lr` 0.016), and `attention="value"`.
+- **with value embeddings**: the default with `attention="value"`.
 - **nanoGPT**: the optimizer of [nanoGPT](https://github.com/karpathy/nanoGPT), AdamW with one learning rate for
   everything, weight decay 0.1 and a cosine, on the notebook's model with random weights at first.
 - **nanochat, llama**: the optimizer, schedules and initial weights of [nanochat](https://github.com/karpathy/nanochat),
