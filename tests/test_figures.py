@@ -104,7 +104,6 @@ QUOTES = [
             (README, "# bits per byte higher after a million tokens of Python", "python"),
         ]
     ),
-    (TEXT, "LayerNorm was better by # bits", RECIPE, "| LayerNorm | # |", -1),
     (DOCS, "the step of Muon, # ms where AdamW takes #,", RECIPE, "not compile): * the default # ms, * nanoGPT # ms", 1),
     (DOCS, "on a 4090 # GB, where", REHEARSAL, "RTX 4090 | 1 | {} | bfloat16 | compiled | 16 | * | # |", 1),
     (DOCS, "the preflight predicted #.", REHEARSAL, "RTX 4090 | 1 | {} | bfloat16 | compiled | 16 | # |", 1),
@@ -184,11 +183,11 @@ def test_the_losses_of_demo_are_those_of_its_runs():
 CLAIMS = [
     ("its `lr` was the best of three", "lr × 0.5", "worse"),
     ("its `lr` was the best of three", "lr × 2", "worse"),
-    ("in `demo`, LayerNorm was better by", "LayerNorm", "better"),
+    ("in `demo`, no difference was seen", "LayerNorm", "no difference seen"),
     ("In our small models the MLP was better on average", "MLP", "better"),
-    ("A cosine and a decay over 20% did worse here", "cosine", "worse"),
-    ("A cosine and a decay over 20% did worse here", "wsd, decay 0.2", "worse"),
-    ("between 50 and 80% no difference was seen", "wsd, decay 0.8", "no difference seen"),
+    ("A cosine, and a decay over 20 or 80% of the budget, did worse", "cosine", "worse"),
+    ("A cosine, and a decay over 20 or 80% of the budget, did worse", "wsd, decay 0.2", "worse"),
+    ("A cosine, and a decay over 20 or 80% of the budget, did worse", "wsd, decay 0.8", "worse"),
 ]
 
 
