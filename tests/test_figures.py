@@ -94,6 +94,13 @@ QUOTES = [
     (DOCS, "the same, 12 MB | * | # |", BENCH, "| 12 | tiktoken, batch | # |", 1),
     (DOCS, "the same, 12 MB | * | * | # × |", BENCH, "| 12 | LMHarness, * | * | #% |", 0.01),
     (DOCS, "waiting for data, of a training step | #% |", BENCH, "| demo | * | #% |", 1),
+    *(
+        (TEXT, sentence, f"{RECIPE}#{text}", "| with value embeddings | 1,000,000 | * | * | * | * | # |", -1)
+        for sentence, text in [
+            ("`demo` ends # bits per byte lower after a million tokens of Python and * in", "python"),
+            ("`demo` ends * bits per byte lower after a million tokens of Python and # in", "english"),
+        ]
+    ),
     (TEXT, "it is worth # bits per byte (`results/recipe.md`)", RECIPE, "| no embedding_norm | # |", 1),
     (TEXT, "AdamW alone ends # bits per byte higher", RECIPE, "| AdamW for all | # |", 1),
     *(
