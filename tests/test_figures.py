@@ -111,7 +111,13 @@ QUOTES = [
             (README, "# bits per byte higher after a million tokens of Python", "python"),
         ]
     ),
-    (DOCS, "the step of Muon, # ms where AdamW takes #,", RECIPE, "not compile): * the default # ms, * nanoGPT # ms", 1),
+    (
+        DOCS,
+        "the step of Muon, # ms where AdamW takes #,",
+        RECIPE,
+        "not compile): * the default # ms, * nanoGPT # ms",
+        1,
+    ),
     (DOCS, "on a 4090 # GB, where", REHEARSAL, "RTX 4090 | 1 | {} | bfloat16 | compiled | 16 | * | # |", 1),
     (DOCS, "the preflight predicted #.", REHEARSAL, "RTX 4090 | 1 | {} | bfloat16 | compiled | 16 | # |", 1),
 ]
