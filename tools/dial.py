@@ -102,8 +102,8 @@ bits per byte, [recipe.md](recipe.md)).
 ## Size
 
 Tokens are what so many minutes hold at half of 911 GFLOP/s, the rate of a large matrix product on two quiet cores.
-`best_shape` says, at the {rate:.0f} GFLOP/s measured while this was written: {said}. Its law was fitted
-to these runs too; without them it covers no best size for so long.
+`best_shape` says, at the {rate:.0f} GFLOP/s measured while this was written: {said}.
+Its law is of other runs, which begin with an induction head.
 
 {sizes}
 
