@@ -15,6 +15,7 @@ from machinery.errors import UserError, plain_errors
 from machinery.files import write_atomic
 from machinery.machine import Machine, measure_matmul_flops
 from model_utils import best_shape
+from tools.bench.recipe import RANDOM, TEXTS
 from tools.common import RESULTS, lm, quietly, table
 from tools.forecast import run_of
 from tools.runs import Results, Run, parser_of_runs, run_missing
@@ -30,24 +31,18 @@ BATCHES = {  # by size and tokens: the preset's, for about a minute, and the bes
     ((3, 192), 6_000_000): (2048, 4096, 8192),
 }
 UNMOVED = (1024, 8192)  # for the first, also tried with the rates of the preset
-ENGLISH, RANDOM = {"source": "english", "prompt": "The"}, {"induction": False}
+PRESET = lm.PRESETS["demo"]
 
 
 def by_size() -> list[Run]:
     """Each size, for so many minutes."""
-    return [of_size(size, tokens) for sizes in MINUTES.values() for size, tokens in sizes.items()]
+    return [with_batch(size, tokens) for sizes in MINUTES.values() for size, tokens in sizes.items()]
 
 
-def of_size(size: tuple[int, int], tokens: int) -> Run:
-    """A run with the batch and the rates of the preset."""
-    return lm.replace(run_of("english", size, tokens, RANDOM), scores=1)
-
-
-def with_batch(size: tuple[int, int], tokens: int, batch: int, power: float = 0.5) -> Run:
-    """A run with another batch, and rates that move with this power of it."""
-    preset = lm.PRESETS["demo"]
-    factor = (batch / preset["batch_tokens"]) ** power
-    rates = {name: preset[name] * factor for name in ("lr", "embedding_lr", "head_lr")}
+def with_batch(size: tuple[int, int], tokens: int, batch: int = PRESET["batch_tokens"], power: float = 0.5) -> Run:
+    """A run with this batch, and rates that move with this power of it."""
+    factor = (batch / PRESET["batch_tokens"]) ** power
+    rates = {name: PRESET[name] * factor for name in ("lr", "embedding_lr", "head_lr")}
     return lm.replace(run_of("english", size, tokens, RANDOM | {"batch_tokens": batch} | rates), scores=1)
 
 
@@ -60,7 +55,9 @@ def by_batch() -> list[Run]:
 def chosen_size(minutes: int) -> str:
     """What `best_shape` says for so many minutes of this machine, as n_layer × n_embd; or why it says nothing."""
     try:
-        shape = quietly(best_shape, lm.Config.from_preset("demo", **ENGLISH), Machine.find(), hours=minutes / 60)
+        shape = quietly(
+            best_shape, lm.Config.from_preset("demo", **TEXTS["english"]), Machine.find(), hours=minutes / 60
+        )
     except UserError as error:
         return f"nothing ({error})"
     return f"{shape['n_layer']} × {shape['n_embd']}"
@@ -70,12 +67,12 @@ def write_dial(results: Results) -> None:
     """results/dial.md, of the runs there are."""
     rows = [
         {"minutes": minutes, "n_layer × n_embd": "{} × {}".format(*size), "tokens": tokens,
-         "bits per byte": results.loss(of_size(size, tokens))}
+         "bits per byte": results.loss(with_batch(size, tokens))}
         for minutes, some in MINUTES.items() for size, tokens in some.items()
     ]  # fmt: skip
     others, cost = [], 0.0
     for (size, tokens), some in BATCHES.items():
-        said = power_of_two(best_batch(tokens), lm.PRESETS["demo"]["block_size"])
+        said = power_of_two(best_batch(tokens), PRESET["block_size"])
         runs = [with_batch(size, tokens, batch) for batch in some]
         losses = [results.loss(run) for run in runs]
         least = min(losses)
