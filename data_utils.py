@@ -27,7 +27,7 @@ import torch
 from tqdm import tqdm
 
 from machinery.errors import DataError, UserError, plain_errors, told
-from machinery.files import no_links
+from machinery.files import json_digest, no_links
 from machinery.machine import Machine, is_out_of_memory
 from machinery.preparation import ADVICE, is_known, open_sources, tokenize, tokenizer_digest
 from machinery.shards import MANIFEST_VERSION, load_tokenizer, read_manifest, report, split_documents
@@ -67,9 +67,8 @@ def prepare_data(config, progress: bool = True) -> TokenData:
         "val_text": val_source.stamp() if val_source else "",
         "tokenizer_text": tokenizer_digest(config.tokenizer),
     }
-    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
     slug = re.sub(r"[^A-Za-z0-9]+", "-", f"{config.source}-{config.tokenizer}-{config.vocab_size}").strip("-")[-60:]
-    data = TokenData(data_dir / f"{slug}-{key}", task, config.block_size)
+    data = TokenData(data_dir / f"{slug}-{json_digest(settings)[:8]}", task, config.block_size)
     encoding = None
     if not data.is_enough():
         for note in source.notes() + (val_source.notes() if val_source else []):
@@ -129,8 +128,7 @@ class TokenData:
         first = [shard["sha256"] for split in ("train", "val") for shard in manifest["shards"][split][:1]]
         places = {"source", "val_source", "text", "val_text", "tokenizer", "tokenizer_text", "version"}
         settings = {name: value for name, value in self.settings.items() if name not in places}
-        content = [settings, first, manifest["text"], manifest["tokenizer"]["sha256"]]
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+        return json_digest([settings, first, manifest["text"], manifest["tokenizer"]["sha256"]])[:16]
 
     def is_enough(self) -> bool:
         """Whether the shards on disk are all there will be, or all that was asked for."""

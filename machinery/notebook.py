@@ -9,7 +9,6 @@ nothing is written twice:
 
 from __future__ import annotations
 
-import hashlib
 import json
 import linecache
 import os
@@ -19,6 +18,7 @@ import types
 from pathlib import Path
 
 from machinery.errors import UserError
+from machinery.files import json_digest
 
 NOTEBOOK = Path(__file__).parents[1] / "LMHarness.ipynb"
 
@@ -64,7 +64,7 @@ def train_elsewhere(config, **options) -> subprocess.Popen:
 def source_digest(notebook: str | Path = NOTEBOOK) -> str:
     """A hash of the text of all cells, whatever their outputs are."""
     cells = json.loads(Path(notebook).read_text("utf-8"))["cells"]
-    return hashlib.sha256(json.dumps([[c["cell_type"], "".join(c["source"])] for c in cells]).encode()).hexdigest()
+    return json_digest([[c["cell_type"], "".join(c["source"])] for c in cells])
 
 
 def mark_executed(notebook: str | Path = NOTEBOOK) -> None:

@@ -30,6 +30,7 @@ from types import ModuleType
 
 from machinery.errors import DataError, first_line, printable
 from machinery.file_search import SUFFIXES, find_files, identity
+from machinery.files import json_digest
 from machinery.text_files import (
     MAX_DOCUMENT_BYTES,
     MAX_LINE_BYTES,
@@ -153,8 +154,7 @@ class FileSource(Source):
         return sum(stat.st_size for _, stat in self._stats())
 
     def stamp(self) -> str:
-        stats = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in self._stats()]
-        return hashlib.sha256(json.dumps(stats).encode()).hexdigest()
+        return json_digest([(name, stat.st_size, stat.st_mtime_ns) for name, stat in self._stats()])
 
     def digest(self) -> str:
         """Of content, in its order: whole up to `DIGEST_BYTES` together, beyond that of samples of every file."""

@@ -6,9 +6,7 @@ One code path encodes and decodes them all, whether it was published, learned he
 from __future__ import annotations
 
 import binascii
-import hashlib
 import itertools
-import json
 import re
 from collections.abc import Iterable
 
@@ -17,6 +15,7 @@ import tiktoken
 import torch
 
 from machinery.errors import DataError, told
+from machinery.files import json_digest
 
 END_OF_TEXT = "<|endoftext|>"
 ENDS_OF_TEXT = re.compile(  # as others spell it
@@ -83,7 +82,7 @@ def tokenizer_from_dict(
 
 def tokenizer_hash(encoding: tiktoken.Encoding) -> str:
     """Names a tokenizer by what it does: equal for encodings that give the same ids."""
-    return hashlib.sha256(json.dumps(tokenizer_to_dict(encoding), sort_keys=True).encode()).hexdigest()
+    return json_digest(tokenizer_to_dict(encoding))
 
 
 def token_byte_counts(encoding: tiktoken.Encoding, vocab_size: int) -> torch.Tensor:

@@ -10,8 +10,6 @@ A table is a pandas DataFrame with a row per run: `table.to_csv("answer.csv")` k
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import sys
 from collections.abc import Callable, Iterable
@@ -26,7 +24,7 @@ from tqdm import tqdm
 
 from machinery.budget import settle_batch
 from machinery.errors import UserError
-from machinery.files import free_bytes, read_json, read_jsonl
+from machinery.files import free_bytes, json_digest, read_json, read_jsonl
 from machinery.machine import Machine
 from machinery.notebook import defining_cells, load_definitions
 from model_utils import count_parameters, flops_per_token, predict
@@ -194,8 +192,7 @@ def places(options: dict) -> dict:
 def _named(config, source: str):
     """The config, with a run_name that changes with whatever may change the result."""
     values = {name: value for name, value in config.to_dict().items() if name not in KEEPING}
-    digest = hashlib.sha256(json.dumps([values, source], sort_keys=True).encode()).hexdigest()[:10]
-    return replace(config, run_name=f"sweep-{digest}")
+    return replace(config, run_name=f"sweep-{json_digest([values, source])[:10]}")
 
 
 def _summary(config) -> dict | None:
