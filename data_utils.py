@@ -30,7 +30,7 @@ from machinery.errors import DataError, UserError, plain_errors, told
 from machinery.files import json_digest, no_links
 from machinery.machine import Machine, is_out_of_memory
 from machinery.preparation import ADVICE, is_known, open_sources, tokenize, tokenizer_digest
-from machinery.shards import MANIFEST_VERSION, load_tokenizer, read_manifest, report, split_documents
+from machinery.shards import MANIFEST_VERSION, is_enough, load_tokenizer, read_manifest, report, split_documents
 from machinery.sources import refuse_overlap
 from machinery.tokenizers import token_byte_counts
 from machinery.vocabularies import get_tokenizer
@@ -70,7 +70,7 @@ def prepare_data(config, progress: bool = True) -> TokenData:
     slug = re.sub(r"[^A-Za-z0-9]+", "-", f"{config.source}-{config.tokenizer}-{config.vocab_size}").strip("-")[-60:]
     data = TokenData(data_dir / f"{slug}-{json_digest(settings)[:8]}", task, config.block_size)
     encoding = None
-    if not data.is_enough():
+    if not is_enough(data.manifest, task["train_tokens"]):
         for note in source.notes() + (val_source.notes() if val_source else []):
             print(note)
         if val_source:
@@ -129,13 +129,6 @@ class TokenData:
         places = {"source", "val_source", "text", "val_text", "tokenizer", "tokenizer_text", "version"}
         settings = {name: value for name, value in self.settings.items() if name not in places}
         return json_digest([settings, first, manifest["text"], manifest["tokenizer"]["sha256"]])[:16]
-
-    def is_enough(self) -> bool:
-        """Whether the shards on disk are all there will be, or all that was asked for."""
-        manifest, wanted = self.manifest, self.task["train_tokens"]
-        return bool(manifest) and (
-            manifest["complete"] or (wanted is not None and manifest["tokens"]["train"] >= wanted)
-        )
 
     def windows(self, split: str, block_size: int, seed: int | None = None) -> TokenWindows:
         """The windows of one split: shuffled by `seed`, or in text order without one."""
@@ -199,7 +192,8 @@ class TokenData:
                 if manifest and (manifest["complete"] or len(manifest["shards"]["train"]) >= shards):
                     return
                 if running is None or running.poll() == 0:  # it was asked for less than is wanted now
-                    self.task["train_tokens"] = None if manifest else self.task["train_tokens"]
+                    if manifest:
+                        self.task["train_tokens"] = None
                     if not is_known(self.settings):
                         tokenize(self.folder, self.task, progress, *open_sources(self.task))
                         continue

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from machinery.errors import DataError, told
 from machinery.files import no_links, write_atomic
 from machinery.held_out import is_held_out
-from machinery.shards import load_tokenizer, new_manifest, read_manifest, text_digest, write_shards
+from machinery.shards import is_enough, load_tokenizer, new_manifest, read_manifest, text_digest, write_shards
 from machinery.sources import SOURCES, Source, open_source, source_kind
 from machinery.text_files import file_digest
 from machinery.tokenizers import tokenizer_to_dict
@@ -53,8 +53,7 @@ def tokenize(folder: Path, task: dict, progress: bool, source: Source, val_sourc
         manifest = read_manifest(folder)
         encoding = _make_tokenizer(folder, task["settings"], source)
         manifest = manifest or new_manifest(task["settings"], encoding)
-        wanted = task["train_tokens"]
-        if manifest["complete"] or wanted is not None and manifest["tokens"]["train"] >= wanted:
+        if is_enough(manifest, task["train_tokens"]):
             return encoding
         if manifest["text"] and task["settings"]["text"] != source.stamp():
             _refuse_other_text(manifest, source, val_source)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 from array import array
 from collections.abc import Callable, Iterator
@@ -70,6 +71,12 @@ def new_manifest(settings: dict, encoding: tiktoken.Encoding) -> dict:
         "position": 0,  # in the source, after the last closed shard: where an interrupted preparation goes on
         "complete": False,
     }
+
+
+def is_enough(manifest: dict, train_tokens: int | None) -> bool:
+    """Whether the shards on disk are all there will be, or all that was asked for; without a manifest they are not."""
+    asked = math.inf if train_tokens is None else train_tokens
+    return bool(manifest) and (manifest["complete"] or manifest["tokens"]["train"] >= asked)
 
 
 def report(manifest: dict) -> list[str]:
@@ -333,7 +340,7 @@ def _write_shards(folder, manifest, encoding, source, val_source, train_tokens, 
             if held_out.is_open:
                 manifest["text"] = text_digest(source, val_source)
             _close(folder, manifest, train, held_out, position)
-            if train_tokens is not None and manifest["tokens"]["train"] >= train_tokens:
+            if is_enough(manifest, train_tokens):
                 return
     manifest["complete"] = True
     _close(folder, manifest, train, held_out, position)
