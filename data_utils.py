@@ -29,6 +29,7 @@ from tqdm import tqdm
 from machinery.errors import DataError, UserError, plain_errors, told
 from machinery.files import json_digest, no_links
 from machinery.machine import Machine, is_out_of_memory
+from machinery.notebook import start_python
 from machinery.preparation import ADVICE, is_known, open_sources, tokenize, tokenizer_digest
 from machinery.shards import MANIFEST_VERSION, is_enough, load_tokenizer, read_manifest, report, split_documents
 from machinery.sources import refuse_overlap
@@ -173,15 +174,12 @@ class TokenData:
         """Tokenize in another process, which ends with this one. One at a time is enough for a folder."""
         running = _background.get(self.folder)
         if running is None or running.poll() is not None:
-            path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
             log = self.folder / "work.log"
             with told(log, DataError, "cannot be written", ADVICE):
                 said = open(log, "w", opener=no_links)  # noqa: SIM115 - of an earlier one too, and of other processes
-            _background[self.folder] = subprocess.Popen(
-                [sys.executable, "-c", "import data_utils; data_utils.work()", str(self.folder), json.dumps(self.task)],
-                env=os.environ | {"PYTHONPATH": path}, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
-                stderr=said,
-                start_new_session=True,  # a Ctrl-C is for the process that trains
+            _background[self.folder] = start_python(
+                "import data_utils; data_utils.work()", str(self.folder), json.dumps(self.task),
+                stdin=subprocess.PIPE, stderr=said, start_new_session=True,  # a Ctrl-C is for the process that trains
             )  # fmt: skip
 
     def wait(self, shards: int = 1, progress: bool = False) -> None:

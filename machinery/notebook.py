@@ -54,11 +54,16 @@ TRAIN += "; lm.train(lm.Config.from_dict(json.loads(sys.argv[1])))"
 
 
 def train_elsewhere(config, **options) -> subprocess.Popen:
-    """A process that trains `config` by the definitions of the saved notebook; `options` are those of Popen."""
+    """A process that trains `config` by the definitions of the saved notebook; `options` as for `start_python`."""
+    return start_python(TRAIN, json.dumps(config.to_dict()), **options)
+
+
+def start_python(program: str, *arguments: str, env: dict[str, str] | None = None, **options) -> subprocess.Popen:
+    """A process of `program`, which finds this project's modules and prints nothing; `options` are those of Popen."""
     path = os.pathsep.join([str(NOTEBOOK.parent), os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | {"PYTHONPATH": path} | options.pop("env", {})
-    command = [sys.executable, "-c", TRAIN, json.dumps(config.to_dict())]
-    return subprocess.Popen(command, env=environment, **({"stdout": subprocess.DEVNULL} | options))
+    environment = os.environ | {"PYTHONPATH": path} | (env or {})
+    command = [sys.executable, "-c", program, *arguments]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, **options)
 
 
 def source_digest(notebook: str | Path = NOTEBOOK) -> str:
