@@ -64,6 +64,13 @@ def read_json(path: Path, missing: dict | None = None, advice: str = "") -> dict
     return value
 
 
+def read_note(path: Path) -> dict:
+    """The object in a JSON file that nothing depends on: {} where it is missing or damaged."""
+    with contextlib.suppress(UserError):
+        return read_json(path)
+    return {}
+
+
 def read_jsonl(path: str | Path) -> list[dict]:
     """The lines of a JSON-lines file; a last line that a crash cut short is left out."""
     lines = []

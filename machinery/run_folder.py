@@ -34,6 +34,7 @@ from machinery.files import (
     no_links,
     read_json,
     read_jsonl,
+    read_note,
     refuse_link,
     write_atomic,
     write_json,
@@ -157,9 +158,7 @@ class RunFolder:
                 f" in another order (source {saved.get('source')!r}, val_source {saved.get('val_source')!r} then);"
                 f" {advice}"
             )
-        before = dtype
-        with contextlib.suppress(UserError):  # a mere note
-            before = read_json(self.path / "environment.json").get("dtype", dtype)
+        before = read_note(self.path / "environment.json").get("dtype", dtype)
         if before != dtype:
             print(printable(f"matrix products were in {before!s:.60} until here, and go on in {dtype}"))
 
@@ -223,12 +222,10 @@ class RunFolder:
 
     def measured(self, step: int) -> dict:
         """What summary.json says of the training up to `step` that nobody can measure later."""
-        with contextlib.suppress(UserError):
-            summary = read_json(self.path / "summary.json", missing={})
-            kept = {name: summary.get(name) for name in ("predicted", "peak_memory_bytes")}
-            if summary.get("steps") == step and [type(value) for value in kept.values()] == [dict, int]:
-                return kept
-        return {}
+        summary = read_note(self.path / "summary.json")
+        kept = {name: summary.get(name) for name in ("predicted", "peak_memory_bytes")}
+        fits = summary.get("steps") == step and [type(value) for value in kept.values()] == [dict, int]
+        return kept if fits else {}
 
     def finish(self, summary: dict) -> None:
         """Write summary.json; where that cannot be, print it."""
@@ -296,25 +293,21 @@ def run_state(folder: str | Path) -> dict:
     "expected" is the band of its loss, where expected.json has one.
     """
     folder = folder_path(folder, "the folder of a run")
-    running, summary, expected = _is_locked(folder / ".lock"), {}, {}
+    running = _is_locked(folder / ".lock")
     missing = {} if running else None  # a new run makes its model and reads its text before it writes
     config = read_json(folder / "config.json", missing, advice=IS_IT_A_RUN)
     metrics = read_jsonl(folder / "metrics.jsonl")
     last = {name: value for line in metrics for name, value in line.items()}  # the latest of each
-    with contextlib.suppress(UserError):  # that it ended is all there is to know from it
-        summary = read_json(folder / "summary.json", missing={})
-    with contextlib.suppress(UserError):  # a mere note
-        expected = read_json(folder / "expected.json", missing={})
-    status = summary.get("status") if summary.get("status") in ENDINGS else "stopped"
+    ended = read_note(folder / "summary.json").get("status")
     return {
-        "status": "running" if running else status,
+        "status": "running" if running else ended if ended in ENDINGS else "stopped",
         "progress": last.get("progress") or 0.0,
         "seconds_left": last.get("seconds_left"),
         "last": last,
         "config": config,
         "metrics": metrics,
         "samples": read_jsonl(folder / "samples.jsonl"),
-        "expected": expected,
+        "expected": read_note(folder / "expected.json"),
     }
 
 

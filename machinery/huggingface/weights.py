@@ -6,7 +6,6 @@ tensor: that is a matter of its files, the numbers keep their order.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import secrets
@@ -19,8 +18,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from machinery.checkpoints import read_newest, read_state, read_weights
-from machinery.errors import UserError, printable, told
-from machinery.files import IS_IT_A_RUN, folder_path, publish, read_json, remove, sha256, write_json
+from machinery.errors import printable, told
+from machinery.files import IS_IT_A_RUN, folder_path, publish, read_json, read_note, remove, sha256, write_json
 from machinery.huggingface.families import (
     PARTS,
     ExportError,
@@ -209,7 +208,7 @@ In training every document began after `{end}`: put its id before a prompt. Writ
 def _model_card(run: Path, config: dict, state: dict) -> str:
     """README.md: data, recipe, tokens, losses, and what produced it, all from the run's files."""
     family = family_of(config)
-    environment, summary = _note(run / "environment.json"), _note(run / "summary.json")
+    environment, summary = read_note(run / "environment.json"), read_note(run / "summary.json")
     versions = environment.get("versions")
 
     def listed(*names: str) -> str:
@@ -237,13 +236,6 @@ def _model_card(run: Path, config: dict, state: dict) -> str:
     texts = {name: printable(str(text)).replace("|", "\\|") for name, text in rows.items()}
     table = "\n".join(f"| {name} | {text} |" for name, text in texts.items())
     return CARD.format(name=run.name, table=table, end=END_OF_TEXT)
-
-
-def _note(path: Path) -> dict:
-    """A JSON file that nothing depends on: {} where it is missing or damaged."""
-    with contextlib.suppress(UserError):
-        return read_json(path)
-    return {}
 
 
 # ------------------------------------------------------------------------------------------------------- in
