@@ -158,7 +158,7 @@ def publish(beside: Path, target: Path) -> Path | None:
     flush(beside)
     earlier = None
     if os.path.lexists(target):
-        earlier = target.rename(_free_name(target))
+        earlier = target.rename(free_name(target))
         flush(target.parent)
     beside.rename(target)
     flush(target.parent)
@@ -179,7 +179,7 @@ def flush(path: Path) -> None:
             raise
 
 
-def _free_name(path: Path) -> Path:
+def free_name(path: Path) -> Path:
     """The first of `path`.1, `path`.2, … that does not exist."""
     number = 1
     while os.path.lexists(name := path.with_name(f"{path.name}.{number}")):

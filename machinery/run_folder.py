@@ -13,7 +13,6 @@ import contextlib
 import datetime
 import hashlib
 import importlib.metadata
-import itertools
 import json
 import math
 import os
@@ -30,6 +29,7 @@ from machinery.errors import FileError, UserError, first_line, printable, readab
 from machinery.files import (
     IS_IT_A_RUN,
     folder_path,
+    free_name,
     make_folder,
     no_links,
     read_json,
@@ -112,8 +112,7 @@ class RunFolder:
         found = self._contents()
         if not found or not self.writes:
             return
-        names = (self.path.with_name(f"{self.path.name}.{n}") for n in itertools.count(1))
-        aside = next(path for path in names if not os.path.lexists(path))
+        aside = free_name(self.path)
         with told(aside, problem="the earlier run cannot be moved there"), contextlib.ExitStack() as undo:
             aside.mkdir()
             undo.callback(aside.rmdir)
