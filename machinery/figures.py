@@ -162,7 +162,7 @@ def _band(metrics: list[dict], expected: dict | None) -> tuple[list[float], list
 def show_run(folder: str | Path) -> None:
     """Print where a run stands and its latest sample, and draw its curves where there is a screen for them."""
     keep_printing()
-    state, name = run_state(folder), folder_path(folder, "the folder of a run").absolute().name
+    state, name = run_state(folder), folder_path(folder).absolute().name
     last, left = state["last"], state["seconds_left"]
     print(printable(f"{name}: {state['status']}, {state['progress']:.1%} of the budget"), end="")
     print(f", {duration(left)} left" if state["status"] == "running" and left is not None else "")
@@ -188,7 +188,7 @@ def plot_runs(*folders: str | Path) -> Figure:
     Raises `UserError` for a folder without an evaluation.
     """
     curves = []
-    for folder in [folder_path(folder, "the folder of a run") for folder in folders]:
+    for folder in map(folder_path, folders):
         lines = [line for line in read_jsonl(folder / "metrics.jsonl") if line.get("val_bpb") is not None]
         points = [(line["tokens"] / 1e6, line["val_bpb"]) for line in lines if "tokens" in line]
         if not points:

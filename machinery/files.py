@@ -24,10 +24,10 @@ CANNOT_FLUSH = {
 IS_IT_A_RUN = "is it the folder of a run?"  # what to ask of one without its config.json
 
 
-def folder_path(value: object, what: str) -> Path:
+def folder_path(value: object, what: str = "the folder of a run") -> Path:
     """The path of a folder that somebody names, `~` being home; its right to exist is not asked for.
 
-    Raises `UserError` for what is no path; `what` says in it what was to be named, such as "the folder of a run".
+    Raises `UserError` for what is no path; `what` says in it what was to be named.
     """
     if not isinstance(value, str | os.PathLike) or not os.fspath(value):
         raise UserError(f"{value!r} ({type(value).__name__}) is not {what}; give its path, like 'runs/demo-123abc'")

@@ -291,7 +291,7 @@ def run_state(folder: str | Path) -> dict:
     a word; "progress" (0 to 1) and "seconds_left" are those of the last step; "metrics" and "samples" are its lines;
     "expected" is the band of its loss, where expected.json has one.
     """
-    folder = folder_path(folder, "the folder of a run")
+    folder = folder_path(folder)
     running = _is_locked(folder / ".lock")
     missing = {} if running else None  # a new run makes its model and reads its text before it writes
     config = read_json(folder / "config.json", missing, advice=IS_IT_A_RUN)

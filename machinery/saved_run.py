@@ -23,7 +23,7 @@ class SavedRun:
     """
 
     def __init__(self, folder: str | Path, step: int | None = None) -> None:
-        folder = folder_path(folder, "the folder of a run")
+        folder = folder_path(folder)
         self._path, tokenizer = folder / "config.json", folder / "tokenizer.json"
         self.config = read_json(self._path, advice=IS_IT_A_RUN)
         self.encoding = tokenizer_from_dict(read_json(tokenizer, advice=COPY), tokenizer, COPY)

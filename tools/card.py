@@ -46,7 +46,7 @@ def main() -> None:
     plain_errors()
     if len(sys.argv) != 2:
         raise UserError("python -m tools.card RUN: which run? For example runs/day-1a2b3c")
-    run = folder_path(sys.argv[1], "the folder of a run")
+    run = folder_path(sys.argv[1])
     with told(run, problem="its files do not hold what a row needs", advice=IS_IT_A_RUN):
         print(table([card_row(run)], COLUMNS).splitlines()[-1])
     print(f"\nAdd this line to the table in results/{PAGE.name}, and send it as a pull request.", file=sys.stderr)

@@ -116,7 +116,7 @@ def export_hf(run_dir: str | Path, out_dir: str | Path, step: int | None = None)
     """
     import transformers  # noqa: F401 - where it is missing, that is the error
 
-    run, out_dir = folder_path(run_dir, "the folder of a run"), folder_path(out_dir, "a folder to write to")
+    run, out_dir = folder_path(run_dir), folder_path(out_dir, "a folder to write to")
     config = _Fields(read_json(run / "config.json", advice=IS_IT_A_RUN))
     tokenizer = run / "tokenizer.json"
     encoding = tokenizer_from_dict(read_json(tokenizer, advice=COPY), tokenizer, COPY)

@@ -92,4 +92,4 @@ if __name__ == "__main__":
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     if len(sys.argv) != 2:
         raise UserError("python -m tools.scores RUN: which run? For example runs/demo-b64f1d")
-    compare(folder_path(sys.argv[1], "the folder of a run"))
+    compare(folder_path(sys.argv[1]))
