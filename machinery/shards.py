@@ -188,6 +188,11 @@ class Collected:
     def __len__(self) -> int:
         return len(self.counts) // 4
 
+    @property
+    def tokens(self) -> int:
+        """All ids, and an end of text for each document."""
+        return len(self.ids) // self.dtype.itemsize + len(self)
+
     def __iter__(self) -> Iterator[Encoded]:
         """Yield them as they were; of the smallest line there is the hash."""
         at = line = 0
@@ -218,7 +223,6 @@ class HeldOut:
     def __init__(self, folder: Path, manifest: dict, encoding: tiktoken.Encoding) -> None:
         self.manifest, self.writer = manifest, ShardWriter(folder, "val", manifest)
         self.documents = Collected(self.writer.dtype)
-        self.tokens = 0
         self.lines, self.training = HeldOutLines(), array("q")
         self.is_open = not manifest["shards"]["val"]
         for shard in manifest["shards"]["val"]:
@@ -232,10 +236,6 @@ class HeldOut:
                 for piece in in_parts(text, PIECE):
                     lines.extend(look_at_lines(piece)[1])
                 self.lines.add(lines)
-
-    def add(self, document: Encoded) -> None:
-        self.tokens += sum(map(len, document.ids)) + 1
-        self.documents.add(document)
 
     def takes_apart(self, document: Encoded) -> bool:
         """Whether a document of the training text is set aside. The first shard's lines are kept until `close`."""
@@ -320,9 +320,9 @@ def _write_shards(folder, manifest, encoding, source, val_source, train_tokens, 
     if val_source and held_out.is_open:
         documents = (("val", *document) for document in val_source.read("validation"))
         for document in encode_all(encoding, documents, train.dtype):
-            held_out.add(document)
+            held_out.documents.add(document)
             manifest["is_split"] |= val_source.is_split
-            if held_out.tokens >= settings["shard_tokens"]:
+            if held_out.documents.tokens >= settings["shard_tokens"]:
                 break
     position = manifest["position"]
     documents = _with_sides(source, position, manifest["held_out"], settings["val_fraction"])
@@ -331,12 +331,12 @@ def _write_shards(folder, manifest, encoding, source, val_source, train_tokens, 
         manifest["is_split"] |= source.is_split
         advance(document.bytes)
         if held_out.is_open and (document.side or _side(document, settings["val_fraction"])) == "val":
-            held_out.add(document)
+            held_out.documents.add(document)
             continue
         if held_out.takes_apart(document):
             continue
         train.add(document)
-        if max(train.tokens, held_out.tokens * held_out.is_open) >= settings["shard_tokens"]:
+        if max(train.tokens, held_out.documents.tokens) >= settings["shard_tokens"]:
             if held_out.is_open:
                 manifest["text"] = text_digest(source, val_source)
             _close(folder, manifest, train, held_out, position)
