@@ -10,11 +10,7 @@ import torch
 
 from machinery.files import read_jsonl
 from machinery.notebook import train_elsewhere
-from tools.common import ROOT, lm, quietly
-
-__all__ = [
-    "ROOT", "Result", "equal", "last_step", "lm", "make_texts", "quietly", "start_training", "tiny_config", "weights",
-]  # fmt: skip
+from tools.common import lm, quietly
 
 
 @dataclass

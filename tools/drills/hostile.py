@@ -12,7 +12,8 @@ from machinery.errors import UserError
 from machinery.run_folder import RunFolder, run_state
 from machinery.shards import load_tokenizer
 from machinery.sources import iter_documents
-from tools.drills.common import Result, lm, quietly, tiny_config
+from tools.common import lm, quietly
+from tools.drills.common import Result, tiny_config
 from tools.drills.storage import damage
 
 STRANGE = [

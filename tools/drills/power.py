@@ -22,7 +22,8 @@ from pathlib import Path
 from machinery.checkpoints import newest_checkpoint
 from machinery.errors import UserError
 from machinery.notebook import TRAIN
-from tools.drills.common import ROOT, Result, equal, lm, make_texts, quietly, tiny_config, weights
+from tools.common import ROOT, lm, quietly
+from tools.drills.common import Result, equal, make_texts, tiny_config, weights
 
 CALLS = "openat,write,writev,lseek,ftruncate,rename,renameat,unlink,unlinkat,rmdir,mkdir,fsync"
 CALLS += ",pwrite64,fallocate,renameat2,link,linkat,fdatasync"  # should a library come to use them, it is noticed

@@ -15,18 +15,8 @@ import torch
 
 from machinery.checkpoints import newest_checkpoint, read_state
 from machinery.run_folder import run_state
-from tools.drills.common import (
-    ROOT,
-    Result,
-    equal,
-    last_step,
-    lm,
-    make_texts,
-    quietly,
-    start_training,
-    tiny_config,
-    weights,
-)
+from tools.common import ROOT, lm, quietly
+from tools.drills.common import Result, equal, last_step, make_texts, start_training, tiny_config, weights
 
 
 def kill_training(folder: Path, times: int, seed: int = 0) -> Result:

@@ -16,7 +16,8 @@ import pyarrow
 import pyarrow.parquet
 
 from machinery.run_folder import run_state
-from tools.drills.common import ROOT, Result, last_step, start_training, tiny_config
+from tools.common import ROOT
+from tools.drills.common import Result, last_step, start_training, tiny_config
 from tools.drills.hub_server import Hub
 
 

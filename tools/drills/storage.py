@@ -14,7 +14,8 @@ from pathlib import Path
 
 from machinery.checkpoints import CheckpointError, checkpoint_folders, newest_checkpoint, read_state
 from machinery.errors import DataError
-from tools.drills.common import Result, equal, lm, quietly, start_training, tiny_config, weights
+from tools.common import lm, quietly
+from tools.drills.common import Result, equal, start_training, tiny_config, weights
 
 
 def full_disk(folder: Path, times: int) -> Result:
