@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 from data_utils import prepare_data
@@ -17,25 +18,8 @@ from tools.drills.common import Result, tiny_config
 from tools.drills.storage import damage
 
 STRANGE = [
-    None,
-    True,
-    -1,
-    0,
-    3,
-    7.5,
-    1e308,
-    float("nan"),
-    "",
-    "x",
-    "../../etc",
-    "auto",
-    "rope",
-    [],
-    {},
-    [1],
-    "\x00",
-    2**70,
-]
+    None, True, -1, 0, 3, 7.5, 1e308, float("nan"), "", "x", "../../etc", "auto", "rope", [], {}, [1], "\x00", 2**70,
+]  # fmt: skip
 
 
 def fuzz(folder: Path, times: int, seed: int = 0) -> Result:
@@ -55,14 +39,15 @@ def fuzz(folder: Path, times: int, seed: int = 0) -> Result:
             values[name] = chance.choice(STRANGE)
         lm.Config.from_dict(values)
 
-    def strange_json(path: Path, use) -> None:
+    def strange(path: Path, use: Callable) -> None:
+        """Of a JSON file, half of the time one thing in its value is changed, and it is JSON still."""
         content = path.read_bytes()
-        if chance.random() < 0.5:
-            changed = damage(content, chance)
-        else:
+        if path.suffix == ".json" and chance.random() >= 0.5:
             value = json.loads(content)
             mutate(value, chance)
             changed = json.dumps(value).encode()
+        else:
+            changed = damage(content, chance)
         path.write_bytes(changed)
         try:
             use()
@@ -76,13 +61,13 @@ def fuzz(folder: Path, times: int, seed: int = 0) -> Result:
     targets = [
         strange_config,
         run_name,
-        lambda: strange_json(data.folder / "manifest.json", lambda: data.windows("train", 16, 0).read(0, 2)),
-        lambda: strange_json(data.folder / "tokenizer.json", lambda: load_tokenizer(data.folder)),
-        lambda: strange_json(run / "config.json", lambda: (run_state(run), lm.load_run(run))),
-        lambda: strange_json(run / "summary.json", lambda: run_state(run)),
-        lambda: strange_json(newest / "state.json", lambda: newest_checkpoint(run)),
-        lambda: strange_bytes(table, lambda: list(iter_documents(str(table))), chance),
-        lambda: strange_bytes(run / "metrics.jsonl", lambda: run_state(run), chance),
+        lambda: strange(data.folder / "manifest.json", lambda: data.windows("train", 16, 0).read(0, 2)),
+        lambda: strange(data.folder / "tokenizer.json", lambda: load_tokenizer(data.folder)),
+        lambda: strange(run / "config.json", lambda: (run_state(run), lm.load_run(run))),
+        lambda: strange(run / "summary.json", lambda: run_state(run)),
+        lambda: strange(newest / "state.json", lambda: newest_checkpoint(run)),
+        lambda: strange(table, lambda: list(iter_documents(str(table)))),
+        lambda: strange(run / "metrics.jsonl", lambda: run_state(run)),
     ]
     odds = [40, 20, 10, 5, 3, 8, 5, 1, 8]
     survived, unclear = 0, []
@@ -101,15 +86,6 @@ def fuzz(folder: Path, times: int, seed: int = 0) -> Result:
     same = outside == {path: path.stat().st_mtime_ns for path in folder.parent.iterdir() if path != folder}
     note = "nothing written elsewhere" if same else "WROTE OUTSIDE"
     return Result("fuzzed input", times, survived if same else 0, None, None, "; ".join([note, *unclear[:3]]))
-
-
-def strange_bytes(path: Path, use, chance: random.Random) -> None:
-    content = path.read_bytes()
-    path.write_bytes(damage(content, chance))
-    try:
-        use()
-    finally:
-        path.write_bytes(content)
 
 
 def mutate(value, chance: random.Random) -> None:
