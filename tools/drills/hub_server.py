@@ -31,13 +31,9 @@ class Hub:
                 pass
 
             def do_GET(self):
-                hub.answer(self, body=True)
+                hub.answer(self)
 
-            def do_HEAD(self):
-                hub.answer(self, body=False)
-
-            def do_POST(self):
-                hub.answer(self, body=True)
+            do_HEAD = do_POST = do_GET
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.server.daemon_threads = True
@@ -55,7 +51,7 @@ class Hub:
         content = self.files[name]
         return {"type": "file", "path": name, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
 
-    def answer(self, request, body: bool) -> None:
+    def answer(self, request) -> None:
         path = unquote(urlsplit(request.path).path)
         length = int(request.headers.get("Content-Length") or 0)
         posted = request.rfile.read(length).decode() if length else ""
@@ -68,8 +64,8 @@ class Hub:
         if match := re.fullmatch(r"/datasets/owner/name/resolve/[^/]+/(.+)", path):
             name = match[1]
             if name not in self.files:
-                return self.send(request, 404, b"", {"X-Error-Code": "EntryNotFound"}, body)
-            return self.send_file(request, name, body, drop=fault == "drop")
+                return self.send(request, 404, b"", {"X-Error-Code": "EntryNotFound"})
+            return self.send_file(request, name, drop=fault == "drop")
         if match := re.fullmatch(r"/api/datasets/owner/name/tree/[^/]+(?:/(.*))?", path):
             inside = [self.entry(name) for name in self.files if name.startswith(match[1] or "")]
             return self.send_json(request, inside)
@@ -82,27 +78,27 @@ class Hub:
                 "tags": [], "downloads": 0, "likes": 0, "siblings": [{"rfilename": name} for name in self.files],
             }  # fmt: skip
             return self.send_json(request, info)
-        return self.send(request, 404, b"", {"X-Error-Code": "RepoNotFound"}, body)
+        return self.send(request, 404, b"", {"X-Error-Code": "RepoNotFound"})
 
     def send_json(self, request, value) -> None:
         self.send(request, 200, json.dumps(value).encode(), {"Content-Type": "application/json"})
 
-    def send_file(self, request, name: str, body: bool, drop: bool) -> None:
+    def send_file(self, request, name: str, drop: bool) -> None:
         content, status, headers = self.files[name], 200, {"Accept-Ranges": "bytes"}
         if match := re.fullmatch(r"bytes=(\d+)-(\d*)", request.headers.get("Range") or ""):
             first, last = int(match[1]), min(int(match[2] or len(content) - 1), len(content) - 1)
             headers["Content-Range"] = f"bytes {first}-{last}/{len(content)}"
             content, status = content[first : last + 1], 206
         headers |= {"ETag": f'"{self.entry(name)["oid"]}"', "X-Repo-Commit": COMMIT}
-        self.send(request, status, content, headers, body, drop)
+        self.send(request, status, content, headers, drop)
 
-    def send(self, request, status: int, content: bytes, headers=None, body=True, drop=False) -> None:
+    def send(self, request, status: int, content: bytes, headers=None, drop=False) -> None:
         request.send_response(status)
         for name, value in (headers or {}).items():
             request.send_header(name, value)
         request.send_header("Content-Length", str(len(content)))
         request.end_headers()
-        if body:
+        if request.command != "HEAD":
             request.wfile.write(content[: len(content) // 2] if drop else content)
         if drop:
             request.wfile.flush()
