@@ -30,11 +30,12 @@ from nbconvert.preprocessors import CoalesceStreamsPreprocessor, TagRemovePrepro
 
 from machinery.errors import UserError, first_line, plain_errors, told
 from machinery.files import folder_path
+from machinery.notebook import NOTEBOOK
 from machinery.screen import keep_printing
 from machinery.settings import parse_overrides
 from tools.common import ROOT, lm
 
-NOTEBOOK, PROGRAM = ROOT / "LMHarness.ipynb", ROOT / "LMHarness.py"
+PROGRAM = ROOT / "LMHarness.py"
 
 
 def knobs_config(parameters: dict):

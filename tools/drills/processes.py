@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from machinery.checkpoints import newest_checkpoint, read_state
+from machinery.notebook import defining_cells
 from machinery.run_folder import run_state
 from tools.common import ROOT, lm, quietly
 from tools.drills.common import Result, equal, last_step, make_texts, start_training, tiny_config, weights
@@ -83,7 +84,6 @@ def kill_tokenization(folder: Path, times: int, seed: int = 0) -> Result:
 
 def interrupt_kernel(folder: Path, times: int, seed: int = 0) -> Result:
     """Interrupt a real Jupyter kernel, as the stop button does, at random moments of the training cell."""
-    import nbformat
     from jupyter_client.manager import start_new_kernel
 
     chance = random.Random(seed)
@@ -96,9 +96,8 @@ def interrupt_kernel(folder: Path, times: int, seed: int = 0) -> Result:
         def execute(code: str) -> dict:
             return client.execute_interactive(code, output_hook=lambda message: None, timeout=120)["content"]
 
-        for cell in nbformat.read(ROOT / "LMHarness.ipynb", as_version=4).cells:
-            if "define" in cell.metadata.get("tags", []):
-                execute(cell.source)
+        for _, source in defining_cells():
+            execute(source)
         execute(f"torch.set_num_threads({torch.get_num_threads()})")
         execute(f"config = Config.from_dict({config.to_dict()!r})")
         run, survived, lost = Path(config.runs_dir) / "interrupted", 0, 0

@@ -7,10 +7,10 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pandas as pd
 
+from tools.common import RESULTS
 from tools.experiments import choices, frontier, induction, lengths, shape
 
 FINDINGS = {"induction": induction, "shape": shape, "frontier": frontier, "choices": choices, "lengths": lengths}
-RESULTS = Path(__file__).parents[2] / "results"
 
 
 def answer(name: str, folder: Path = RESULTS / "experiments") -> list[plt.Figure | str]:
