@@ -1,12 +1,13 @@
-"""What the commands share: the notebook's definitions, where results go, silence, and tables."""
+"""What the commands share: the notebook's definitions, where results go, silence, processes that train, and tables."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import subprocess
 from collections.abc import Callable
 
-from machinery.notebook import NOTEBOOK, load_definitions
+from machinery.notebook import NOTEBOOK, load_definitions, train_elsewhere
 
 ROOT = NOTEBOOK.parent
 RESULTS = ROOT / "results"
@@ -17,6 +18,15 @@ def quietly(function: Callable, *arguments, **options):
     """Call a function without what it prints; returns its result."""
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         return function(*arguments, **options)
+
+
+def train_apart(config, threads: int) -> str:
+    """Train `config` in a process with so many threads; returns the last line of its error, or nothing."""
+    env = dict.fromkeys(("OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS"), str(threads))
+    process = train_elsewhere(config, env=env, stderr=subprocess.PIPE, text=True)
+    _, said = process.communicate()
+    lines = [line.strip() for line in said.splitlines() if line.strip()] or ["it said nothing"]
+    return f"{lines[-1][:300]} (exit status {process.returncode})" if process.returncode else ""
 
 
 def table(rows: list[dict], columns: dict[str, str]) -> str:

@@ -20,8 +20,7 @@ from data_utils import prepare_data
 from machinery.files import read_json, read_jsonl
 from machinery.machine import Machine
 from tools.bench.common import in_own_process
-from tools.common import ROOT, lm, quietly
-from tools.training import train_apart
+from tools.common import ROOT, lm, quietly, train_apart
 
 DATA = ROOT / "data"
 

@@ -28,7 +28,7 @@ from machinery.files import free_bytes, json_digest, read_json, read_jsonl
 from machinery.machine import Machine
 from machinery.notebook import defining_cells, load_definitions
 from model_utils import count_parameters, flops_per_token, predict
-from tools.training import train_apart
+from tools.common import train_apart
 
 # What a run of a sweep does without, unless it is asked for
 PLAIN = {"sample_every": 10**9, "sample_tokens": 1, "compile": False, "keep_checkpoints": 1}
