@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from data_utils import prepare_data
-from machinery.checkpoints import checkpoint_folders, load_weights, read_state
+from machinery.checkpoints import checkpoint_folders, load_checkpoint
 from machinery.files import read_json
 from machinery.machine import Machine
 from machinery.notebook import load_definitions
@@ -100,8 +100,7 @@ def measure_run(folder: str | Path, sequences: int = 8, windows: int = 128, **wh
     repeated = repeated_tokens(data.encoding.eot_token, config.block_size, sequences).to(machine.device)
     rows = []
     for checkpoint in checkpoint_folders(folder):
-        load_weights(checkpoint, model)
-        state = read_state(checkpoint)
+        state = load_checkpoint(checkpoint, model)
         losses = held_out_losses(model, data, machine, windows * config.block_size)
         scores = torch.stack([prefix_matching(attention_maps(model, row), len(row) // 2) for row in repeated]).mean(0)
         heads = {f"layer {n}, head {h}": s for n, layer in enumerate(scores.tolist()) for h, s in enumerate(layer)}
