@@ -73,8 +73,8 @@ def sweep(
     with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(different), unit="run", file=sys.stdout) as bar:
 
         def finish(config) -> str:
-            error = "" if _summary(config) else train_apart(config, threads)
-            if not error and not _summary(config):
+            error = "" if _is_finished(config) else train_apart(config, threads)
+            if not error and not _is_finished(config):
                 error = "it did not finish; see its folder"
             if then and not error:
                 then(Path(config.runs_dir) / config.run_name)
@@ -195,18 +195,16 @@ def _named(config, source: str):
     return replace(config, run_name=f"sweep-{json_digest([values, source])[:10]}")
 
 
-def _summary(config) -> dict | None:
-    """What a run left, once it is finished."""
-    path = Path(config.runs_dir) / config.run_name / "summary.json"
-    summary = read_json(path) if path.exists() else {}
-    return summary if summary.get("status") == "finished" else None
+def _is_finished(config) -> bool:
+    summary = read_json(Path(config.runs_dir) / config.run_name / "summary.json", missing={})
+    return summary.get("status") == "finished"
 
 
 def _row(label: str, variants: dict, config, model, error: str) -> dict:
     """One line of the table."""
     varied = dict.fromkeys(name for values in variants.values() for name in values)
     folder = Path(config.runs_dir) / config.run_name
-    summary = read_json(folder / "summary.json") if (folder / "summary.json").exists() else {}
+    summary = read_json(folder / "summary.json", missing={})
     tokens = summary.get("tokens", 0)
     return {
         "label": label, "seed": config.seed, **{name: getattr(config, name) for name in varied},
