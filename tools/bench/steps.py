@@ -24,24 +24,24 @@ from tools.bench.peers import Llama, XTransformers, make_config
 from tools.common import lm, quietly
 
 OURS = "LMHarness"
-CONTENDERS = {  # the model, whether it is compiled, and whether AdamW is fused
-    OURS: (lm.build_model, True, True),
-    "transformers, as shipped": (Llama, False, False),
-    "transformers, compiled, fused AdamW": (Llama, True, True),
-    "x-transformers, compiled, fused AdamW": (XTransformers, True, True),
+CONTENDERS = {  # the model, and whether it is compiled and AdamW fused
+    OURS: (lm.build_model, True),
+    "transformers, as shipped": (Llama, False),
+    "transformers, compiled, fused AdamW": (Llama, True),
+    "x-transformers, compiled, fused AdamW": (XTransformers, True),
 }
 
 
 def build(name: str, config, machine) -> tuple[nn.Module, Callable]:
     """The contender's model, and a function that makes one optimizer step on a batch that stays the same."""
-    make_model, compiled, fused = CONTENDERS[name]
+    make_model, tuned = CONTENDERS[name]
     torch.manual_seed(config.seed)
     model = make_model(config).to(machine.device)
     if name == OURS:
         optimizers = lm.build_optimizers(model, config, machine)
     else:
-        optimizers = [torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), fused=fused or None)]
-    runner = torch.compile(model, dynamic=False) if compiled else model
+        optimizers = [torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), fused=tuned or None)]
+    runner = torch.compile(model, dynamic=False) if tuned else model
     shape = config.micro_batch, config.block_size + 1
     rows = torch.randint(config.vocab_size, shape, generator=torch.Generator().manual_seed(1)).to(machine.device)
     tokens, targets = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
