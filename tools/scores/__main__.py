@@ -79,7 +79,6 @@ def compare(run: Path) -> dict:
     print(f"{'':10s} {'':16s} {'ours':>10s} {'lm_eval':>10s}")
     for name, values in theirs.items():
         for key, value in values.items():
-            key = key.replace("_stderr,none", "_stderr")
             print(f"{name:10s} {key:16s} {ours[name].get(key, float('nan')):10.5f} {value:10.5f}")
     if "endings" in ours:
         print(f"{'endings':10s} {'chance':16s} {ours['endings']['chance']:10.5f}")
