@@ -141,7 +141,7 @@ def contest_rows(results: Results, text: str) -> list[dict]:
     """A row per contender and budget: mean, standard error, and its paired difference to the default."""
     rows = []
     for tokens in BUDGETS:
-        base = {seed: loss for seed in SEEDS if (loss := results.loss(ours(seed, tokens, text))) is not None}
+        base = results.losses(lambda seed, tokens=tokens: ours(seed, tokens, text), SEEDS)
         for number, run in enumerate(contest(results, text, 0, tokens)):  # each at this budget
             losses = results.losses(lambda seed, run=run: lm.replace(run, seed=seed), SEEDS)
             if not losses:
