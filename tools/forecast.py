@@ -115,17 +115,15 @@ def fit_source(lines: list[dict], recipe: dict, left_out: list[list[dict]], edge
 
 def short_law(lines: list[dict], recipe: dict) -> dict:
     """The law of runs of up to a minute; its error is that of one that has not seen the longest of each size."""
-    longest: dict[int, dict] = {}
-    for line in sorted(lines, key=lambda line: line["tokens"]):
-        longest[line["multiplying"]] = line
+    longest = {line["multiplying"]: line for line in sorted(lines, key=lambda line: line["tokens"])}  # the last stays
     return fit_source(lines, recipe, [list(longest.values())])
 
 
 def whole_law(lines: list[dict], recipe: dict) -> dict:
     """The law of all runs; its error is that of laws without one size and length, for short, middling and long runs."""
-    cases = {(line["multiplying"], line["tokens"]): [] for line in lines}
+    cases: dict[tuple, list[dict]] = {}
     for line in lines:
-        cases[line["multiplying"], line["tokens"]].append(line)
+        cases.setdefault((line["multiplying"], line["tokens"]), []).append(line)
     return fit_source(lines, recipe, list(cases.values()), EDGES)
 
 
