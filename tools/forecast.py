@@ -9,7 +9,6 @@ that is kept is of all of them.
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from datetime import date
@@ -20,7 +19,7 @@ import numpy as np
 import torch
 
 from machinery.errors import UserError, plain_errors
-from machinery.files import write_atomic
+from machinery.files import write_atomic, write_json
 from machinery.forecast import by_law, expected, fit_law
 from model_utils import multiplying_parameters
 from tools.bench import recipe
@@ -52,7 +51,6 @@ FREE = {
 }  # fmt: skip
 SCORES = 10  # evaluations on the way, to know how a run gets there
 EDGES = (700_000, 1_800_000)  # in tokens: the error of a law is that of runs between two of them
-LINES = RESULTS / "forecast.jsonl"
 
 
 def run_of(source: str, size: tuple[int, int], tokens: int, more: dict, seed: int = 0) -> Run:
@@ -149,7 +147,7 @@ def write_forecast(results: Results, others: Results, folder: Path = RESULTS) ->
             rows.append(row_of(short[source], line, f"{name}, seed {run.seed}"))
             kept[source].append(line)
     laws = {source: whole_law(lines, short[source]["recipe"]) for source, lines in kept.items()}
-    write_atomic(folder / "forecast.json", json.dumps(laws, indent=1) + "\n")
+    write_json(folder / "forecast.json", laws)
     columns = {"run": "", "tokens": ",d", "foretold": ".3f", "±": ".3f", "came": ".3f", "off by": "+.3f", "within": ""}
     columns |= {"on the way": ""}
     law_columns = {"text": "", "runs": "d", "floor": ".2f", "c": ".3f", "p": "+.3f", "q": "+.3f", "r": "+.3f"}
@@ -223,7 +221,7 @@ def main() -> None:
     """See the module's docstring."""
     plain_errors()
     options = parser_of_runs(__doc__).parse_args()
-    results = Results(LINES)
+    results = Results(RESULTS / "forecast.jsonl")
     if not options.summary:
         run_missing(results, lambda: fitted() + unseen(), options.jobs)
     write_forecast(results, Results(RESULTS / "recipe.jsonl"))

@@ -9,7 +9,6 @@ Parts: steps, attention, data, tokenization, generation, scaling. The machine sh
 from __future__ import annotations
 
 import argparse
-import json
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import torch
 
+from machinery.files import read_json, write_json
 from machinery.machine import Machine
 from tools.bench.attention import compare_attention
 from tools.bench.common import benchmark_environment, slug
@@ -175,12 +175,12 @@ def main() -> None:
     machine = Machine.find(options.device)
     path = RESULTS / f"bench-{slug(machine)}"
     saved = path.with_suffix(".json")
-    results = json.loads(saved.read_text()) if saved.exists() else {}
+    results = read_json(saved, missing={})
     for part in options.parts:
         results |= {"environment": benchmark_environment(machine), part: PARTS[part](machine)}
         results.setdefault("dates", {})[part] = results["environment"]["started"][:10]
         print(table(results[part], COLUMNS[part]), flush=True)
-        saved.write_text(json.dumps(results, indent=1) + "\n")
+        write_json(saved, results)
     write_report(path, results)
     print(f"{path}.md")
 

@@ -18,7 +18,7 @@ import matplotlib.pyplot as plt
 import torch
 
 from machinery.errors import UserError, plain_errors
-from machinery.files import write_atomic
+from machinery.files import write_atomic, write_json
 from machinery.machine import Machine
 from tools.bench.common import benchmark_environment, take_turns
 from tools.bench.nanochat import VARIANTS, clone, in_reach, step_of
@@ -376,7 +376,7 @@ def main() -> None:
     if options.seconds:
         machine = Machine.find()
         seconds = {"seconds": seconds_per_step(machine)} | benchmark_environment(machine)
-        write_atomic(SECONDS, json.dumps(seconds, indent=1) + "\n")
+        write_json(SECONDS, seconds)
         print(SECONDS.read_text())
         return
     results = Results(options.results)
