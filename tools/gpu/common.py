@@ -110,24 +110,25 @@ class Report:
             return None
 
 
-def synchronize(device) -> None:
-    """Wait for queued work on the device."""
+def pair_for(config, batch: int, device):
+    """Random tokens and targets (batch, T) on the device, the same each time."""
     import torch
 
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize()
+    rows = torch.randint(config.vocab_size, (batch, config.block_size + 1), generator=torch.Generator().manual_seed(1))
+    rows = rows.to(device)
+    return rows[:, :-1].clone(), rows[:, 1:].clone()
 
 
-def seconds_of(call, device, calls: int = 5, warm: int = 2) -> float:
-    """Median seconds of a call on the device, by events on CUDA."""
+def seconds_of(call, machine, calls: int = 5, warm: int = 2) -> float:
+    """Median seconds of a call on the machine's device, by events on CUDA."""
     import torch
 
     for _ in range(warm):
         call()
-    synchronize(device)
+    machine.synchronize()
     found = []
     for _ in range(calls):
-        if torch.device(device).type == "cuda":
+        if machine.device.type == "cuda":
             first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             first.record()
             call()

@@ -13,10 +13,11 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for a program that is started by its path
 
-from tools.gpu.common import ROOT, SCRATCH, Report, options, seconds_of, synchronize
+from tools.gpu.common import ROOT, SCRATCH, Report, options, pair_for, seconds_of
 
 DATA = SCRATCH / "data"  # where gpu_day.py looks
 
@@ -65,7 +66,7 @@ def rates() -> None:
     )
     size = (1 << 20) if DRY else (1 << 30)
     a, b = torch.empty(2, size, device=DEVICE).normal_()
-    seconds = seconds_of(lambda: b.copy_(a), DEVICE, 10)
+    seconds = seconds_of(lambda: b.copy_(a), machine, 10)
     report.say(f"copy {8 * size / seconds / 1e9:,.0f} GB/s, read and written")
     report.keep(matmul_tflops=third / 1e12, copy_gb=8 * size / seconds / 1e9)
 
@@ -87,10 +88,8 @@ def day_model(dtype="auto", **values):
     return config, Machine.find(DEVICE, dtype), lm.build_model(config)
 
 
-def gradients_of(config, card, model, compiled: bool, batch: int = 4):
-    rows = torch.randint(config.vocab_size, (batch, config.block_size + 1), generator=torch.Generator().manual_seed(1))
-    rows = rows.to(card.device)
-    tokens, targets = rows[:, :-1].clone(), rows[:, 1:].clone()
+def gradients_of(config, card, model, compiled: bool):
+    tokens, targets = pair_for(config, 4, card.device)
     runner = torch.compile(model, dynamic=False, fullgraph=True) if compiled else model
     with card.autocast():
         loss = runner(tokens, targets)
@@ -255,17 +254,12 @@ def memory(compiled: bool, micro_batch: int) -> None:
     model.to(DEVICE)
     optimizers, scaler = lm.build_optimizers(model, config, card), card.scaler()
     predicted = sum(training_memory(model, optimizers, config, micro_batch, card.dtype).values())
-    rows = torch.randint(config.vocab_size, (micro_batch, config.block_size + 1), device=DEVICE)
-    pair = rows[:, :-1].clone(), rows[:, 1:].clone()
+    pair = pair_for(config, micro_batch, DEVICE)
     runner, note = compile_or_eager(model, *pair, card) if compiled else (model, "eager")
-
-    class Same:
-        def next(self):
-            return pair
 
     machine.forget_peak()
     for _ in range(2):
-        lm.gradient(runner, Same(), 2, card, scaler)
+        lm.gradient(runner, SimpleNamespace(next=lambda: pair), 2, card, scaler)
         lm.step_weights(model, optimizers, scaler, 1.0, config.grad_clip)
     taken = machine.peak_memory() - before
     report.say(
@@ -313,10 +307,10 @@ def generation() -> None:
         with card.autocast(decoding=True):
             rates = []
             for _ in range(2):
-                synchronize(DEVICE)
+                machine.synchronize()
                 begun = time.perf_counter()
                 lm.generate(model, start[:1], new, temperature=0)
-                synchronize(DEVICE)
+                machine.synchronize()
                 rates.append(new / (time.perf_counter() - begun))
             cache, tokens = lm.Cache(new), written[:1, :1].repeat(1, new)
             tokens[0] = torch.randint(config.vocab_size, (new,), generator=torch.Generator().manual_seed(3))
@@ -328,7 +322,7 @@ def generation() -> None:
         with torch.no_grad(), card.autocast():
             for length in range(20, 60, 2):  # as the scores of section 6 come: every batch has a length of its own
                 model(start[:1].repeat(8, 8)[:, :length])
-        synchronize(DEVICE)
+        machine.synchronize()
         scoring = (time.perf_counter() - begun) / 20
         report.say(
             f"generation, {str(card.dtype)[6:]}, {name}: {rates[0]:.0f} tokens/s the first time, {rates[1]:.0f} the second;"

@@ -10,6 +10,7 @@ import statistics
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for a program that is started by its path
 
@@ -21,27 +22,11 @@ from machinery.machine import Machine, compile_or_eager, measure_matmul_flops
 from model_utils import LinearCrossEntropy, flops_per_token, training_memory
 from tools.bench.traffic import OneProduct, OneProductFFN
 from tools.common import lm
-from tools.gpu.common import OUT, Report, options, seconds_of, synchronize
+from tools.gpu.common import OUT, Report, options, pair_for, seconds_of
 
 
 def day(**values):
     return lm.Config.from_preset("day", **({"batch_tokens": 524288} | SMALL | {"device": DEVICE} | values))
-
-
-def pair_for(config, batch: int):
-    rows = torch.randint(config.vocab_size, (batch, config.block_size + 1), generator=torch.Generator().manual_seed(1))
-    rows = rows.to(DEVICE)
-    return rows[:, :-1].clone(), rows[:, 1:].clone()
-
-
-class Same:
-    """Batches that are there already: what is timed is the step."""
-
-    def __init__(self, pair) -> None:
-        self.pair = pair
-
-    def next(self):
-        return self.pair
 
 
 def clean() -> None:
@@ -66,7 +51,7 @@ def matrices() -> None:
         w = torch.randn(outside, inside, device=DEVICE, dtype=machine.dtype)
         y = torch.randn(rows, outside, device=DEVICE, dtype=machine.dtype)
         flops = 2 * rows * inside * outside
-        found = [seconds_of(call, DEVICE, 7, 3) for call in (lambda: x @ w.mT, lambda: y @ w, lambda: y.mT @ x)]
+        found = [seconds_of(call, machine, 7, 3) for call in (lambda: x @ w.mT, lambda: y @ w, lambda: y.mT @ x)]
         report.say(
             f"{name:28s} {rows} × {inside} × {outside}: forward {flops / found[0] / 1e12:6.1f}, to x {flops / found[1] / 1e12:6.1f},"
             f" to the weight {flops / found[2] / 1e12:6.1f} TFLOP/s"
@@ -84,7 +69,7 @@ def matrices() -> None:
         a = torch.randn(rows, C, device=DEVICE).to(torch.float8_e4m3fn)
         b = torch.randn(V, C, device=DEVICE).to(torch.float8_e4m3fn)
         one = torch.ones((), device=DEVICE)
-        seconds = seconds_of(lambda: torch._scaled_mm(a, b.T, one, one, out_dtype=torch.bfloat16), DEVICE, 7, 3)
+        seconds = seconds_of(lambda: torch._scaled_mm(a, b.T, one, one, out_dtype=torch.bfloat16), machine, 7, 3)
         report.say(f"head in float8, forward: {2 * rows * C * V / seconds / 1e12:.0f} TFLOP/s")
 
 
@@ -105,8 +90,8 @@ def attention() -> None:
             with sdpa_kernel(backend):
                 call = lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
                 with torch.no_grad():
-                    forward = seconds_of(call, DEVICE, 7, 3)
-                both = seconds_of(lambda: torch.autograd.grad(call(), (q, k, v), out), DEVICE, 7, 3)
+                    forward = seconds_of(call, machine, 7, 3)
+                both = seconds_of(lambda: torch.autograd.grad(call(), (q, k, v), out), machine, 7, 3)
             report.say(
                 f"attention {backend.name}: forward {forward * 1e3:.2f} ms ({flops / forward / 1e12:.0f} TFLOP/s),"
                 f" both {both * 1e3:.2f} ms ({3.5 * flops / both / 1e12:.0f} TFLOP/s), {config.n_layer} layers"
@@ -131,16 +116,16 @@ def step_of_day(batch: int, profiled: bool) -> None:
     optimizers, scaler = lm.build_optimizers(model, config, machine), machine.scaler()
     flops = flops_per_token(model, config)
     predicted = sum(training_memory(model, optimizers, config, batch, machine.dtype).values())
-    pair = pair_for(config, batch)
+    pair = pair_for(config, batch, DEVICE)
     runner, note = compile_or_eager(model, *pair, machine)
     report.say(f"micro-batch {batch}: {note}")
-    data = Same(pair)
+    data = SimpleNamespace(next=lambda: pair)  # batches that are there already: what is timed is the step
     micro_steps = config.batch_tokens // config.block_size // batch
 
     def micro() -> None:
         lm.gradient(runner, data, 1, machine, scaler)
 
-    seconds = seconds_of(micro, DEVICE, 5 if DRY else 8, 3)
+    seconds = seconds_of(micro, machine, 5 if DRY else 8, 3)
 
     def weights() -> None:  # gradients stay: they are wanted again
         kept = [(p, p.grad) for p in model.parameters()]
@@ -148,14 +133,14 @@ def step_of_day(batch: int, profiled: bool) -> None:
         for p, g in kept:
             p.grad = g
 
-    optimizer_seconds = seconds_of(weights, DEVICE, 5, 2)
+    optimizer_seconds = seconds_of(weights, machine, 5, 2)
     begun, steps = [], 2 if batch == SIZES[0] else 1
     for _ in range(steps + 1):
-        synchronize(DEVICE)
+        machine.synchronize()
         begun.append(time.perf_counter())
         lm.gradient(runner, data, micro_steps, machine, scaler)
         lm.step_weights(model, optimizers, scaler, 1e-6, config.grad_clip)
-    synchronize(DEVICE)
+    machine.synchronize()
     begun.append(time.perf_counter())
     whole = statistics.median(b - a for a, b in zip(begun[1:], begun[2:]))
     rate = config.batch_tokens / whole
@@ -172,7 +157,7 @@ def step_of_day(batch: int, profiled: bool) -> None:
         **{f"tokens_per_second_{batch}": rate, f"mfu_{batch}": rate * flops / PEAK, f"peak_gb_{batch}": taken / 1e9}
     )
     with torch.no_grad(), machine.autocast():
-        evaluation = seconds_of(lambda: runner(*pair), DEVICE, 3, 1)
+        evaluation = seconds_of(lambda: runner(*pair), machine, 3, 1)
     report.say(
         f"micro-batch {batch}: forward alone {evaluation * 1e3:.1f} ms, {evaluation / seconds:.0%} of forward and backward"
     )
@@ -200,7 +185,7 @@ def profile(micro, weights, micro_steps: int) -> None:
         with watch(activities=kinds) as seen:
             for _ in range(times):
                 call()
-            synchronize(DEVICE)
+            machine.synchronize()
         rows = []
         for event in seen.key_averages():
             on_device = getattr(event, "self_device_time_total", 0) or getattr(event, "self_cuda_time_total", 0)
@@ -283,7 +268,7 @@ def losses() -> None:
             both()
             machine.forget_peak()
             before = machine.used_memory()
-            seconds = seconds_of(both, DEVICE, 5, 1)
+            seconds = seconds_of(both, machine, 5, 1)
             report.say(
                 f"loss {name:26s} {seconds * 1e3:8.2f} ms, {flops / seconds / 1e12:6.1f} TFLOP/s of its products,"
                 f" {(machine.peak_memory() - before) / 1e9:.2f} GB"
@@ -311,11 +296,11 @@ def optimizers() -> None:
 
     def wall(call, calls: int = 5) -> float:
         call()
-        synchronize(DEVICE)
+        machine.synchronize()
         begun = time.perf_counter()
         for _ in range(calls):
             call()
-        synchronize(DEVICE)
+        machine.synchronize()
         return (time.perf_counter() - begun) / calls
 
     def say(name: str, seconds: float, extra: str = "") -> None:
@@ -364,9 +349,9 @@ def peers() -> None:
             flops = flops or flops_per_token(model, config)
             begun = time.monotonic()
             step()
-            synchronize(DEVICE)
+            machine.synchronize()
             first = time.monotonic() - begun
-            seconds = seconds_of(step, DEVICE, 8, 2)
+            seconds = seconds_of(step, machine, 8, 2)
             rates[name] = batch * config.block_size / seconds
             report.say(
                 f"{name}: {rates[name]:,.0f} tokens/s with a step of the weights for every {batch} sequences, MFU"
@@ -391,7 +376,7 @@ def qwen3() -> None:
         to_hf_config(config.to_dict()), attn_implementation="sdpa"
     ).to(DEVICE)
     flops = flops_per_token(theirs, config)
-    tokens, targets = pair_for(config, batch)
+    tokens, targets = pair_for(config, batch, DEVICE)
     optimizer = torch.optim.AdamW(theirs.parameters(), lr=1e-6, fused=True)
     torch.compiler.reset()
     runner = torch.compile(theirs, dynamic=False)
@@ -404,7 +389,7 @@ def qwen3() -> None:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    seconds = seconds_of(step, DEVICE, 8, 3)
+    seconds = seconds_of(step, machine, 8, 3)
     rate = batch * config.block_size / seconds
     report.say(f"{type(theirs).__name__}, compiled, fused AdamW: {rate:,.0f} tokens/s, MFU {rate * flops / PEAK:.1%}")
     report.keep(peer_qwen3=rate)
@@ -452,7 +437,7 @@ def candidates() -> None:
                 model.blocks[0].register_forward_pre_hook(lambda block, inputs: (inputs[0].float(), *inputs[1:]))
             for p in model.parameters():  # as in all micro-steps but the first, gradients are added to what is there
                 p.grad = torch.zeros_like(p)
-            pair = pair_for(config, BIG)
+            pair = pair_for(config, BIG, DEVICE)
             kernels = sdpa_kernel(SDPBackend.FLASH_ATTENTION) if flash else contextlib.nullcontext()
             begun = time.monotonic()
             runner = torch.compile(model, dynamic=False, **how)
@@ -468,9 +453,9 @@ def candidates() -> None:
             with kernels:
                 loss = micro().item()
                 micro()
-                synchronize(DEVICE)
+                machine.synchronize()
                 took = time.monotonic() - begun
-                seconds = seconds_of(micro, DEVICE, 10, 2)
+                seconds = seconds_of(micro, machine, 10, 2)
             base = base or seconds
             saved = (base - seconds) * lm.Config.n_layer / layers
             report.say(
