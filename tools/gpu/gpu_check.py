@@ -1,4 +1,4 @@
-# ruff: noqa: B023, C416, E501
+# ruff: noqa: B023, E501
 """Call 1: is what the project does on CUDA right? A line in $OUT/check.md for every question, as it is answered."""
 
 from __future__ import annotations
@@ -170,7 +170,7 @@ def quiet_train(config) -> tuple[dict, list[dict], str]:
         summary = lm.train(config)
     from machinery.files import read_jsonl
 
-    lines = [line for line in read_jsonl(Path(config.runs_dir) / config.run_name / "metrics.jsonl")]
+    lines = read_jsonl(Path(config.runs_dir) / config.run_name / "metrics.jsonl")
     return summary, [line for line in lines if "train_loss" in line], said.getvalue()
 
 
@@ -356,13 +356,8 @@ def parallel(kind: str, dtype: str, limit: float) -> None:
             return rows[self.at % 2][:, :-1].clone(), rows[self.at % 2][:, 1:].clone()
 
     if not dist.is_initialized():
-        os.environ |= {
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": "29512",
-            "RANK": "0",
-            "WORLD_SIZE": "1",
-            "LOCAL_RANK": "0",
-        }
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29512"}
+        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
         dist.init_process_group("cpu:gloo,cuda:nccl" if DEVICE == "cuda" else "gloo", rank=0, world_size=1)
     found = []
     for spread_out in (False, True):

@@ -1,4 +1,4 @@
-# ruff: noqa: C416, E501
+# ruff: noqa: E501
 """Call 3: a real run of `day` on the Python files of this machine, for some minutes, with everything on; then the export.
 
 $OUT: day.md, day.json, metrics.jsonl, samples.jsonl, curves.png, the preflight and the progress in train.log.
@@ -62,14 +62,8 @@ def configured(**values):
     if DRY:
         return lm.Config.from_preset("smoke", **(base | {"max_steps": 0, "max_hours": 6 / 3600} | values))
     # The learning rate of `demo`'s text and the times of a run of minutes; the model and the batch are `day`'s
-    base |= {
-        "source": "python+site",
-        "batch_tokens": 524288,
-        "eval_every": 40,
-        "sample_every": 80,
-        "checkpoint_every": 100,
-        "eval_tokens": 131072,
-    }
+    base |= {"source": "python+site", "batch_tokens": 524288, "eval_tokens": 131072}
+    base |= {"eval_every": 40, "sample_every": 80, "checkpoint_every": 100}
     return lm.Config.from_preset("day", **(base | values))
 
 
@@ -87,7 +81,7 @@ def data() -> None:
 def train_day() -> None:
     seconds = report.left() - RESERVE
     compiling = 5 if DRY else 60  # the budget's clock begins after the preflight
-    config = configured(max_hours=max(3, seconds - compiling) / 3600) if not DRY else configured()
+    config = configured() if DRY else configured(max_hours=max(3, seconds - compiling) / 3600)
     report.say(f"training for {config.max_hours * 3600:.0f} s by the budget's clock")
     begun = time.monotonic()
     with (OUT / "train.log").open("w") as file, contextlib.redirect_stdout(Both(file)):
@@ -98,7 +92,7 @@ def train_day() -> None:
     steps = [line for line in lines if "train_loss" in line]
     rates = [line["tokens_per_second"] for line in steps[2:]] or [line["tokens_per_second"] for line in steps]
     spread = statistics.quantiles(rates, n=10) if len(rates) > 9 else [min(rates), max(rates)]
-    report.say(json.dumps({name: value for name, value in summary.items()}, default=str))
+    report.say(json.dumps(summary, default=str))
     report.say(
         f"{len(steps)} steps; loss {steps[0]['train_loss']:.3f} → {steps[-1]['train_loss']:.3f}; tokens/s median"
         f" {statistics.median(rates):,.0f}, 10% under {spread[0]:,.0f}, 10% over {spread[-1]:,.0f}"
@@ -109,10 +103,10 @@ def train_day() -> None:
     flops = flops_per_token(lm.build_model(config), config)
     mfu = overall * flops / machine.peak_flops if machine.peak_flops else float("nan")
     report.say(f"with evaluations, samples and checkpoints: {overall:,.0f} tokens/s, MFU {mfu:.1%}")
-    for line in [line for line in lines if "val_bpb" in line]:
-        report.say(
-            f"    step {line['step']:5d} {line['tokens']:12,} tokens {line['seconds']:6.0f} s val_bpb {line['val_bpb']:.4f}"
-        )
+    for line in lines:
+        if "val_bpb" in line:
+            at = f"step {line['step']:5d} {line['tokens']:12,} tokens {line['seconds']:6.0f} s"
+            report.say(f"    {at} val_bpb {line['val_bpb']:.4f}")
     slow = sorted(steps[2:], key=lambda line: line["tokens_per_second"])[:5]
     report.say(f"slowest steps: {[(line['step'], round(line['tokens_per_second'])) for line in slow]}")
     report.say(f"gradient norms: {[round(line['grad_norm'], 2) for line in steps[:: max(1, len(steps) // 12)]]}")
