@@ -231,11 +231,11 @@ def draw_recipe(path: Path, rows: list[dict], tables: dict[str, list[dict]]) -> 
     plt.close(figure)
 
 
-def seconds_per_step(machine, rounds: int = 30, **changes) -> dict[str, float]:
+def seconds_per_step(machine) -> dict[str, float]:
     """Seconds of a whole step of `demo` for some contenders, which take turns; nanochat is eager on a CPU."""
     steps = {}
     if clone():
-        config = lm.Config.from_preset("demo", **RANDOM | changes)
+        config = lm.Config.from_preset("demo", **RANDOM)
         rows = torch.randint(config.vocab_size, (8, config.block_size + 1), device=machine.device)
         with in_reach(machine):
             for name, build in VARIANTS.items():
@@ -244,7 +244,7 @@ def seconds_per_step(machine, rounds: int = 30, **changes) -> dict[str, float]:
                 steps[f"nanochat, {name}"] = lambda step=step, rows=rows: step(rows)
     more = {f"{OURS}, eager": {"compile": False}, NANOGPT_NAME: nanogpt(0.002, 0, 0, "python").overrides}
     for name, overrides in (CONTENDERS | more).items():
-        config = lm.Config.from_preset("demo", **overrides | changes, micro_batch=8)
+        config = lm.Config.from_preset("demo", **overrides, micro_batch=8)
         model = lm.build_model(config).to(machine.device)
         optimizers, scaler = lm.build_optimizers(model, config, machine), machine.scaler()
         rows = torch.randint(config.vocab_size, (8, config.block_size + 1), device=machine.device)
@@ -257,7 +257,7 @@ def seconds_per_step(machine, rounds: int = 30, **changes) -> dict[str, float]:
             lm.step_weights(model, optimizers, scaler, 1.0, config.grad_clip)
 
         steps[name] = step
-    return take_turns(steps, machine, rounds)
+    return take_turns(steps, machine, rounds=30)
 
 
 TEXT = """# The recipe

@@ -78,16 +78,16 @@ def measure_memory(model_name: str, machine, contenders: tuple[str, ...]) -> dic
     return memory
 
 
-def compare_steps(model_name: str, machine, rounds: int = 10, contenders=tuple(CONTENDERS)) -> list[dict]:
+def compare_steps(model_name: str, machine) -> list[dict]:
     """A row per contender: tokens per second, and how ours compares; peak memory; share of the matrix rate."""
     config = config_on(machine, model_name)
     matmul_flops = measure_matmul_flops(machine)
-    memory = measure_memory(model_name, machine, contenders)
+    memory = measure_memory(model_name, machine, tuple(CONTENDERS))
     built = {name: build(name, config, machine) for name in memory}
     parameters = {name: sum(p.numel() for p in model.parameters()) for name, (model, _) in built.items()}
     assert len(set(parameters.values())) == 1, f"not the same architecture: {parameters}"
     flops = flops_per_token(built[OURS][0], config)
-    seconds = take_turns({name: step for name, (_, step) in built.items()}, machine, rounds)
+    seconds = take_turns({name: step for name, (_, step) in built.items()}, machine, rounds=10)
     rows = []
     for name in built:
         rate = config.micro_batch * config.block_size / seconds[name]
@@ -117,9 +117,9 @@ def peak_memory(name: str, model_name: str, device: str) -> dict:
     return {"bytes": machine.peak_memory() - before}
 
 
-def waiting_for_data(machine, model_name: str = "demo", steps: int = 50) -> dict:
-    """Share of a run's steps that is spent in `Batches.next`: the rest computes."""
-    config = make_config(model_name, optimizer="muon")
+def waiting_for_data(machine) -> dict:
+    """Share of the steps of `demo` that is spent in `Batches.next`: the rest computes."""
+    config, steps = make_config("demo", optimizer="muon"), 50
     data = quietly(prepare_data, config)
     batches = Batches(data, config, machine, SimpleNamespace(tokens=0, micro_batch=config.micro_batch))
     model = lm.build_model(config).to(machine.device)
@@ -140,7 +140,7 @@ def waiting_for_data(machine, model_name: str = "demo", steps: int = 50) -> dict
         lm.step_weights(model, optimizers, scaler, 1.0, config.grad_clip)
     machine.synchronize()
     seconds = time.perf_counter() - start
-    return {"model": model_name, "steps": steps, "waiting": sum(waited) / seconds}
+    return {"model": "demo", "steps": steps, "waiting": sum(waited) / seconds}
 
 
 if __name__ == "__main__":

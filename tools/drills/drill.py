@@ -32,10 +32,10 @@ DRILLS = [
 ]  # fmt: skip
 
 
-def checkpoint_cost(folder: Path, rounds: int = 3) -> tuple[float, list[float]]:
+def checkpoint_cost(folder: Path) -> tuple[float, list[float]]:
     """Time of `demo` steps with checkpoints at the default interval over time without, interleaved: median and all."""
     ratios = []
-    for number in range(rounds):
+    for number in range(3):
         seconds = {}
         for every in (300, 10**6) if number % 2 else (10**6, 300):
             config = lm.Config.from_preset(

@@ -44,11 +44,11 @@ class Operation:
     flushed: int | None = None  # a file or a folder
 
 
-def power_cuts(folder: Path, times: int, seed: int = 0) -> Result:
+def power_cuts(folder: Path, times: int) -> Result:
     """Rebuild `times` different states of a disk: a reader finds what was promised, and from some training goes on."""
     if shutil.which("strace") is None or subprocess.run(["strace", "-o", "/dev/null", "true"]).returncode:
         return Result("power cut", 0, 0, note="skipped: strace is not installed, or may not trace here")
-    chance, disk = random.Random(seed), folder / "disk"
+    chance, disk = random.Random(0), folder / "disk"
     config = tiny_config(
         folder, source=make_texts(folder / "few", files=8, lines=10), eval_tokens=64, max_steps=20, keep_checkpoints=1,
         schedule="constant", warmup=0.0, decay=0.0, data_dir=str(disk / "data"), runs_dir=str(disk / "runs"),

@@ -20,9 +20,9 @@ from tools.common import ROOT, lm, quietly
 from tools.drills.common import Result, equal, last_step, make_texts, start_training, tiny_config, weights
 
 
-def kill_training(folder: Path, times: int, seed: int = 0) -> Result:
+def kill_training(folder: Path, times: int) -> Result:
     """SIGKILL a training process at random moments, every third time while it writes a checkpoint."""
-    chance = random.Random(seed)
+    chance = random.Random(0)
     straight = tiny_config(folder, run_name="straight", max_steps=60 * times)
     killed = replace(straight, run_name="killed")
     quietly(lm.train, straight)
@@ -58,9 +58,9 @@ data_utils.prepare_data(load_definitions().Config.from_dict(json.loads(sys.argv[
 """
 
 
-def kill_tokenization(folder: Path, times: int, seed: int = 0) -> Result:
+def kill_tokenization(folder: Path, times: int) -> Result:
     """SIGKILL a tokenization at random moments after its first shard."""
-    chance = random.Random(seed)
+    chance = random.Random(0)
     source = make_texts(folder / "many", files=60 + 36 * times, lines=2500)
     values = {"source": source, "tokenizer": "bpe", "vocab_size": 300, "max_steps": 10**9}
     configs = [tiny_config(folder, **values, data_dir=str(folder / name)) for name in ("one", "many times")]
@@ -82,11 +82,11 @@ def kill_tokenization(folder: Path, times: int, seed: int = 0) -> Result:
     return Result("SIGKILL while tokenizing", struck, struck, None, files[0] == files[1], f"{len(files[0])} shards")
 
 
-def interrupt_kernel(folder: Path, times: int, seed: int = 0) -> Result:
+def interrupt_kernel(folder: Path, times: int) -> Result:
     """Interrupt a real Jupyter kernel, as the stop button does, at random moments of the training cell."""
     from jupyter_client.manager import start_new_kernel
 
-    chance = random.Random(seed)
+    chance = random.Random(0)
     straight = tiny_config(folder, run_name="straight", max_steps=150 * times)
     config = replace(straight, run_name="interrupted")
     quietly(lm.train, straight)
@@ -125,9 +125,9 @@ def interrupt_kernel(folder: Path, times: int, seed: int = 0) -> Result:
     return Result("interrupt of a Jupyter kernel", times, survived, lost, equal(weights(straight), weights(config)))
 
 
-def terminate(folder: Path, times: int, seed: int = 0) -> Result:
+def terminate(folder: Path, times: int) -> Result:
     """SIGTERM, as a shutdown or a scheduler sends it."""
-    chance = random.Random(seed)
+    chance = random.Random(0)
     straight = tiny_config(folder, run_name="straight", max_steps=80 * times)
     config = replace(straight, run_name="terminated")
     quietly(lm.train, straight)

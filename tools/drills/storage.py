@@ -77,12 +77,12 @@ def damage(content: bytes, chance: random.Random) -> bytes:
     return changed if changed != content else content + b"x"
 
 
-def corrupt_checkpoints(folder: Path, times: int, seed: int = 0) -> Result:
+def corrupt_checkpoints(folder: Path, times: int) -> Result:
     """Damage a random file of the newest checkpoint, or remove it: it must be recognised and the one before used.
 
     One time in ten the one before is damaged as well. Then that has to be said.
     """
-    chance = random.Random(seed)
+    chance = random.Random(0)
     config = tiny_config(folder, run_name="corrupt", max_steps=20, keep_checkpoints=2)
     quietly(lm.train, config)
     run = Path(config.runs_dir) / "corrupt"
@@ -105,9 +105,9 @@ def corrupt_checkpoints(folder: Path, times: int, seed: int = 0) -> Result:
     return Result("corrupted checkpoint", times, survived if sound else 0, None, None, "named, and the one before used")
 
 
-def corrupt_shards(folder: Path, times: int, seed: int = 0) -> Result:
+def corrupt_shards(folder: Path, times: int) -> Result:
     """Damage a shard: no token of it may be used."""
-    chance = random.Random(seed)
+    chance = random.Random(0)
     config = tiny_config(folder)
     data = quietly(lm.prepare_data, config)
     path = data.folder / "train_000000.bin"

@@ -75,8 +75,8 @@ def fit(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def at_equal_time(table: pd.DataFrame, count: int = 3) -> pd.DataFrame:
-    """What `fit` takes, with seconds of training as the budget, at `count` times that all sizes have.
+def at_equal_time(table: pd.DataFrame) -> pd.DataFrame:
+    """What `fit` takes, with seconds of training as the budget, at three times that all sizes have.
 
     The loss of a size is read between its own runs, each of which had a whole schedule, linearly in ln(seconds).
     """
@@ -85,7 +85,7 @@ def at_equal_time(table: pd.DataFrame, count: int = 3) -> pd.DataFrame:
     earliest = max(runs.train_seconds.min() for runs in sizes.values())
     latest = min(runs.train_seconds.max() for runs in sizes.values())
     rows = []
-    for seconds in np.geomspace(earliest, latest, count) if earliest < latest else []:
+    for seconds in np.geomspace(earliest, latest, 3) if earliest < latest else []:
         for size, runs in sizes.items():
             read = {c: np.interp(np.log(seconds), np.log(runs.train_seconds), runs[c]) for c in ("val_loss", "tokens")}
             rows.append({"budget": seconds, "parameters": size} | read)
@@ -98,10 +98,10 @@ def power_law(budgets, values) -> tuple[float, float]:
     return float(np.exp(constant)), float(power)
 
 
-def spread_of_power(table: pd.DataFrame, resamples: int = 200) -> float:
+def spread_of_power(table: pd.DataFrame) -> float:
     """One standard deviation of the exponent, when each run is drawn anew from its seeds (a bootstrap)."""
     chance, powers = np.random.default_rng(0), []
-    for _ in range(resamples):
+    for _ in range(200):
         drawn = table.groupby("label", group_keys=False).sample(
             frac=1, replace=True, random_state=chance.integers(2**31)
         )
