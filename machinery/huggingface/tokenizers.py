@@ -13,17 +13,23 @@ import json
 from pathlib import Path
 
 import tiktoken
+from tiktoken_ext.openai_public import r50k_pat_str
 
 from machinery.errors import DataError, told
 from machinery.files import read_json, write_json
 from machinery.tokenizers import END_OF_TEXT, PROBE, SPLIT_PATTERN, tokenizer_from_dict, tokenizer_to_dict
 
 # Patterns that cut text into pieces, known to mean the same to both libraries. GPT-2's, as its `tokenizers` file says
-# it by "ByteLevel"; Llama 3's, which is GPT-4's and ours; Qwen's, which keeps digits apart.
+# it by "ByteLevel", and as tiktoken does; Llama 3's, which is GPT-4's and ours; Qwen's, which keeps digits apart.
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 QWEN_PATTERN = SPLIT_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")
 BYTES_PATTERN = r"[\s\S]{1,64}"
-KNOWN_PATTERNS = (SPLIT_PATTERN, QWEN_PATTERN, GPT2_PATTERN, BYTES_PATTERN)
+KNOWN_PATTERNS = (SPLIT_PATTERN, QWEN_PATTERN, GPT2_PATTERN, BYTES_PATTERN, r50k_pat_str)
+
+
+def for_oniguruma(pattern: str) -> str:
+    """The pattern for `tokenizers`, where {1,3}+ repeats {1,3} and $ is the end of a line; tiktoken means neither."""
+    return pattern.replace("{1,3}+", "{1,3}").replace("$", r"\z")
 
 
 def byte_letters() -> list[str]:
@@ -93,11 +99,9 @@ def to_tokenizers(encoding: tiktoken.Encoding):
             ignore_merges=True,  # look pieces up whole first, as tiktoken does
         )
     )
-    # Oniguruma reads {1,3}+ as a repetition of {1,3}, and $ as the end of a line; tiktoken means neither.
-    pattern = encoding._pat_str.replace("{1,3}+", "{1,3}").replace("$", r"\z")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
+            pre_tokenizers.Split(Regex(for_oniguruma(encoding._pat_str)), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
@@ -207,18 +211,10 @@ def _pattern(spec: dict, path: Path) -> str:
         return GPT2_PATTERN
     _refuse(path, "pre_tokenizer", kinds != ["Split", "ByteLevel"] or steps[1].get("use_regex"), f"is {kinds}")
     pattern = steps[0]["pattern"].get("Regex")
-    translated = {known.replace("{1,3}+", "{1,3}").replace("$", r"\z"): known for known in _tiktoken_patterns()}
-    known = {text: text for text in KNOWN_PATTERNS} | translated
+    known = {for_oniguruma(ours): ours for ours in KNOWN_PATTERNS}
     _refuse(path, "pre_tokenizer", pattern not in known, f"cuts by a pattern not known here: {pattern!r}")
     _refuse(path, "pre_tokenizer", steps[0].get("behavior") != "Isolated" or steps[0].get("invert"), "removes text")
     return known[pattern]
-
-
-def _tiktoken_patterns() -> list[str]:
-    """The patterns of tiktoken's own encodings that are at hand without a download."""
-    from tiktoken_ext import openai_public
-
-    return [openai_public.r50k_pat_str]
 
 
 def _end_of_text(folder: Path) -> str:
