@@ -251,15 +251,11 @@ def _portable(config: dict) -> dict:
 def describe_environment(machine: Machine) -> dict:
     """Versions, hardware and source identity: what is needed to say later what produced a run. No paths, no names."""
     packages = ("torch", "numpy", "tiktoken", "rustbpe", "datasets", "safetensors", "transformers", "wandb")
-    versions = {}
-    for package in packages:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[package] = importlib.metadata.version(package)
     return {
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
         "system": platform.system(),
-        "versions": versions,
+        "versions": versions_of(packages),
         "cuda": torch.version.cuda,
         "device": machine.name,
         "device_memory_bytes": machine.memory,
@@ -269,6 +265,15 @@ def describe_environment(machine: Machine) -> dict:
         "commit": _commit(),
         "notebook_sha256": hashlib.sha256(NOTEBOOK.read_bytes()).hexdigest() if NOTEBOOK.exists() else None,
     }
+
+
+def versions_of(packages: Iterable[str]) -> dict[str, str]:
+    """The versions of those that are installed."""
+    versions = {}
+    for package in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return versions
 
 
 def _commit() -> str | None:

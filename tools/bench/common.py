@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import importlib.metadata
 import json
 import os
 import re
@@ -15,7 +13,7 @@ from collections.abc import Callable
 
 import torch
 
-from machinery.run_folder import describe_environment
+from machinery.run_folder import describe_environment, versions_of
 from tools.common import ROOT
 
 PACKAGES = ("torch", "transformers", "x-transformers", "tiktoken", "tokenizers", "datasets")
@@ -53,11 +51,7 @@ def in_own_process(module: str, *arguments, threads: int = 0) -> dict:
 
 def benchmark_environment(machine) -> dict:
     """Versions, hardware and threads: what a figure is worth nothing without."""
-    versions = {}
-    for package in PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[package] = importlib.metadata.version(package)
-    return describe_environment(machine) | {"versions": versions, "threads": torch.get_num_threads()}
+    return describe_environment(machine) | {"versions": versions_of(PACKAGES), "threads": torch.get_num_threads()}
 
 
 def slug(machine) -> str:
