@@ -8,7 +8,6 @@ is `block_size + 1` consecutive tokens of one shard: inputs, and the same shifte
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -27,7 +26,7 @@ import torch
 from tqdm import tqdm
 
 from machinery.errors import DataError, UserError, plain_errors, told
-from machinery.files import json_digest, no_links
+from machinery.files import json_digest, no_links, sha256
 from machinery.machine import Machine, is_out_of_memory
 from machinery.notebook import start_python
 from machinery.preparation import ADVICE, is_known, open_sources, tokenize, tokenizer_digest
@@ -303,9 +302,8 @@ class TokenWindows:
         path, advice = self.data.folder / entry["name"], "remove the folder to tokenize again"
         with told(path, DataError, "cannot be read", advice):
             if shard not in self._verified:
-                with path.open("rb") as file:
-                    if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
-                        raise DataError(f"{path}: content does not match the manifest's checksum; {advice}")
+                if sha256(path) != entry["sha256"]:
+                    raise DataError(f"{path}: content does not match the manifest's checksum; {advice}")
                 if (largest := np.fromfile(path, self.dtype).max(initial=0)) >= self.n_vocab:
                     raise DataError(f"{path}: holds token {largest}, but the tokenizer has {self.n_vocab}; {advice}")
                 self._verified.add(shard)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import hashlib
 import importlib.metadata
 import json
 import math
@@ -36,6 +35,7 @@ from machinery.files import (
     read_jsonl,
     read_note,
     refuse_link,
+    sha256,
     write_atomic,
     write_json,
 )
@@ -263,7 +263,7 @@ def describe_environment(machine: Machine) -> dict:
         "cpu": cpu_name(),
         "cpu_count": os.cpu_count(),
         "commit": _commit(),
-        "notebook_sha256": hashlib.sha256(NOTEBOOK.read_bytes()).hexdigest() if NOTEBOOK.exists() else None,
+        "notebook_sha256": sha256(NOTEBOOK) if NOTEBOOK.exists() else None,
     }
 
 
