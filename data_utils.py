@@ -279,19 +279,15 @@ class TokenWindows:
     def _locate(self, position: int) -> tuple[int, int]:
         """Shard and window of a position in the endless order."""
         epoch, within = divmod(position, len(self))
-        order, ends = self._shard_order(epoch)
+        shuffled = self.seed is not None and epoch > 0
+        order = _permutation(len(self.shards), self.seed, epoch) if shuffled else np.arange(len(self.shards))
+        ends = np.cumsum(self.counts[order])  # of the windows of each shard, in that order
         place = int(np.searchsorted(ends, within, side="right"))
         shard = int(order[place])
         index = within - int(ends[place] - self.counts[shard])
         if self.seed is not None:
             index = int(_permutation(self.counts[shard], self.seed, epoch, shard)[index])
         return shard, index
-
-    def _shard_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The shards of an epoch in reading order, and the window count up to the end of each."""
-        shuffled = self.seed is not None and epoch > 0
-        order = _permutation(len(self.shards), self.seed, epoch) if shuffled else np.arange(len(self.shards))
-        return order, np.cumsum(self.counts[order])
 
     def _tokens(self, shard: int, start: int = 0, count: int = -1) -> np.ndarray:
         """Tokens of a shard, all without `count`. It is verified before its first token is used.
