@@ -304,7 +304,7 @@ def jsonl_texts(path: Path, text_column: str) -> Iterator[str]:
 
 def parquet_texts(path: Path, text_column: str) -> Iterator[str]:
     """The text of every row of a Parquet file; of its other columns, nothing is read."""
-    from pyarrow import ArrowException, ArrowNotImplementedError
+    from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
 
     try:
@@ -314,7 +314,7 @@ def parquet_texts(path: Path, text_column: str) -> Iterator[str]:
             if file.metadata.num_rows:
                 _check_column(file.schema_arrow, text_column, path)
                 yield from _parquet_column(file, text_column, path)
-    except (ArrowException, ArrowNotImplementedError, OSError) as error:
+    except (ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
         raise DataError(f"{path}: not readable as parquet ({first_line(error)}); mend or remove it") from None

@@ -35,8 +35,6 @@ from machinery.processes import shard_like
 from machinery.saved_run import COPY
 from machinery.tokenizers import END_OF_TEXT, tokenizer_from_dict
 
-__all__ = ["ExportError", "check_tokenizer", "config_from_hf", "export_hf", "import_hf"]
-
 
 def _empty_model(hf_config, tensors: int):
     """Their model, with shapes and without memory. Raises `ExportError` for more layers than there are `tensors`."""
