@@ -123,9 +123,10 @@ def draw_targets(config, pieces: list[str]) -> Figure:
     return figure
 
 
-def draw_cache(config, prompt: int = 4, new: int = 5) -> Figure:
+def draw_cache(config) -> Figure:
     """What each pass of generation computes, and what the cache keeps of the passes before."""
     D, K = config.n_embd // config.n_head, kv_heads(config.attention, config.n_head, config.n_kv_head)
+    prompt, new = 4, 5  # tokens
     figure, axes = canvas(8, 0.36 * new + 0.8, f"{new} passes: all of the prompt first, then one new token in each")
     for row in range(new):
         y = 0.36 * (new - row) + 0.1

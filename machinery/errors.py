@@ -49,14 +49,14 @@ class FileError(UserError, OSError):
     """What the operating system says of a file or folder; also an `OSError`, for those who can go on without it."""
 
 
-def first_line(error: BaseException, length: int = 160) -> str:
+def first_line(error: BaseException) -> str:
     """What an error's message begins with; its type where that says nothing or is a mere key."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror  # without the number, and without the path that stands beside it
     lines = [line.strip() for line in str(error).strip().splitlines()] or [""]
     text = " ".join(lines[:2]) if lines[0].endswith((":", ".")) else lines[0]
     name = type(error).__name__
-    return (name if not text else f"{name}: {text}" if isinstance(error, KeyError) else text)[:length]
+    return (name if not text else f"{name}: {text}" if isinstance(error, KeyError) else text)[:160]
 
 
 @contextlib.contextmanager

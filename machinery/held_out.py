@@ -54,13 +54,13 @@ def falls_under(line: bytes, fraction: float) -> bool:
     return int.from_bytes(digest, "big") < fraction * 2**64
 
 
-def common_lines(texts: Iterable[str], enough: int = 16 << 20) -> set[bytes]:
-    """The longer lines that stand in many texts, as headers and footers do; of the first `enough` characters."""
-    counts, documents = Counter(), 0
+def common_lines(texts: Iterable[str]) -> set[bytes]:
+    """The longer lines that stand in many texts, as headers and footers do; of the first 16 million characters."""
+    counts, documents, left = Counter(), 0, 16 << 20
     for text in texts:
-        counts.update({*long_lines(text[:enough].encode("utf-8", "surrogatepass"))})
-        documents, enough = documents + 1, enough - len(text)
-        if enough <= 0:
+        counts.update({*long_lines(text[:left].encode("utf-8", "surrogatepass"))})
+        documents, left = documents + 1, left - len(text)
+        if left <= 0:
             break
     return {line for line, count in counts.items() if count >= max(2, COMMON * documents)}
 
