@@ -109,7 +109,7 @@ def _make_tokenizer(folder: Path, settings: dict, source: Source) -> tiktoken.En
         held_out = 0.0 if settings["val_source"] else settings["val_fraction"]
         training = (text for text, _ in source.read() if not is_held_out(text, held_out))
         encoding = get_tokenizer(settings["tokenizer"], settings["vocab_size"], training)
-        write_atomic(path, json.dumps(tokenizer_to_dict(encoding)).encode())
+        write_atomic(path, json.dumps(tokenizer_to_dict(encoding)))
     return load_tokenizer(folder)
 
 

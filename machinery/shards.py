@@ -16,7 +16,7 @@ import tiktoken
 
 from machinery.encoding import PIECE, Encoded, encode_all, look_at_lines
 from machinery.errors import DataError, told
-from machinery.files import json_digest, regular_file, write_atomic
+from machinery.files import json_digest, regular_file, write_atomic, write_json
 from machinery.held_out import NEAR_COPY, HeldOutLines, common_lines, cut_tail, falls_under
 from machinery.sources import Position, Source
 from machinery.text_files import in_parts
@@ -39,10 +39,6 @@ def read_manifest(folder: Path) -> dict:
         if manifest.pop("digest") != json_digest(manifest):
             raise ValueError("it is damaged, or was changed by hand")
     return manifest
-
-
-def save_manifest(folder: Path, manifest: dict) -> None:
-    write_atomic(folder / "manifest.json", json.dumps(manifest | {"digest": json_digest(manifest)}, indent=1).encode())
 
 
 def new_manifest(settings: dict, encoding: tiktoken.Encoding) -> dict:
@@ -372,7 +368,7 @@ def _close(folder: Path, manifest: dict, train: ShardWriter, held_out: HeldOut, 
         )
         raise DataError(f"{empty} {manifest['settings'][empty]!r} {problem}")
     manifest["position"] = position
-    save_manifest(folder, manifest)
+    write_json(folder / "manifest.json", manifest | {"digest": json_digest(manifest)})
 
 
 def _with_sides(source: Source, start: Position, held_out: str, fraction: float) -> Iterator[tuple[str, str, Position]]:
