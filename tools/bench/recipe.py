@@ -101,7 +101,7 @@ def choice(name: str, seed: int) -> Run:
 def best_of(results: Results, runs: list[Run]) -> Run | None:
     """The run with the lowest loss, or None while one is missing."""
     losses = [results.loss(run) for run in runs]
-    return None if None in losses else min(zip(losses, range(len(runs)), runs))[2]
+    return None if None in losses else min(runs, key=results.loss)
 
 
 def tuning() -> list[list[Run]]:
