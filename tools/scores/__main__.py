@@ -71,8 +71,7 @@ def compare(run: Path) -> dict:
     folder, machine = run / "scores", Machine.find("auto", "float32")
     ours = by_ours(run, folder, machine)
     export = export_hf(run, folder / "export")
-    config = lm.Config.from_dict(read_json(run / "config.json"))
-    theirs = by_lm_eval(export, folder, config.block_size, str(machine.device))
+    theirs = by_lm_eval(export, folder, read_json(run / "config.json")["block_size"], str(machine.device))
     versions = {name: importlib.metadata.version(name) for name in ("lm_eval", "transformers", "torch")}
     result = {"ours": ours, "lm_eval": theirs, "versions": versions}
     write_json(folder / "scores.json", result)
