@@ -82,7 +82,7 @@ FAMILIES = [
     ),
     Family(
         "gpt_bigcode", "absolute", "mlp", "layer", attention="mqa", gguf="if n_ffn is 4 n_embd",
-        fields=GPT2_FIELDS, modules=GPT2_MODULES,
+        settings={"multi_query": True}, fields=GPT2_FIELDS, modules=GPT2_MODULES,
     ),
 ]  # fmt: skip
 PARTS = ("position", "ffn", "norm", "qk_norm")
@@ -152,9 +152,8 @@ def kv_heads_of(config: dict) -> int:
 
 
 def _check_size(ours: str, value: object, name: str) -> None:
-    most = LIMITS["n_head" if ours == "n_kv_head" else ours]
-    if type(value) is not int or not 0 < value <= most:
-        raise ExportError(f"{name} is {value!r}; it must be a whole number from 1 to {most:,}")
+    if type(value) is not int or not 0 < value <= LIMITS[ours]:
+        raise ExportError(f"{name} is {value!r}; it must be a whole number from 1 to {LIMITS[ours]:,}")
 
 
 def to_hf_config(config: dict):
@@ -183,7 +182,6 @@ def to_hf_config(config: dict):
     if family.model_type == "smollm3":
         settings["no_rope_layers"] = [0] * config["n_layer"]
     if family.fields is GPT2_FIELDS:
-        settings |= {"multi_query": True} if family.attention == "mqa" else {}
         settings["n_ctx"] = values["block_size"]  # llama.cpp reads this name
     ends = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
     made = transformers.AutoConfig.for_model(family.model_type, **ends, **settings)
