@@ -21,7 +21,7 @@ from machinery.machine import Machine
 from machinery.notebook import load_definitions
 from tools.common import table as markdown
 from tools.experiments import choices
-from tools.experiments.tool import COLOURS, MARKERS, equal_size, places, sweep
+from tools.experiments.tool import COLOURS, MARKERS, places, sweep
 from tools.scores.scoring import loss_by_position
 
 TITLE = "Beyond the trained length"
@@ -32,12 +32,10 @@ BINS = 32  # stretches of it
 
 def measure(scale: dict, **options) -> pd.DataFrame:
     """A row per stretch of the sequence: position, seed, trained length, at (token), loss."""
-    common, length = scale["common"], scale["common"]["block_size"] * TIMES
-    parameters = 12 * common["n_layer"] * common["n_embd"] ** 2
-    kinds = {name: {"position": name, "attention": "mha", "ffn": "gated"} for name in ("rope", "absolute", "none")}
-    kinds = equal_size(kinds, parameters, **common)
+    length, all_choices = scale["common"]["block_size"] * TIMES, choices.variants(scale)
+    kinds = {name: all_choices[f"mha, {name}, gated"] for name in ("rope", "absolute", "none")}
     kinds["absolute"] |= {"n_position": length}
-    table = sweep(kinds, seeds=scale["seeds"], **(common | options))
+    table = sweep(kinds, seeds=scale["seeds"], **(scale["common"] | options))
     rows = []
     for run in table[table.status == "finished"].itertuples():
         losses = measure_length(run.run, length, **places(options))
