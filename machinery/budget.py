@@ -8,7 +8,7 @@ from pathlib import Path
 
 from machinery.files import read_json
 from machinery.machine import Machine, measure_matmul_flops
-from machinery.settings import AUTO_BATCH, kv_heads
+from machinery.settings import AUTO_BATCH, RATES, kv_heads
 
 # The best batch grows as the tokens of a run to the power 0.383 (Bergsma et al. 2025, arXiv 2505.13738), from what
 # `day` has: 524,288 tokens a step, of 3.7 billion in 24 hours of an RTX 4090 at 40% of its data sheet.
@@ -84,5 +84,5 @@ def settle_batch(config, machine: Machine):
         batch, why = power_of_two(best, unit), f"for a run of about {tokens:.2g}"
     factor = math.sqrt(batch / DAY_BATCH)
     print(f"batch_tokens 'auto': {batch:,} tokens a step {why}; learning rates × {factor:.2f}")
-    rates = {name: getattr(config, name) * factor for name in ("lr", "embedding_lr", "head_lr")}
+    rates = {name: getattr(config, name) * factor for name in RATES}
     return replace(config, batch_tokens=batch, **rates)

@@ -20,6 +20,7 @@ LIMITS = {
     "n_layer": 4096, "n_embd": 1 << 20, "n_head": 1 << 16, "n_kv_head": 1 << 16, "n_ffn": 1 << 22,
     "vocab_size": 1 << 24, "block_size": 1 << 20, "n_position": 1 << 20, "sample_tokens": 1 << 24,
 }  # fmt: skip
+RATES = ("lr", "embedding_lr", "head_lr")  # the fields that are learning rates
 AUTO_BATCH = 524_288  # tokens a step that learning rates are for where batch_tokens is "auto"
 SHARED = ("gqa", "value")  # attentions whose heads share keys and values
 ABOVE_ZERO = {int: 1, float: 1e-30}  # the least of a number whose field does not say
@@ -88,8 +89,8 @@ class Settings:
     @classmethod
     def for_auto_batch(cls, values: dict, batch: int) -> dict:
         """`values` with the learning rates among them, which are for so many tokens a step, as "auto" takes them."""
-        factor, rates = math.sqrt(AUTO_BATCH / batch), ("lr", "embedding_lr", "head_lr")
-        return values | {name: factor * values.get(name, getattr(cls, name)) for name in rates}
+        factor = math.sqrt(AUTO_BATCH / batch)
+        return values | {name: factor * values.get(name, getattr(cls, name)) for name in RATES}
 
     def to_dict(self) -> dict:
         """All fields as JSON values."""

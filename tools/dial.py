@@ -14,6 +14,7 @@ from machinery.budget import best_batch, power_of_two
 from machinery.errors import UserError, plain_errors
 from machinery.files import write_atomic
 from machinery.machine import Machine, measure_matmul_flops
+from machinery.settings import RATES
 from model_utils import best_shape
 from tools.bench.recipe import RANDOM, TEXTS
 from tools.common import RESULTS, lm, quietly, table
@@ -42,7 +43,7 @@ def by_size() -> list[Run]:
 def with_batch(size: tuple[int, int], tokens: int, batch: int = PRESET["batch_tokens"], power: float = 0.5) -> Run:
     """A run with this batch, and rates that move with this power of it."""
     factor = (batch / PRESET["batch_tokens"]) ** power
-    rates = {name: PRESET[name] * factor for name in ("lr", "embedding_lr", "head_lr")}
+    rates = {name: PRESET[name] * factor for name in RATES}
     return lm.replace(run_of("english", size, tokens, RANDOM | {"batch_tokens": batch} | rates), scores=1)
 
 

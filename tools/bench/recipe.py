@@ -20,6 +20,7 @@ import torch
 from machinery.errors import UserError, plain_errors
 from machinery.files import write_atomic, write_json
 from machinery.machine import Machine
+from machinery.settings import RATES
 from tools.bench.common import benchmark_environment, take_turns
 from tools.bench.nanochat import VARIANTS, clone, in_reach, step_of
 from tools.common import RESULTS, lm, table
@@ -80,12 +81,8 @@ def ours(seed: int, tokens: int, text: str, name: str = OURS) -> Run:
 
 def nanogpt(rate: float, seed: int, tokens: int, text: str) -> Run:
     """nanoGPT's: AdamW with one rate for everything, weight decay and a cosine."""
-    return Run(
-        f"{NANOGPT_NAME}, lr {rate:g}",
-        TEXTS[text] | NANOGPT | {"lr": rate, "embedding_lr": rate, "head_lr": rate},
-        seed,
-        tokens,
-    )
+    overrides = TEXTS[text] | NANOGPT | dict.fromkeys(RATES, rate)
+    return Run(f"{NANOGPT_NAME}, lr {rate:g}", overrides, seed, tokens)
 
 
 def nanochat(variant: str, scale: float, seed: int, tokens: int, text: str) -> Run:
