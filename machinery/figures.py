@@ -166,14 +166,8 @@ def show_run(folder: str | Path) -> None:
     last, left = state["last"], state["seconds_left"]
     print(printable(f"{name}: {state['status']}, {state['progress']:.1%} of the budget"), end="")
     print(f", {duration(left)} left" if state["status"] == "running" and left is not None else "")
-    numbers = [
-        ("step", ",d"),
-        ("tokens", ",d"),
-        ("train_loss", ".3f"),
-        ("val_bpb", ".4f"),
-        ("tokens_per_second", ",.0f"),
-    ]
-    print(", ".join(f"{name} {last[name]:{form}}" for name, form in numbers if last.get(name) is not None))
+    numbers = {"step": ",d", "tokens": ",d", "train_loss": ".3f", "val_bpb": ".4f", "tokens_per_second": ",.0f"}
+    print(", ".join(f"{name} {last[name]:{form}}" for name, form in numbers.items() if last.get(name) is not None))
     for sample in state["samples"][-1:]:
         print(as_sample(sample, heading=True))
     if plt.get_backend().lower() == "agg":  # a terminal without a screen

@@ -102,17 +102,10 @@ def build_llama(config, scale: float) -> tuple[nn.Module, torch.optim.Optimizer]
         nn.init.normal_(model.embedding.weight, std=0.8)
         nn.init.normal_(model.head.weight, std=0.001)
     width = (config.n_embd / 768) ** -0.5
-    table = {"kind": "adamw", "eps": 1e-10}
-    groups = [
-        table | {"params": [model.head.weight], "lr": HEAD * scale * width, "betas": (0.8, 0.96), "weight_decay": 0.01},
-        table
-        | {
-            "params": [model.embedding.weight],
-            "lr": EMBEDDING * scale * width,
-            "betas": (0.8, 0.995),
-            "weight_decay": 0.001,
-        },
-    ]
+    adamw = {"kind": "adamw", "eps": 1e-10, "weight_decay": 0.001}
+    head = {"params": [model.head.weight], "lr": HEAD * scale * width, "betas": (0.8, 0.96), "weight_decay": 0.01}
+    table = {"params": [model.embedding.weight], "lr": EMBEDDING * scale * width, "betas": (0.8, 0.995)}
+    groups = [adamw | head, adamw | table]
     muon = {"kind": "muon", "lr": MATRIX * scale, "momentum": 0.95, "ns_steps": 5, "beta2": 0.9, "weight_decay": DECAY}
     groups += [muon | {"params": [p for p in matrices if p.shape == s]} for s in sorted({p.shape for p in matrices})]
     optimizer = optim.MuonAdamW(groups)
