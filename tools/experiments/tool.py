@@ -110,17 +110,13 @@ def equal_size(
         raise UserError(f"counted is {counted!r}; use {' or '.join(map(repr, COUNTS))}")
     lm, sized = load_definitions(), {}
 
-    def count(values: dict, n_ffn: int) -> int:
+    def count(values: dict) -> int:
         with torch.device("meta"):
-            model = lm.build_model(lm.Config.from_preset(preset, **(common | values | {"n_ffn": n_ffn})))
-        return COUNTS[counted](model)
+            return COUNTS[counted](lm.build_model(lm.Config.from_preset(preset, **(common | values))))
 
     for label, values in variants.items():
-        first, second = count(values, 1), count(values, 2)
-        if not parameters:
-            parameters = count(
-                values, (common | values).get("n_ffn") or lm.PRESETS[preset].get("n_ffn", lm.Config.n_ffn)
-            )
+        first, second = count(values | {"n_ffn": 1}), count(values | {"n_ffn": 2})
+        parameters = parameters or count(values)
         n_ffn = 1 + round((parameters - first) / (second - first))
         if n_ffn < 1:
             raise UserError(
