@@ -62,7 +62,10 @@ def train_run(run: Run) -> dict:
     where = {"date": str(date.today()), "device": machine.name, "dtype": str(machine.dtype)[6:], "threads": 1}
     line = {"key": run.key, **vars(run), **where}
     if run.by:
-        return line | _train_nanochat(run)
+        try:
+            return line | in_own_process("tools.bench.nanochat", run.config().to_dict(), run.by, run.scale, threads=1)
+        except RuntimeError as error:
+            return line | {"status": "failed", "error": str(error)[:300]}
     with tempfile.TemporaryDirectory() as folder:
         config = run.config(folder)
         if error := train_apart(config, threads=1):
@@ -72,13 +75,6 @@ def train_run(run: Run) -> dict:
     curve = [[x["progress"], x["val_bpb"]] for x in metrics if x.get("val_bpb")]
     kept = {name: summary[name] for name in ("status", "parameters", "train_seconds", "val_bpb", "val_loss")}
     return line | kept | ({"curve": curve} if run.scores > 1 else {})
-
-
-def _train_nanochat(run: Run) -> dict:
-    try:
-        return in_own_process("tools.bench.nanochat", run.config().to_dict(), run.by, run.scale, threads=1)
-    except RuntimeError as error:
-        return {"status": "failed", "error": str(error)[:300]}
 
 
 class Results:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -64,9 +63,10 @@ def bad_wandb(folder: Path, times: int) -> Result:
         struck = False
         while process.poll() is None and not struck:
             if (run / "wandb_id").exists() and last_step(run) >= moment:
-                for service in children_of(process.pid):
-                    os.kill(service, signal.SIGKILL)
-                    struck = True
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    for service in psutil.Process(process.pid).children(recursive=True):
+                        service.kill()
+                        struck = True
             time.sleep(0.002)
         try:
             ended = process.wait(timeout=180)
@@ -75,9 +75,3 @@ def bad_wandb(folder: Path, times: int) -> Result:
             ended = -1
         survived += ended == 0 and run_state(run)["status"] == "finished"
     return Result("W&B killed at start, middle, end", times, survived, None, None, "the run finished, files complete")
-
-
-def children_of(pid: int) -> list[int]:
-    with contextlib.suppress(psutil.NoSuchProcess):
-        return [child.pid for child in psutil.Process(pid).children(recursive=True)]
-    return []
