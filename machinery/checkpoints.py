@@ -302,10 +302,14 @@ def _kind(value: object) -> str:
 def load_weights(path: Path, model: torch.nn.Module) -> None:
     """Copy a checkpoint's weights into `model`. Raises `CheckpointError` when names or shapes differ."""
     check_weights(path, model)
-    weights = read_weights(path)
-    with torch.no_grad():
-        for name, tensor in _without_ties(model).items():
-            tensor.copy_(shard_like(weights[name], tensor))
+    copy_weights(read_weights(path), model)
+
+
+@torch.no_grad()
+def copy_weights(weights: dict[str, Tensor], model: torch.nn.Module) -> None:
+    """Copy whole tensors into `model`, whose own may be sharded, by their names."""
+    for name, tensor in _without_ties(model).items():
+        tensor.copy_(shard_like(weights[name], tensor))
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

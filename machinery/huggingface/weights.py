@@ -17,7 +17,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from machinery.checkpoints import read_newest, read_state, read_weights
+from machinery.checkpoints import copy_weights, read_newest, read_state, read_weights
 from machinery.errors import printable, told
 from machinery.files import IS_IT_A_RUN, folder_path, publish, read_json, read_note, remove, sha256, write_json
 from machinery.huggingface.families import (
@@ -31,7 +31,6 @@ from machinery.huggingface.families import (
     to_hf_config,
 )
 from machinery.huggingface.tokenizers import read_tokenizer, save_tokenizer
-from machinery.processes import shard_like
 from machinery.saved_run import COPY
 from machinery.tokenizers import END_OF_TEXT, tokenizer_from_dict
 
@@ -367,6 +366,4 @@ def begin_with(checkpoint: str | Path, model: torch.nn.Module, config: dict, enc
     """Copy the weights of a Hugging Face checkpoint into `model`. Raises `ExportError` where anything does not fit."""
     weights = import_hf(checkpoint, config)[1]
     check_tokenizer(checkpoint, encoding)
-    with torch.no_grad():
-        for name, tensor in model.state_dict().items():
-            tensor.copy_(shard_like(weights[name], tensor))
+    copy_weights(weights, model)
