@@ -61,8 +61,7 @@ def flops_per_token(model: nn.Module, config) -> float:
 
 def cache_bytes_per_token(config, bytes_per_value: int = 2) -> int:
     """Bytes that one token keeps in the key/value cache, over all layers (bfloat16 unless told)."""
-    heads = kv_heads(config.attention, config.n_head, config.n_kv_head)
-    return 2 * config.n_layer * heads * (config.n_embd // config.n_head) * bytes_per_value
+    return 2 * config.n_layer * kv_heads(config) * (config.n_embd // config.n_head) * bytes_per_value
 
 
 # The Chinchilla law as corrected by Besiroglu et al. 2024 (arXiv 2404.10102), for web text and 50M to 16B parameters

@@ -51,8 +51,7 @@ def budget_left(config, tokens_per_second: float, used: tuple[int, int, float]) 
 
 def multiplying_and_flops(config) -> tuple[float, float]:
     """Weights in matrix products and training FLOPs per token of the notebook's own parts, without making the model."""
-    heads = kv_heads(config.attention, config.n_head, config.n_kv_head)
-    attention = 2 * config.n_embd**2 * (1 + heads / config.n_head)
+    attention = 2 * config.n_embd**2 * (1 + kv_heads(config) / config.n_head)
     ffn = (3 if config.ffn == "gated" else 2) * config.n_embd * config.n_ffn
     multiplying = config.n_layer * (attention + ffn) + config.vocab_size * config.n_embd
     return multiplying, 6 * multiplying + 12 * config.n_layer * config.n_embd * config.block_size

@@ -65,7 +65,7 @@ def draw_model(config) -> Figure:
 
 def draw_block(config) -> Figure:
     """The residual stream through one block: two branches read it, and each adds to it."""
-    D, K = config.n_embd // config.n_head, kv_heads(config.attention, config.n_head, config.n_kv_head)
+    D, K = config.n_embd // config.n_head, kv_heads(config)
     turned = ", rope" if config.position == "rope" else ""
     branches = [
         (f"attention{turned}", f"{config.n_head} × {D} query\n{K} × {D} key, value", ATTENTION),
@@ -89,7 +89,7 @@ def draw_block(config) -> Figure:
 
 def draw_heads(config) -> Figure:
     """Which query heads read which key/value heads."""
-    H, K = config.n_head, kv_heads(config.attention, config.n_head, config.n_kv_head)
+    H, K = config.n_head, kv_heads(config)
     figure, axes = canvas(8, 1.9, f"{H} query heads share {K} key/value heads, {H // K} each")
     step = 6.4 / H
     for head in range(H):
@@ -125,7 +125,7 @@ def draw_targets(config, pieces: list[str]) -> Figure:
 
 def draw_cache(config) -> Figure:
     """What each pass of generation computes, and what the cache keeps of the passes before."""
-    D, K = config.n_embd // config.n_head, kv_heads(config.attention, config.n_head, config.n_kv_head)
+    D, K = config.n_embd // config.n_head, kv_heads(config)
     prompt, new = 4, 5  # tokens
     figure, axes = canvas(8, 0.36 * new + 0.8, f"{new} passes: all of the prompt first, then one new token in each")
     for row in range(new):

@@ -97,9 +97,9 @@ class Settings:
         return asdict(self)
 
 
-def kv_heads(attention: str, n_head: int, n_kv_head: int) -> int:
+def kv_heads(config) -> int:
     """K, key/value heads: one for each query head, whatever `n_kv_head` says, but where they are shared."""
-    return n_kv_head if attention in SHARED else n_head
+    return config.n_kv_head if config.attention in SHARED else config.n_head
 
 
 def parse_overrides(overrides) -> dict:

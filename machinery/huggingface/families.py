@@ -6,6 +6,7 @@ import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 from machinery.errors import UserError, told
 from machinery.files import read_json
@@ -148,7 +149,7 @@ def positions_of(config: dict) -> int:
 
 def kv_heads_of(config: dict) -> int:
     """K, key/value heads of a config as a dictionary."""
-    return kv_heads(config["attention"], config["n_head"], config["n_kv_head"])
+    return kv_heads(SimpleNamespace(**{name: config[name] for name in ("attention", "n_head", "n_kv_head")}))
 
 
 def _check_size(ours: str, value: object, name: str) -> None:
