@@ -13,14 +13,10 @@ from tqdm import tqdm
 
 def duration(seconds: float) -> str:
     """A time to read: "1 h 05 min", "12 min", "40 s"."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
-    return (
-        f"{seconds:.0f} s"
-        if seconds < 90
-        else f"{minutes} min"
-        if minutes < 60
-        else f"{minutes // 60} h {minutes % 60:02} min"
-    )
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
 
 
 def keep_printing() -> None:

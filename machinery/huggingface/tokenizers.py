@@ -114,10 +114,8 @@ def to_tokenizers(encoding: tiktoken.Encoding):
 def same_ids(encoding: tiktoken.Encoding, tokenizer) -> None:
     """Raise `DataError` unless both give the same ids for a text with something of everything."""
     for text in (PROBE, PROBE * 3 + "  \n \t 12345", "I'LL we'Ve  \r\n\r\n   x\n \n"):
-        ours, theirs = (
-            encoding.encode(text, allowed_special="all"),
-            tokenizer.encode(text, add_special_tokens=False).ids,
-        )
+        ours = encoding.encode(text, allowed_special="all")
+        theirs = tokenizer.encode(text, add_special_tokens=False).ids
         if ours != theirs:
             raise DataError(
                 f"tokenizer {encoding.name!r} gives {ours[:8]}… for {text[:12]!r}… and as a tokenizers file"

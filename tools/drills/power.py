@@ -192,9 +192,8 @@ def cut_power(operations: list[Operation], chance: random.Random) -> dict[str, b
         if not later:
             return old
         how, new = chance.choice(["old", "new", "cut", "zero"]) if kind == "mixed" else kind, chance.choice(later)
-        return {"old": old, "new": new, "cut": new[: len(new) // 2], "zero": old[: len(new)].ljust(len(new), b"\0")}[
-            how
-        ]
+        zero = old[: len(new)].ljust(len(new), b"\0")
+        return {"old": old, "new": new, "cut": new[: len(new) // 2], "zero": zero}[how]
 
     return rebuild(operations, kept.__contains__, bytes_of, safe)
 

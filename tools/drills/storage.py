@@ -26,10 +26,8 @@ def full_disk(folder: Path, times: int) -> Result:
     for strike in range(times):
         disk = folder / f"disk{strike}"
         disk.mkdir()
-        mounted = (
-            subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", disk], capture_output=True).returncode
-            == 0
-        )
+        mount = ["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", disk]
+        mounted = subprocess.run(mount, capture_output=True).returncode == 0
         config = replace(straight, runs_dir=str(disk), run_name="full", max_steps=40)
         size = (0.9 + 0.05 * strike) * 1e6
         try:
