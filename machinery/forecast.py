@@ -68,18 +68,13 @@ class Forecast:
 
 
 def expected(law: dict, parameters: float, tokens: float) -> float:
-    """Bits per byte at the end of a run: a floor, and above it a power of the tokens that depends on the size.
+    """Bits per byte at the end of a run: floor + ((n / N)^(α / β) + d / D)^β, for N parameters in matrix products and D
+    tokens; above the floor the law of Kaplan et al. 2020 (arXiv 2001.08361, equation 1.5).
 
-    Hoffmann et al. 2022 add a term of size and a term of tokens; in runs with less than a token for each parameter,
-    larger models gain more from the same tokens.
+    Either term alone is a power law; together, the larger one decides more sharply than in a sum of two power laws.
     """
-    return law["floor"] + math.exp(_terms(parameters, tokens) @ np.array(law["powers"]))
-
-
-def _terms(parameters, tokens) -> np.ndarray:
-    """(…, 4): what the logarithm of the loss above the floor is linear in."""
-    n, d = np.log(np.asarray(parameters) / 2e6), np.log(np.asarray(tokens) / 5e5)
-    return np.stack([np.ones_like(d), d, n, d * n], axis=-1)
+    size = (law["n"] / parameters) ** (law["alpha"] / law["beta"])
+    return law["floor"] + (size + law["d"] / tokens) ** law["beta"]
 
 
 def by_law(law: dict, parameters: float, tokens: float) -> Forecast:
@@ -111,18 +106,3 @@ def forecast(config, parameters: float, flops_per_token: float, tokens: float) -
         middle = WEB * (flops / WEB_FLOPS) ** -WEB_POWER
         return Forecast(middle - WEB_SPREAD, middle + WEB_SPREAD)
     return None
-
-
-def fit_law(runs: list[dict]) -> dict:
-    """The law through runs with "multiplying" (parameters), "tokens" and "val_bpb": floors are tried, and the rest is a
-    least-squares fit of logarithms; the floor that leaves the smallest error in bits per byte stays.
-    """
-    n, d, y = (np.array([run[name] for run in runs], dtype=float) for name in ("multiplying", "tokens", "val_bpb"))
-    fits = []
-    for floor in np.arange(0, 0.95 * y.min(), 0.05):
-        powers, *_ = np.linalg.lstsq(_terms(n, d), np.log(y - floor), rcond=None)
-        error = np.square(floor + np.exp(_terms(n, d) @ powers) - y).mean()
-        fits.append((float(error), float(floor), powers.tolist()))
-    _, floor, powers = min(fits)
-    within = {"parameters": [float(n.min()), float(n.max())], "tokens": [float(d.min()), float(d.max())]}
-    return {"floor": floor, "powers": powers, **within}

@@ -19,7 +19,16 @@ from tqdm import tqdm
 from machinery.errors import DataError, told
 from machinery.files import no_links, write_atomic
 from machinery.held_out import is_held_out
-from machinery.shards import is_enough, load_tokenizer, new_manifest, read_manifest, text_digest, write_shards
+from machinery.shards import (
+    UnevenSides,
+    is_enough,
+    load_tokenizer,
+    new_manifest,
+    read_manifest,
+    text_digest,
+    with_sides,
+    write_shards,
+)
 from machinery.sources import SOURCES, Source, open_source, source_kind
 from machinery.text_files import file_digest
 from machinery.tokenizers import tokenizer_to_dict
@@ -51,11 +60,14 @@ def tokenize(folder: Path, task: dict, progress: bool, source: Source, val_sourc
     # Two runs on the same text: the second waits, then goes on or has nothing to do
     with _alone_in(folder):
         manifest = read_manifest(folder)
-        encoding = _make_tokenizer(folder, task["settings"], source)
-        manifest = manifest or new_manifest(task["settings"], encoding)
+        settings, way = task["settings"], "val_source" if val_source else "documents"
+        if not (folder / "tokenizer.json").exists():
+            _make_tokenizer(folder, settings, source, way)
+        encoding = load_tokenizer(folder)
+        manifest = manifest or new_manifest(settings, encoding, way)
         if is_enough(manifest, task["train_tokens"]):
             return encoding
-        if manifest["text"] and task["settings"]["text"] != source.stamp():
+        if manifest["text"] and settings["text"] != source.stamp():
             _refuse_other_text(manifest, source, val_source)
         with tqdm(desc="tokenizing", unit="B", unit_scale=True, disable=not progress, file=sys.stdout) as bar:
             read = sum(manifest["bytes"].values())
@@ -67,7 +79,12 @@ def tokenize(folder: Path, task: dict, progress: bool, source: Source, val_sourc
                 if read >> 22 != (read - size) >> 22:  # every 4 MB
                     _note_bytes_read(folder, read)
 
-            write_shards(folder, manifest, encoding, source, val_source, task["train_tokens"], advance)
+            wanted = source, val_source, task["train_tokens"], advance
+            try:
+                write_shards(folder, manifest, encoding, *wanted)
+            except UnevenSides:  # a handful of documents, or much alike: hold out the end of each instead
+                encoding = _make_tokenizer(folder, settings, source, "tails")
+                write_shards(folder, new_manifest(settings, encoding, "tails"), encoding, *wanted)
     return encoding
 
 
@@ -103,13 +120,13 @@ def _alone_in(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def _make_tokenizer(folder: Path, settings: dict, source: Source) -> tiktoken.Encoding:
-    path = folder / "tokenizer.json"
-    if not path.exists():
-        held_out = 0.0 if settings["val_source"] else settings["val_fraction"]
-        training = (text for text, _ in source.read() if not is_held_out(text, held_out))
-        encoding = get_tokenizer(settings["tokenizer"], settings["vocab_size"], training)
-        write_atomic(path, json.dumps(tokenizer_to_dict(encoding)))
+def _make_tokenizer(folder: Path, settings: dict, source: Source, held_out: str) -> tiktoken.Encoding:
+    """That of the settings, in the folder; one that is learned is learned from what will be trained on."""
+    fraction = settings["val_fraction"]
+    documents = with_sides(source, 0, held_out, fraction)
+    training = (text for side, text, _ in documents if side == "train" or not (side or is_held_out(text, fraction)))
+    encoding = get_tokenizer(settings["tokenizer"], settings["vocab_size"], training)
+    write_atomic(folder / "tokenizer.json", json.dumps(tokenizer_to_dict(encoding)))
     return load_tokenizer(folder)
 
 

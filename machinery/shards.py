@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import math
@@ -22,7 +21,7 @@ from machinery.sources import Position, Source
 from machinery.text_files import in_parts
 from machinery.tokenizers import tokenizer_from_dict, tokenizer_hash
 
-MANIFEST_VERSION = 5  # part of the settings: shards of an earlier way are not mistaken for those of this one
+MANIFEST_VERSION = 6  # part of the settings: shards of an earlier way are not mistaken for those of this one
 FEWEST, MOST = 0.25, 2.0  # of the wanted held-out text: with less or more, ends of documents are held out instead
 
 
@@ -41,8 +40,8 @@ def read_manifest(folder: Path) -> dict:
     return manifest
 
 
-def new_manifest(settings: dict, encoding: tiktoken.Encoding) -> dict:
-    """The manifest of a folder without shards."""
+def new_manifest(settings: dict, encoding: tiktoken.Encoding, held_out: str) -> dict:
+    """The manifest of a folder without shards; `held_out` is "val_source", "documents", or the "tails" of documents."""
     zero = {"train": 0, "val": 0}
     return {
         "settings": settings,
@@ -58,7 +57,7 @@ def new_manifest(settings: dict, encoding: tiktoken.Encoding) -> dict:
         "tokens": dict(zero),
         "bytes": dict(zero),
         "shards": {"train": [], "val": []},
-        "held_out": "val_source" if settings["val_source"] else "documents",
+        "held_out": held_out,
         "grouped": {"documents": 0, "bytes": 0},  # held-out documents beside a near-copy of theirs, held out too
         "set_aside": {"documents": 0, "bytes": 0},  # in neither split, for a near-copy in the other
         "end_of_text_spelt": {},  # spellings of it in the texts, and how often: text like any other
@@ -300,16 +299,8 @@ def write_shards(
 ) -> None:
     """Read on from `manifest["position"]` and close shards until the source or `train_tokens` ends.
 
-    Calls `advance` with the bytes of every document. Raises `DataError`.
+    Calls `advance` with the bytes of every document. Raises `DataError`, or `UnevenSides` before anything is written.
     """
-    with contextlib.suppress(UnevenSides):
-        return _write_shards(folder, manifest, encoding, source, val_source, train_tokens, advance)
-    # A handful of documents, or much alike: hold out the end of each instead
-    manifest = new_manifest(manifest["settings"], encoding) | {"held_out": "tails"}
-    return _write_shards(folder, manifest, encoding, source, val_source, train_tokens, advance)
-
-
-def _write_shards(folder, manifest, encoding, source, val_source, train_tokens, advance) -> None:
     settings = manifest["settings"]
     train, held_out = ShardWriter(folder, "train", manifest), HeldOut(folder, manifest, encoding)
     manifest["passed_over"] = source.passed_over
@@ -321,7 +312,7 @@ def _write_shards(folder, manifest, encoding, source, val_source, train_tokens, 
             if held_out.documents.tokens >= settings["shard_tokens"]:
                 break
     position = manifest["position"]
-    documents = _with_sides(source, position, manifest["held_out"], settings["val_fraction"])
+    documents = with_sides(source, position, manifest["held_out"], settings["val_fraction"])
     for document in encode_all(encoding, documents, train.dtype):
         position = document.position
         manifest["is_split"] |= source.is_split
@@ -371,7 +362,7 @@ def _close(folder: Path, manifest: dict, train: ShardWriter, held_out: HeldOut, 
     write_json(folder / "manifest.json", manifest | {"digest": json_digest(manifest)})
 
 
-def _with_sides(source: Source, start: Position, held_out: str, fraction: float) -> Iterator[tuple[str, str, Position]]:
+def with_sides(source: Source, start: Position, held_out: str, fraction: float) -> Iterator[tuple[str, str, Position]]:
     """(side, text, position) of every document; the side is "" where the lines of the document decide."""
     common = common_lines(text for text, _ in source.read()) if held_out == "tails" else ()
     for text, position in source.read("train", start):

@@ -16,6 +16,7 @@ from tools import forecast as short
 from tools.runs import Results
 
 CPU = Machine.find("cpu", "float32")
+TRUE = {"floor": 0.6, "alpha": 0.3, "beta": 0.35, "n": 5e5, "d": 8e5}  # a law
 
 
 def test_the_law_of_the_batch():
@@ -75,12 +76,12 @@ def test_a_run_keeps_its_batch_when_its_budget_grows(lm, tiny, texts, tmp_path, 
 
 
 def test_a_law_is_found_again_and_knows_where_it_ends(lm, monkeypatch, tmp_path):
-    true = {"floor": 0.6, "powers": [0.2, -0.3, -0.05, -0.06]}
+    true = TRUE
     runs = [
         {"multiplying": n, "tokens": d, "val_bpb": forecast.expected(true, n, d)}
         for n in (5e5, 2e6, 5e6) for d in (2e5, 5e5, 1e6)
     ]  # fmt: skip
-    law = forecast.fit_law(runs)
+    law = short.fit_law(runs)
     assert forecast.expected(law, 2e6, 3e6) == pytest.approx(forecast.expected(true, 2e6, 3e6), abs=0.01)
     law |= {
         "recipe": {"vocab_size": 4096},
@@ -154,7 +155,7 @@ def test_the_law_is_fitted_to_short_runs_and_held_against_others(tmp_path):
         line = {"key": run.key, **vars(run), "device": "a machine", "dtype": "float32", "val_bpb": 1.0}
         results.add(line)
         size = short.line_of(results, run)["multiplying"]
-        end = forecast.expected({"floor": 0.6, "powers": [0.2, -0.3, -0.05, -0.06]}, size, run.tokens)
+        end = forecast.expected(TRUE, size, run.tokens)
         curve = [[share / 10, end + 0.3 * (1 - share / 10)] for share in range(11)]
         results.add(line | {"val_bpb": end, "curve": curve})
     short.write_forecast(results, results, tmp_path)

@@ -393,7 +393,7 @@ def test_narrowest_type_that_holds_the_vocabulary(texts, tmp_path):
     assert prepare(pattern, tmp_path).manifest["dtype"] == "uint16"
     ranks = {bytes([i]): i for i in range(256)} | {i.to_bytes(3, "big"): i for i in range(256, 70000)}
     encoding = tiktoken.Encoding("wide", pat_str=r"\S+", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 70000})
-    wide = new_manifest({"val_source": ""}, encoding)
+    wide = new_manifest({}, encoding, "documents")
     assert wide["dtype"] == "uint32"
 
 

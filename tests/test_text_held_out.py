@@ -392,3 +392,12 @@ def test_a_run_does_not_go_on_with_other_text_or_another_tokenizer(run_on):
     refused("other text than its source holds now, or files of other names")
     write(Path("t"), {"0.txt": prose(2000)})
     refused("another tokenizer, or one learned from other text")
+
+
+@pytest.mark.parametrize("documents", [1, 2, 3])
+@pytest.mark.parametrize("fraction", [0.01, 0.1, 0.3, 0.6, 0.9])
+def test_a_vocabulary_is_learned_from_the_training_text_of_a_few_documents_too(tmp_path, documents, fraction):
+    folder = write(tmp_path / "text", {f"{number}.txt": prose(f"{number}", 300) for number in range(documents)})
+    data = prepare(tmp_path, folder, val_fraction=fraction, tokenizer="bpe", vocab_size=320)
+    pieces = {data.encoding.decode([token]) for token in range(data.encoding.n_vocab - 1)}
+    assert data.encoding.n_vocab == 320 and " system" in pieces

@@ -3,7 +3,7 @@
     python -m tools.dial                the runs that are missing, then the table
     python -m tools.dial --summary      the table of what there is
 
-All runs are of `demo` on English with random weights at first; seeds differ by 0.001 bits per byte.
+Sizes are those of `make forecast`; batches are tried with random weights at first. Seeds differ by 0.001 bits per byte.
 """
 
 from __future__ import annotations
@@ -11,21 +11,26 @@ from __future__ import annotations
 from datetime import date
 
 from machinery.budget import best_batch, power_of_two
-from machinery.errors import UserError, plain_errors
+from machinery.errors import plain_errors
 from machinery.files import write_atomic
-from machinery.machine import Machine, measure_matmul_flops
+from machinery.forecast import expected
 from machinery.settings import RATES
-from model_utils import best_shape
-from tools.bench.recipe import RANDOM, TEXTS
-from tools.common import RESULTS, lm, quietly, table
-from tools.forecast import run_of
+from tools.bench.recipe import RANDOM
+from tools.common import RESULTS, lm, table
+from tools.forecast import (
+    KINDS,
+    LINES,
+    MINUTES,
+    fit_law,
+    fitted,
+    line_of,
+    of_minutes,
+    run_of,
+    short_lines,
+    unseen,
+)  # fmt: skip
 from tools.runs import Results, Run, parser_of_runs, run_missing
 
-# Tokens that so many minutes of two cores hold at half of 911 GFLOP/s, their rate of a large matrix product, by size
-MINUTES = {
-    1: {(1, 64): 12_800_000, (2, 128): 4_300_000, (3, 192): 2_000_000, (4, 256): 1_000_000},
-    3: {(2, 128): 13_000_000, (3, 192): 6_000_000, (4, 256): 3_000_000},
-}
 BATCHES = {  # by size and tokens: the preset's, for about a minute, and the best sizes for one and for three
     ((4, 192), 1_400_000): (512, 1024, 2048, 4096, 8192, 16384),
     ((2, 128), 4_300_000): (1024, 2048, 4096, 8192),
@@ -33,11 +38,6 @@ BATCHES = {  # by size and tokens: the preset's, for about a minute, and the bes
 }
 UNMOVED = (1024, 8192)  # for the first, also tried with the rates of the preset
 PRESET = lm.PRESETS["demo"]
-
-
-def by_size() -> list[Run]:
-    """Each size, for so many minutes."""
-    return [with_batch(size, tokens) for sizes in MINUTES.values() for size, tokens in sizes.items()]
 
 
 def with_batch(size: tuple[int, int], tokens: int, batch: int = PRESET["batch_tokens"], power: float = 0.5) -> Run:
@@ -53,24 +53,30 @@ def by_batch() -> list[Run]:
     return runs + [with_batch(*next(iter(BATCHES)), batch, power=0.0) for batch in UNMOVED]
 
 
-def chosen_size(minutes: int) -> str:
-    """What `best_shape` says for so many minutes of this machine, as n_layer × n_embd; or why it says nothing."""
-    try:
-        shape = quietly(
-            best_shape, lm.Config.from_preset("demo", **TEXTS["english"]), Machine.find(), hours=minutes / 60
-        )
-    except UserError as error:
-        return f"nothing ({error})"
-    return f"{shape['n_layer']} × {shape['n_embd']}"
+def sizes(results: Results) -> tuple[list[dict], float]:
+    """A row for each size and time: what the law of runs of up to a minute foretold, and what came; and how far what it
+    chooses is above the best, at most.
+    """
+    rows, most = [], 0.0
+    for source in KINDS:
+        law = fit_law(short_lines(results, source))
+        for minutes in MINUTES:
+            lines = [line for run in of_minutes(source, minutes) if (line := line_of(results, run))]
+            foretold = [expected(law, line["multiplying"], line["tokens"]) for line in lines]
+            for line, loss in zip(lines, foretold):
+                size = "{n_layer} × {n_embd}".format(**line["overrides"])
+                row = {"text": source, "minutes": minutes, "n_layer × n_embd": size, "tokens": line["tokens"]}
+                row |= {"foretold": loss, "came": line["val_bpb"]}
+                if loss == min(foretold):
+                    row["chosen"] = "this"
+                    most = max(most, line["val_bpb"] - min(other["val_bpb"] for other in lines))
+                rows.append(row)
+    return rows, most
 
 
-def write_dial(results: Results) -> None:
+def write_dial(results: Results, forecasts: Results) -> None:
     """results/dial.md, of the runs there are."""
-    rows = [
-        {"minutes": minutes, "n_layer × n_embd": "{} × {}".format(*size), "tokens": tokens,
-         "bits per byte": results.loss(with_batch(size, tokens))}
-        for minutes, some in MINUTES.items() for size, tokens in some.items()
-    ]  # fmt: skip
+    rows, most = sizes(forecasts)
     others, cost = [], 0.0
     for (size, tokens), some in BATCHES.items():
         said = power_of_two(best_batch(tokens), PRESET["block_size"])
@@ -83,10 +89,9 @@ def write_dial(results: Results) -> None:
             cost = max(cost, loss - least if batch == said else 0.0)
             others.append(row | {"as they are": results.loss(with_batch(size, tokens, batch, power=0.0))})
     write_atomic(RESULTS / "dial.md", TEXT.format(
-        today=date.today(), cost=cost,
-        said="; ".join(f"{chosen_size(minutes)} for {60 * minutes} seconds" for minutes in MINUTES),
-        rate=measure_matmul_flops(Machine.find()) / 1e9,
-        sizes=table(rows, {"minutes": "d", "n_layer × n_embd": "", "tokens": ",d", "bits per byte": ".4f"}),
+        today=date.today(), cost=cost, most=most,
+        sizes=table(rows, {"text": "", "minutes": "d", "n_layer × n_embd": "", "tokens": ",d", "foretold": ".4f",
+                           "came": ".4f", "chosen": ""}),
         batches=table(others, {"n_layer × n_embd": "", "tokens": ",d", "batch_tokens": ",d", "steps": ",d",
                                "bits per byte": ".4f", "as they are": ".4f", "auto": ""}),
     ))  # fmt: skip
@@ -94,20 +99,21 @@ def write_dial(results: Results) -> None:
 
 TEXT = """# The dial on two cores
 
-`make dial`, {today}: `demo` on English, with random weights at first (`induction` off), one seed (three differ by 0.001
-bits per byte, [recipe.md](recipe.md)).
+`make dial`, {today}: `demo` by size and by batch, one seed (three differ by 0.001 bits per byte,
+[recipe.md](recipe.md)).
 
 ## Size
 
 Tokens are what so many minutes hold at half of 911 GFLOP/s, the rate of a large matrix product on two quiet cores.
-`best_shape` says, at the {rate:.0f} GFLOP/s measured while this was written: {said}.
-Its law is of other runs, which begin with an induction head.
+*Foretold* is what the law of runs of up to a minute says ([forecast.md](forecast.md)), which none of these runs was
+fitted to; *chosen* its best size, at most {most:.3f} above the best that came. `best_shape` takes the law of all runs.
 
 {sizes}
 
 ## Batch
 
-Learning rates move with the square root of the batch; *as they are*: with those of the preset, unmoved. *auto*: what
+On English, with random weights at first (`induction` off). Learning rates move with the square root of the batch;
+*as they are*: with those of the preset, unmoved. *auto*: what
 `batch_tokens="auto"` would take for so many tokens: at most {cost:.3f} above the best of its size.
 
 {batches}
@@ -118,10 +124,11 @@ def main() -> None:
     """See the module's docstring."""
     plain_errors()
     options = parser_of_runs(__doc__).parse_args()
-    results = Results(RESULTS / "dial.jsonl")
+    results, forecasts = Results(RESULTS / "dial.jsonl"), Results(LINES)
     if not options.summary:
-        run_missing(results, lambda: by_size() + by_batch(), options.jobs)
-    write_dial(results)
+        run_missing(forecasts, lambda: fitted() + unseen(), options.jobs)
+        run_missing(results, by_batch, options.jobs)
+    write_dial(results, forecasts)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import torch
 
 from machinery.errors import UserError, plain_errors
 from machinery.files import write_atomic, write_json
-from machinery.forecast import by_law, expected, fit_law
+from machinery.forecast import by_law, expected
 from model_utils import multiplying_parameters
 from tools.bench import recipe
 from tools.common import RESULTS, lm, table
@@ -44,12 +44,20 @@ UNSEEN = [  # source, size, tokens, other overrides
     ("english", (2, 128), 3_200_000, {}),
     ("english", (2, 128), 4_500_000, {}),
 ]
+# Tokens that so many minutes of two cores hold at half of 911 GFLOP/s, their rate of a large matrix product, by size
+MINUTES = {
+    1: {(2, 128): 4_300_000, (3, 192): 2_000_000, (4, 256): 1_000_000},
+    3: {(2, 128): 13_000_000, (3, 192): 6_000_000, (4, 256): 3_000_000},
+    9: {(3, 192): 18_000_000, (4, 256): 9_000_000, (5, 320): 5_000_000},
+}
 # Fields that a run may change and still be foretold by the law; of model, data and optimisation all others are fixed
 FREE = {
     "n_layer", "n_embd", "n_head", "n_kv_head", "n_ffn", "n_position", "batch_tokens", "micro_batch", "max_steps",
     "max_tokens", "max_hours", "data_dir",
 }  # fmt: skip
 SCORES = 10  # evaluations on the way, to know how a run gets there
+MEASURED = ("multiplying", "tokens", "val_bpb")  # of a run, for a law
+STARTS = (0.3, 0.6, 0.8)  # of the floor of a law, in the least loss
 EDGES = (700_000, 1_800_000)  # in tokens: the error of a law is that of runs between two of them
 
 
@@ -67,9 +75,15 @@ def fitted() -> list[Run]:
     return [run_of(s, size, tokens, {}) for s in KINDS for size, some in SIZES.items() for tokens in some]
 
 
+def of_minutes(source: str, minutes: int) -> list[Run]:
+    """Each size for so many minutes."""
+    return [run_of(source, size, tokens, {}) for size, tokens in MINUTES[minutes].items()]
+
+
 def unseen() -> list[Run]:
-    """Longer ones, to hold the laws against: `UNSEEN`, and `demo` itself."""
-    return [run_of(*case) for case in UNSEEN] + [run_of("python", (4, 192), 4_000_000, {}, seed) for seed in (0, 1, 2)]
+    """Longer ones, to hold the laws against: `UNSEEN`, `demo` itself, and some sizes for equal times."""
+    runs = [run_of(*case) for case in UNSEEN] + [run_of("python", (4, 192), 4_000_000, {}, seed) for seed in (0, 1, 2)]
+    return runs + [run for source, minutes in product(KINDS, MINUTES) for run in of_minutes(source, minutes)]
 
 
 def line_of(results: Results, run: Run) -> dict | None:
@@ -111,6 +125,38 @@ def fit_source(lines: list[dict], recipe: dict, left_out: list[list[dict]], edge
     return law | {"error": errors, "runs": len(lines), "way": [*way, [1.0, 0.0, 0.0]], "recipe": recipe}
 
 
+def fit_law(runs: list[dict]) -> dict:
+    """The law through runs with "multiplying" (parameters), "tokens" and "val_bpb": least squares from several floors,
+    with the logarithms of all but the floor as unknowns.
+    """
+    n, d, y = (torch.tensor([run[name] for run in runs], dtype=torch.double) for name in MEASURED)
+    found = []
+    for start in STARTS:
+        floor = torch.tensor(start * y.min().item(), dtype=torch.double, requires_grad=True)
+        logs = torch.tensor([0.3, 0.3, 1e5, 1e5], dtype=torch.double).log().requires_grad_()  # alpha, beta, n, d
+        optimizer = torch.optim.LBFGS([floor, logs], max_iter=1000, line_search_fn="strong_wolfe")
+
+        def law(floor=floor, logs=logs) -> dict:
+            return {"floor": floor} | dict(zip(("alpha", "beta", "n", "d"), logs.exp()))
+
+        def error(law=law, optimizer=optimizer):
+            optimizer.zero_grad()
+            loss = (expected(law(), n, d) - y).square().mean()
+            loss.backward()
+            return loss
+
+        optimizer.step(error)
+        if math.isfinite(value := error().item()):
+            found.append((value, len(found), {name: number.item() for name, number in law().items()}))
+    return min(found)[2] | {"parameters": [n.min().item(), n.max().item()], "tokens": [d.min().item(), d.max().item()]}
+
+
+def short_lines(results: Results, source: str) -> list[dict]:
+    """What the runs of up to a minute gave."""
+    runs = [run for run in fitted() if run.overrides["source"] == source]
+    return [line for run in runs if (line := line_of(results, run))]
+
+
 def short_law(lines: list[dict], recipe: dict) -> dict:
     """The law of runs of up to a minute; its error is that of one that has not seen the longest of each size."""
     longest = {line["multiplying"]: line for line in sorted(lines, key=lambda line: line["tokens"])}  # the last stays
@@ -131,14 +177,12 @@ def write_forecast(results: Results, others: Results, folder: Path = RESULTS) ->
     Laws of the short runs are held against `unseen` ones and, among `others`, those of `demo` that the recipe was
     measured by. Then all runs go into the laws that are kept.
     """
-    short, kept, rows = {}, {}, []
-    for source in KINDS:
-        runs = [run for run in fitted() if run.overrides["source"] == source]
-        lines = [line for run in runs if (line := line_of(results, run))]
-        if len(lines) >= 7:
-            short[source], kept[source] = short_law(lines, recipe_of(runs[0].config())), lines
-    if not short:
+    kept, rows = {source: short_lines(results, source) for source in KINDS}, []
+    kept = {source: lines for source, lines in kept.items() if len(lines) >= 7}
+    if not kept:
         raise UserError(f"{results.path}: too few runs for a law; `make forecast` makes them")
+    recipes = {source: recipe_of(run_of(source, (4, 192), 1, {}).config()) for source in kept}
+    short = {source: short_law(lines, recipes[source]) for source, lines in kept.items()}
     seeds = [recipe.ours(*case) for case in product(recipe.SEEDS[1:], recipe.BUDGETS, recipe.TEXTS)]  # 0: above
     for run, place in [(run, results) for run in unseen()] + [(run, others) for run in seeds]:
         line, source = line_of(place, run), run.config().source
@@ -146,12 +190,20 @@ def write_forecast(results: Results, others: Results, folder: Path = RESULTS) ->
             name = run.name if place is results else f"{source}, 4 × 192"
             rows.append(row_of(short[source], line, f"{name}, seed {run.seed}"))
             kept[source].append(line)
-    laws = {source: whole_law(lines, short[source]["recipe"]) for source, lines in kept.items()}
+    laws = {source: whole_law(lines, recipes[source]) for source, lines in kept.items()}
     write_json(folder / "forecast.json", laws)
     columns = {"run": "", "tokens": ",d", "foretold": ".3f", "±": ".3f", "came": ".3f", "off by": "+.3f", "within": ""}
     columns |= {"on the way": ""}
-    law_columns = {"text": "", "runs": "d", "floor": ".2f", "c": ".3f", "p": "+.3f", "q": "+.3f", "r": "+.3f"}
-    law_columns |= {"error": ""}
+    law_columns = {
+        "text": "",
+        "runs": "d",
+        "floor": ".2f",
+        "n": ",.0f",
+        "α": ".2f",
+        "d": ",.0f",
+        "β": ".2f",
+        "error": "",
+    }
     write_atomic(folder / "forecast.md", TEXT.format(
         today=date.today(), within=sum(row["within"] == "yes" for row in rows), count=len(rows),
         places="; ".join(sorted({f"{line['device']}, {line['dtype']}" for line in results.lines.values()})),
@@ -176,7 +228,7 @@ def row_of(law: dict, line: dict, name: str) -> dict:
 def law_rows(laws: dict[str, dict]) -> list[dict]:
     """Laws as rows of a table."""
     return [
-        {"text": source} | law | dict(zip("cprq", [math.exp(law["powers"][0]), *law["powers"][1:]]))
+        {"text": source} | law | {"α": law["alpha"], "β": law["beta"]}
         | {"error": ", ".join(f"{error:.3f} at {tokens / 1e6:.2g}M" for tokens, error in law["error"])}
         for source, law in laws.items()
     ]  # fmt: skip
@@ -184,10 +236,10 @@ def law_rows(laws: dict[str, dict]) -> list[dict]:
 
 TEXT = """# The forecast
 
-`make forecast`, {today}, {places}. Bits per byte of held-out text at the end of a run of D tokens, with N million
-parameters in matrix products: floor + c · d^(p + q · ln n) · n^r, for d = D / 500,000 and n = N / 2. The form of
-[Hoffmann et al. 2022](https://arxiv.org/abs/2203.15556), a term of size and a term of tokens, missed the longer runs:
-here larger models gain more from the same tokens.
+`make forecast`, {today}, {places}. Bits per byte of held-out text at the end of a run of D tokens, with N parameters in
+matrix products: floor + ((n / N)^(α / β) + d / D)^β, the form of
+[Kaplan et al. 2020](https://arxiv.org/abs/2001.08361) above a floor. A sum of a term of size and a term of tokens, the
+form of [Hoffmann et al. 2022](https://arxiv.org/abs/2203.15556), missed the longer runs by more.
 
 ## Can short runs foretell longer ones?
 
@@ -200,7 +252,7 @@ Runs that were not used for this fit: {within} of {count} ended within their ban
 per byte. *On the way* counts the evaluations during the run that lay within the band drawn for them. From random
 weights (`induction` off), runs of `demo` on Python beyond two million tokens ended up to 0.18 below what short runs
 foretold: there the loss falls faster for a while, at another time for each seed. Sizes with a single head or block are
-left out, where two blocks cannot begin as `demo` does: with runs of 2 × 64, the largest miss was 0.06.
+left out, where two blocks cannot begin as `demo` does.
 
 {rows}
 

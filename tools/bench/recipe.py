@@ -30,6 +30,7 @@ SECONDS = RESULTS / "recipe-seconds.json"
 BUDGETS, SEEDS = (500_000, 1_000_000, 2_200_000), (0, 1, 2, 3, 4)  # of the contest
 TEXTS = {"python": {}, "english": {"source": "english", "prompt": "The"}}
 CHOICE_TOKENS, CHOICE_SEEDS = BUDGETS[0], SEEDS[:3]
+AGAIN_TOKENS, AGAIN_SEEDS = BUDGETS[-1], SEEDS[:2]  # of the changes that were better: a gain may be one of short runs
 SCALES = (0.5, 1.0, 2.0)  # of all rates, tried for those whose rates are not made for this batch
 OURS, PLAIN, NANOGPT_NAME = "the default", "random weights at first", "nanoGPT"
 RANDOM = {"induction": False}
@@ -90,9 +91,9 @@ def nanochat(variant: str, scale: float, seed: int, tokens: int, text: str) -> R
     return Run(f"nanochat, {variant}, rates × {scale:g}", TEXTS[text] | RANDOM, seed, tokens, variant, scale)
 
 
-def choice(name: str, seed: int) -> Run:
+def choice(name: str, seed: int, tokens: int = CHOICE_TOKENS) -> Run:
     """One change."""
-    return Run(name, CHOICES[name], seed, CHOICE_TOKENS)
+    return Run(name, CHOICES[name], seed, tokens)
 
 
 def best_of(results: Results, runs: list[Run]) -> Run | None:
@@ -120,7 +121,8 @@ def contest(results: Results, text: str, seed: int, tokens: int) -> list[Run]:
 def plan(results: Results, only: str = "all", others: bool = True) -> list[Run]:
     """The runs in the order of their importance, as far as the results tell which.
 
-    Rates first, then all contenders budget by budget and seed by seed, then one choice after the other.
+    Rates first, then all contenders budget by budget and seed by seed, then one choice after the other, and those that
+    were better again, for longer.
     """
     runs = [run for group in tuning() for run in group]
     runs += [
@@ -128,6 +130,8 @@ def plan(results: Results, only: str = "all", others: bool = True) -> list[Run]:
     ]
     if only == "all":
         runs += [choice(name, seed) for name in CHOICES for seed in CHOICE_SEEDS]
+        better = [row["choice"] for row in effects_of_changes(results) if row[""] == "better"]
+        runs += [choice(name, seed, AGAIN_TOKENS) for seed in AGAIN_SEEDS for name in better]
     return [run for run in runs if others or not run.by]
 
 
@@ -158,19 +162,27 @@ def _known(error: float) -> float | None:
     return None if math.isnan(error) else error
 
 
+def effect_of(results: Results, name: str, tokens: int, seeds: tuple[int, ...]) -> dict:
+    """The paired difference of a choice to the default; empty where it has no result."""
+    base = results.losses(lambda seed: ours(seed, tokens, "python"), seeds)
+    losses = results.losses(lambda seed: choice(name, seed, tokens), seeds)
+    if not (shared := sorted(losses.keys() & base.keys())):
+        return {}
+    effect, error, count = paired_effect(losses, base)
+    return {
+        "choice": name, "effect": effect, "±": _known(error), "runs": count, "": verdict(effect, error),
+        "parameters": results.lines[choice(name, shared[0], tokens).key].get("parameters"),
+        "values": [losses[seed] - base[seed] for seed in shared],
+    }  # fmt: skip
+
+
 def effects_of_changes(results: Results) -> list[dict]:
-    """A row per choice that has a result: its paired difference to the default, best first."""
-    base = results.losses(lambda seed: ours(seed, CHOICE_TOKENS, "python"), CHOICE_SEEDS)
+    """A row per choice that has a result, best first; with what it is worth after more tokens, where that is known."""
     rows = []
     for name in CHOICES:
-        losses = results.losses(lambda seed, name=name: choice(name, seed), CHOICE_SEEDS)
-        if shared := sorted(losses.keys() & base.keys()):
-            effect, error, count = paired_effect(losses, base)
-            line = results.lines[choice(name, shared[0]).key]
-            rows.append({
-                "choice": name, "effect": effect, "±": _known(error), "runs": count, "": verdict(effect, error),
-                "parameters": line.get("parameters"), "values": [losses[seed] - base[seed] for seed in shared],
-            })  # fmt: skip
+        if row := effect_of(results, name, CHOICE_TOKENS, CHOICE_SEEDS):
+            later = effect_of(results, name, AGAIN_TOKENS, AGAIN_SEEDS) if row[""] == "better" else {}
+            rows.append(row | {"longer": later.get("effect"), "± ": later.get("±"), " ": later.get("", "")})
     return sorted(rows, key=lambda row: row["effect"])
 
 
@@ -184,12 +196,13 @@ def write_summary(results: Results, folder: Path = RESULTS) -> None:
     places = {(line["date"], line["device"], line["dtype"]) for line in results.lines.values()}
     columns = {"contender": "", "tokens": ",d", "bits per byte": ".4f", "±": ".4f", "seeds": "d", "parameters": ",d"}
     columns |= {"against the default": "+.4f", "± ": ".4f", "": ""}
-    changes = {"choice": "", "effect": "+.4f", "±": ".4f", "runs": "d", "parameters": ",d", "": ""}
+    changes = {"choice": "", "effect": "+.4f", "±": ".4f", "runs": "d", "": "", "parameters": ",d"}
+    changes |= {"longer": "+.4f", "± ": ".4f", " ": ""}
     text = TEXT.format(
         about="; ".join("{}, {}, matrix products in {}".format(*place) for place in sorted(places)),
         contest="\n\n".join(f"### {text}\n\n{table(rows, columns)}" for text, rows in tables.items()),
         time=time_text(json.loads(SECONDS.read_text())["seconds"] if SECONDS.exists() else {}),
-        tokens=CHOICE_TOKENS, choices=table(rows, changes),
+        tokens=CHOICE_TOKENS, again=AGAIN_TOKENS, choices=table(rows, changes),
         failed=", ".join(f"{line['name']} (seed {line['seed']})" for line in failed) or "none",
         rules=table([dict(zip(("of", "rule", "here", "source"), rule)) for rule in RULES],
                     {"of": "", "rule": "", "here": "", "source": ""}),
@@ -288,7 +301,8 @@ an induction head need not wait for it. English repeats itself less, and gains l
 
 Each change against the default with the same seed, {tokens:,} tokens of Python. *Effect* is in bits per byte, and below
 zero is better. Where a change would add or remove parameters, `n_ffn` makes up for it, unless the name says otherwise.
-Failed or diverged: {failed}.
+*Longer*: the effect of those that were better, after {again:,} tokens, two seeds. A change becomes the default where it
+is better at both, and leaves the model one that other programs load. Failed or diverged: {failed}.
 
 ![Effects](recipe.png)
 
