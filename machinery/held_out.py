@@ -10,11 +10,13 @@ of short lines that differs.
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 import zlib
 from array import array
 from collections import Counter
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Sequence
+from itertools import accumulate
 
 LINE_ENDS = bytes.maketrans(b"\v\f\x1c\x1d\x1e", b"\n" * 5)  # as `str.splitlines` sees them
 ODD_BLANKS = re.compile(
@@ -22,14 +24,28 @@ ODD_BLANKS = re.compile(
 )
 ODD_LINE_ENDS = {end.encode() for end in "\x85\u2028\u2029"}  # among those blanks: U+00A0, U+2003, U+3000, …
 LONG_LINE = 16  # bytes of a line that tells one document from another, blank space aside: some 20 with it
+FEW = 0.25  # share of a text in such lines, under which its short lines count too
+LONGEST_LINE = 1 << 16  # bytes of a line that counts as one
+CUT = re.compile(rb"(?<=[%b]{2})" % re.escape(bytes(range(5, 256, 16))))  # of a longer one: between some pairs of bytes
 NEAR_COPY = 0.5  # share of a document's longer lines that makes a near-copy
+MANY, TAIL = 20, 1000  # so many documents whose ends are shorter than so many bytes: some are held out whole
 COMMON = 0.25  # share of the documents that a line stands in which tells none of them from another
 
 
 def long_lines(content: bytes) -> list[bytes]:
-    """The longer lines of a text, without blank space; of a text that has none, all of it as one."""
-    dense = _dense(content)
-    return [line for line in dense.splitlines() if len(line) >= LONG_LINE] or [dense.translate(None, b"\r\n")]
+    """The longer lines of a text, without blank space; where it has few, each line with what follows, in equal lengths.
+    Of a text too short for that, all of it.
+    """
+    lines = _dense(content).splitlines()
+    found = [line for line in lines if LONG_LINE <= len(line) <= LONGEST_LINE]
+    for line in lines:
+        if len(line) > LONGEST_LINE:
+            found += [part for part in CUT.split(line) if len(part) >= LONG_LINE]
+    whole = b"".join(lines)
+    if sum(map(len, found)) < FEW * len(whole):
+        starts, length = accumulate(map(len, lines), initial=0), 2 * LONG_LINE
+        found = [whole[start : start + length] for start in starts if start + length <= len(whole)]
+    return found or [whole]
 
 
 def _dense(content: bytes) -> bytes:
@@ -44,14 +60,45 @@ def smallest_line(lines: Iterable[bytes]) -> bytes:
     return min(lines, key=zlib.crc32)
 
 
-def is_held_out(text: str, fraction: float) -> bool:
+def is_held_out(text: str, span: Sequence[float]) -> bool:
     """Whether a document belongs to the held-out text: a function of its content, and alike for near-copies."""
-    return falls_under(smallest_line(long_lines(text.encode("utf-8", "surrogatepass"))), fraction)
+    return falls_within(smallest_line(long_lines(text.encode("utf-8", "surrogatepass"))), span)
 
 
-def falls_under(line: bytes, fraction: float) -> bool:
-    digest = hashlib.blake2b(line, digest_size=8, person=b"val").digest()
-    return int.from_bytes(digest, "big") < fraction * 2**64
+def falls_within(line: bytes, span: Sequence[float]) -> bool:
+    """Whether the place of a line, between 0 and 1, is in a span of places, such as (0, 0.1) for a tenth of all."""
+    return span[0] <= place_of(line) < span[1]
+
+
+def place_of(line: bytes) -> float:
+    """A number from 0 to 1 that follows from a line, and evenly from many."""
+    return int.from_bytes(hashlib.blake2b(line, digest_size=8, person=b"val").digest(), "big") / 2**64
+
+
+def span_of_share(texts: Iterable[str], fraction: float) -> tuple[float, float] | None:
+    """The places of about `fraction` of the bytes of many texts, of one at least; None where they are few, alike, or so
+    long that the end of each says more. What follows the first 256 MB is not looked at.
+    """
+    sizes: Counter[float] = Counter()
+    total = 0
+    for text in texts:
+        content = text.encode("utf-8", "surrogatepass")
+        sizes[place_of(smallest_line(long_lines(content)))] += len(content)
+        total += len(content)
+        if total > 256 << 20:
+            break
+    if len(sizes) < MANY or fraction * total / len(sizes) >= TAIL:
+        return None
+    wanted = max(fraction * total, total / len(sizes))
+    start, size = 0.0, 0
+    for place in sorted(sizes):
+        if sizes[place] > wanted * 2:  # one text in many copies is not held out
+            start, size = math.nextafter(place, 1), 0
+            continue
+        size += sizes[place]
+        if size >= wanted:
+            return start, math.nextafter(place, 1)
+    return None
 
 
 def common_lines(texts: Iterable[str]) -> set[bytes]:
@@ -91,22 +138,29 @@ def _before_footer(text: str, common: Container[bytes]) -> int:
 
 
 class HeldOutLines:
-    """The lines of held-out documents, to find near-copies of them in text that comes later."""
+    """The lines of held-out documents that do not stand in the training text so far, to find copies in what follows."""
 
     def __init__(self) -> None:
         self._documents: dict[int, list[int]] = {}  # hash of a line to the numbers of the documents that hold it
-        self._sizes: list[int] = []  # how many lines each document has, repetitions aside
+        self._allowed: list[int] = []  # how many more lines of each may stand in the training text
 
     def add(self, lines: array) -> None:
         """Take in a document by the hashes of its lines."""
         distinct = set(lines)
         for line in distinct:
-            self._documents.setdefault(line, []).append(len(self._sizes))
-        self._sizes.append(len(distinct))
+            self._documents.setdefault(line, []).append(len(self._allowed))
+        self._allowed.append(math.ceil(NEAR_COPY * len(distinct)) - 1)
 
-    def are_in(self, lines: array) -> bool:
-        """Whether a document with these lines holds half of those of a held-out one."""
-        if self._documents.keys().isdisjoint(lines):
+    def take(self, lines: Iterable[int], always: bool = False) -> bool:
+        """Whether a document with these lines may be trained on: it and what was taken before do not hold half of a
+        held-out one. `always` is for what is trained on already.
+        """
+        new = self._documents.keys() & lines
+        counts = Counter(number for line in new for number in self._documents[line])
+        if not always and any(count > self._allowed[number] for number, count in counts.items()):
             return False
-        shared = Counter(number for line in set(lines) for number in self._documents.get(line, ()))
-        return any(count >= NEAR_COPY * self._sizes[number] for number, count in shared.items())
+        for number, count in counts.items():
+            self._allowed[number] -= count
+        for line in new:
+            del self._documents[line]
+        return True

@@ -9,7 +9,7 @@ import contextlib
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import tiktoken
@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from machinery.errors import DataError, told
 from machinery.files import no_links, write_atomic
-from machinery.held_out import is_held_out
+from machinery.held_out import is_held_out, span_of_share
 from machinery.shards import (
     UnevenSides,
     is_enough,
@@ -60,17 +60,14 @@ def tokenize(folder: Path, task: dict, progress: bool, source: Source, val_sourc
     # Two runs on the same text: the second waits, then goes on or has nothing to do
     with _alone_in(folder):
         manifest = read_manifest(folder)
-        settings, way = task["settings"], "val_source" if val_source else "documents"
-        if not (folder / "tokenizer.json").exists():
-            _make_tokenizer(folder, settings, source, way)
-        encoding = load_tokenizer(folder)
-        manifest = manifest or new_manifest(settings, encoding, way)
-        if is_enough(manifest, task["train_tokens"]):
+        settings, learned = task["settings"], (folder / "tokenizer.json").exists()
+        encoding = load_tokenizer(folder) if learned else None
+        if encoding and is_enough(manifest, task["train_tokens"]):
             return encoding
-        if manifest["text"] and settings["text"] != source.stamp():
+        if manifest and manifest["text"] and settings["text"] != source.stamp():
             _refuse_other_text(manifest, source, val_source)
         with tqdm(desc="tokenizing", unit="B", unit_scale=True, disable=not progress, file=sys.stdout) as bar:
-            read = sum(manifest["bytes"].values())
+            read = sum(manifest["bytes"].values()) if manifest else 0
 
             def advance(size: int) -> None:
                 nonlocal read
@@ -79,13 +76,27 @@ def tokenize(folder: Path, task: dict, progress: bool, source: Source, val_sourc
                 if read >> 22 != (read - size) >> 22:  # every 4 MB
                     _note_bytes_read(folder, read)
 
-            wanted = source, val_source, task["train_tokens"], advance
-            try:
-                write_shards(folder, manifest, encoding, *wanted)
-            except UnevenSides:  # a handful of documents, or much alike: hold out the end of each instead
-                encoding = _make_tokenizer(folder, settings, source, "tails")
-                write_shards(folder, new_manifest(settings, encoding, "tails"), encoding, *wanted)
+            ways = [(manifest["held_out"], manifest["span"])] if manifest else _ways(settings, source, val_source)
+            for way, span in ways:
+                encoding = encoding or _make_tokenizer(folder, settings, source, way, span)
+                manifest = manifest or new_manifest(settings, encoding, way, span)
+                with contextlib.suppress(UnevenSides):
+                    write_shards(folder, manifest, encoding, source, val_source, task["train_tokens"], advance)
+                    break
+                encoding, manifest = None, {}
     return encoding
+
+
+def _ways(settings: dict, source: Source, val_source: Source | None) -> Iterator[tuple[str, Sequence[float]]]:
+    """How text can be held out, and the span of places of whole documents; the next where one leaves too little."""
+    if val_source:
+        yield "val_source", (0, 0)
+        return
+    fraction = settings["val_fraction"]
+    yield "documents", (0, fraction)
+    if span := span_of_share((text for text, _ in source.read()), fraction):
+        yield "ranked", span
+    yield "tails", (0, 0)
 
 
 def _refuse_other_text(manifest: dict, source: Source, val_source: Source | None) -> None:
@@ -120,11 +131,12 @@ def _alone_in(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def _make_tokenizer(folder: Path, settings: dict, source: Source, held_out: str) -> tiktoken.Encoding:
+def _make_tokenizer(
+    folder: Path, settings: dict, source: Source, held_out: str, span: Sequence[float]
+) -> tiktoken.Encoding:
     """That of the settings, in the folder; one that is learned is learned from what will be trained on."""
-    fraction = settings["val_fraction"]
-    documents = with_sides(source, 0, held_out, fraction)
-    training = (text for side, text, _ in documents if side == "train" or not (side or is_held_out(text, fraction)))
+    documents = with_sides(source, 0, held_out, settings["val_fraction"])
+    training = (text for side, text, _ in documents if side == "train" or not (side or is_held_out(text, span)))
     encoding = get_tokenizer(settings["tokenizer"], settings["vocab_size"], training)
     write_atomic(folder / "tokenizer.json", json.dumps(tokenizer_to_dict(encoding)))
     return load_tokenizer(folder)

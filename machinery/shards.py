@@ -7,7 +7,7 @@ import json
 import math
 import os
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ import tiktoken
 from machinery.encoding import PIECE, Encoded, encode_all, look_at_lines
 from machinery.errors import DataError, told
 from machinery.files import json_digest, regular_file, write_atomic, write_json
-from machinery.held_out import NEAR_COPY, HeldOutLines, common_lines, cut_tail, falls_under
+from machinery.held_out import NEAR_COPY, HeldOutLines, common_lines, cut_tail, falls_within
 from machinery.sources import Position, Source
 from machinery.text_files import in_parts
 from machinery.tokenizers import tokenizer_from_dict, tokenizer_hash
@@ -40,8 +40,10 @@ def read_manifest(folder: Path) -> dict:
     return manifest
 
 
-def new_manifest(settings: dict, encoding: tiktoken.Encoding, held_out: str) -> dict:
-    """The manifest of a folder without shards; `held_out` is "val_source", "documents", or the "tails" of documents."""
+def new_manifest(settings: dict, encoding: tiktoken.Encoding, held_out: str, span: Sequence[float]) -> dict:
+    """The manifest of a folder without shards; `held_out` is "val_source", "documents", "ranked" ones, or the "tails"
+    of documents; `span` the places of whole ones that are (`falls_within`).
+    """
     zero = {"train": 0, "val": 0}
     return {
         "settings": settings,
@@ -58,6 +60,7 @@ def new_manifest(settings: dict, encoding: tiktoken.Encoding, held_out: str) -> 
         "bytes": dict(zero),
         "shards": {"train": [], "val": []},
         "held_out": held_out,
+        "span": span,
         "grouped": {"documents": 0, "bytes": 0},  # held-out documents beside a near-copy of theirs, held out too
         "set_aside": {"documents": 0, "bytes": 0},  # in neither split, for a near-copy in the other
         "end_of_text_spelt": {},  # spellings of it in the texts, and how often: text like any other
@@ -81,6 +84,7 @@ def report(manifest: dict) -> list[str]:
     )
     ways = {
         "documents": "whole documents, by their content",
+        "ranked": "whole documents, as many as come nearest to val_fraction",
         "tails": "the end of each document, since there are few, or they are much alike",
         "val_source": "val_source",
     }
@@ -92,8 +96,8 @@ def report(manifest: dict) -> list[str]:
     ]
     if not manifest["complete"]:
         lines.append(
-            "more text is read later: a document with half of the lines of a held-out one is set aside; a held-out one"
-            " whose lines are spread over several of them is not noticed"
+            "more text is read later: a document is set aside that would make training text hold half of the lines of"
+            " a held-out one; what is read before an interruption is not compared with what follows"
         )
     for spelling, count in spelt.items():
         lines.append(
@@ -237,10 +241,10 @@ class HeldOut:
         if self.is_open:
             self.training.extend(document.lines)
             return False
-        if self.lines.are_in(document.lines):
-            self._set_aside(document)
-            return True
-        return False
+        if self.lines.take(document.lines):
+            return False
+        self._set_aside(document)
+        return True
 
     def _set_aside(self, document: Encoded) -> None:
         self.manifest["set_aside"]["documents"] += 1
@@ -249,14 +253,15 @@ class HeldOut:
     def close(self, training_bytes: int) -> None:
         """Write what is held out. Raises `UnevenSides`, or `DataError` where no other way is left."""
         settings, way, self.is_open = self.manifest["settings"], self.manifest["held_out"], False
-        copied = self.documents.standing_in(self.training)
-        self.training = array("q")
+        copied, training, self.training = self.documents.standing_in(self.training), self.training, array("q")
         if way == "tails" and all(copied):  # a text that repeats itself
             copied = [False] * len(copied)
         sizes = self.documents.counts[2::4]
         whole, left = sum(sizes), sum(size for size, is_copy in zip(sizes, copied) if not is_copy)
         share, fraction = left / max(1, training_bytes + whole), settings["val_fraction"]
         if way == "documents" and not FEWEST * fraction <= share <= min(MOST * fraction, (1 + fraction) / 2):
+            raise UnevenSides
+        if way == "ranked" and not left:
             raise UnevenSides
         if way == "val_source" and left < whole / 2:
             raise DataError(
@@ -276,6 +281,7 @@ class HeldOut:
             self.writer.add(document)
             if not self.manifest["complete"]:  # more text is to come
                 self.lines.add(document.lines)
+        self.lines.take(training, always=True)
         self.writer.close()
         self.documents = Collected(self.writer.dtype)
 
@@ -317,7 +323,8 @@ def write_shards(
         position = document.position
         manifest["is_split"] |= source.is_split
         advance(document.bytes)
-        if held_out.is_open and (document.side or _side(document, settings["val_fraction"])) == "val":
+        chosen = document.side == "val" or not document.side and falls_within(document.smallest, manifest["span"])
+        if held_out.is_open and chosen:
             held_out.documents.add(document)
             continue
         if held_out.takes_apart(document):
@@ -338,16 +345,12 @@ def text_digest(source: Source, val_source: Source | None) -> str:
     return ":".join(text.digest() for text in (source, val_source) if text)
 
 
-def _side(document: Encoded, fraction: float) -> str:
-    return "val" if falls_under(document.smallest, fraction) else "train"
-
-
 def _close(folder: Path, manifest: dict, train: ShardWriter, held_out: HeldOut, position: Position) -> None:
     if held_out.is_open:
         settings = manifest["settings"]
         if not (train.documents or len(held_out.documents)):
             raise DataError(f"source {settings['source']!r} holds no text to train on and validate with")
-        if not train.documents and manifest["held_out"] == "documents":
+        if not train.documents and manifest["held_out"] in ("documents", "ranked"):
             raise UnevenSides
         held_out.close(train.bytes)
     train.close()
@@ -367,7 +370,7 @@ def with_sides(source: Source, start: Position, held_out: str, fraction: float) 
     common = common_lines(text for text, _ in source.read()) if held_out == "tails" else ()
     for text, position in source.read("train", start):
         if held_out != "tails":
-            yield ("" if held_out == "documents" else "train"), text, position
+            yield ("train" if held_out == "val_source" else ""), text, position
         else:
             head, tail = cut_tail(text, fraction, common)
             yield "val", tail, position

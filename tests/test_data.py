@@ -213,7 +213,7 @@ def test_shards_hold_every_document_once(texts, tmp_path, monkeypatch, shard_tok
     data = prepare(pattern, tmp_path)
     train, val = all_documents(data, "train"), all_documents(data, "val")
     assert sorted(train + val) == sorted(contents)
-    assert val and set(val) <= {text for text in contents if is_held_out(text, 0.2)}
+    assert val and set(val) <= {text for text in contents if is_held_out(text, (0, 0.2))}
     assert not set(train) & set(val)
     assert data.manifest["bytes"]["train"] == sum(len(text.encode()) for text in train)
     assert data.manifest["documents"]["train"] == len(train)
@@ -393,7 +393,7 @@ def test_narrowest_type_that_holds_the_vocabulary(texts, tmp_path):
     assert prepare(pattern, tmp_path).manifest["dtype"] == "uint16"
     ranks = {bytes([i]): i for i in range(256)} | {i.to_bytes(3, "big"): i for i in range(256, 70000)}
     encoding = tiktoken.Encoding("wide", pat_str=r"\S+", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 70000})
-    wide = new_manifest({}, encoding, "documents")
+    wide = new_manifest({}, encoding, "documents", (0, 0.1))
     assert wide["dtype"] == "uint32"
 
 

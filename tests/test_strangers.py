@@ -111,7 +111,7 @@ def corpus(tmp_path, monkeypatch):
 def _licence(held_out: bool) -> str:
     """Forty lines of which the smallest, by its hash, puts a document into the held-out text, or does not."""
     licences = ("".join(f"// {n}: you may copy it, line {i}\n" for i in range(40)) for n in range(1000))
-    return next(text for text in licences if is_held_out(text, 0.2) == held_out)
+    return next(text for text in licences if is_held_out(text, (0, 0.2)) == held_out)
 
 
 @pytest.mark.parametrize("held_out", [True, False])
