@@ -5,7 +5,10 @@ PRESET ?= auto
 OVERRIDES ?=
 SCALE ?= cpu
 BIN := .venv/bin
-export PRESET OVERRIDES RUN  # read from the environment: a quote in a value stays a quote
+override PRESET := $(value PRESET)
+override OVERRIDES := $(value OVERRIDES)
+override RUN := $(value RUN)
+export PRESET OVERRIDES RUN  # read from the environment: quotes and dollars in a value stay as they are
 
 help:
 	@echo 'make run    set up and execute the notebook: a trained model, its curve, its text   (PRESET=demo OVERRIDES="{n_layer: 2}")'

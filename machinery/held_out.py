@@ -13,10 +13,11 @@ import hashlib
 import math
 import re
 import zlib
-from array import array
 from collections import Counter
 from collections.abc import Container, Iterable, Sequence
 from itertools import accumulate
+
+import numpy as np
 
 LINE_ENDS = bytes.maketrans(b"\v\f\x1c\x1d\x1e", b"\n" * 5)  # as `str.splitlines` sees them
 ODD_BLANKS = re.compile(
@@ -138,29 +139,39 @@ def _before_footer(text: str, common: Container[bytes]) -> int:
 
 
 class HeldOutLines:
-    """The lines of held-out documents that do not stand in the training text so far, to find copies in what follows."""
+    """The lines of held-out documents, and which of them stand in the training text so far."""
 
     def __init__(self) -> None:
         self._documents: dict[int, list[int]] = {}  # hash of a line to the numbers of the documents that hold it
         self._allowed: list[int] = []  # how many more lines of each may stand in the training text
+        self._trained: set[int] = set()  # of the lines
 
-    def add(self, lines: array) -> None:
+    def add(self, lines: Iterable[int]) -> None:
         """Take in a document by the hashes of its lines."""
-        distinct = set(lines)
+        distinct = dict.fromkeys(lines)
         for line in distinct:
             self._documents.setdefault(line, []).append(len(self._allowed))
         self._allowed.append(math.ceil(NEAR_COPY * len(distinct)) - 1)
 
-    def take(self, lines: Iterable[int], always: bool = False) -> bool:
-        """Whether a document with these lines may be trained on: it and what was taken before do not hold half of a
-        held-out one. `always` is for what is trained on already.
+    def train(self, lines: Iterable[int], always: bool = False) -> bool:
+        """Note a document with these lines as trained on, and return True; unless with it, training text would hold
+        half of the lines of a held-out one. `always` is for what cannot be left out.
         """
-        new = self._documents.keys() & lines
+        new = (self._documents.keys() & lines) - self._trained
         counts = Counter(number for line in new for number in self._documents[line])
         if not always and any(count > self._allowed[number] for number, count in counts.items()):
             return False
         for number, count in counts.items():
             self._allowed[number] -= count
-        for line in new:
-            del self._documents[line]
+        self._trained |= new
         return True
+
+    @property
+    def trained(self) -> str:
+        """A bit for each line, in hexadecimal digits: whether it stands in the training text."""
+        return np.packbits([line in self._trained for line in self._documents]).tobytes().hex()
+
+    @trained.setter
+    def trained(self, digits: str) -> None:
+        bits = np.unpackbits(np.frombuffer(bytes.fromhex(digits), np.uint8))
+        self.train([line for line, bit in zip(self._documents, bits) if bit], always=True)

@@ -62,10 +62,12 @@ def new_manifest(settings: dict, encoding: tiktoken.Encoding, held_out: str, spa
         "held_out": held_out,
         "span": span,
         "grouped": {"documents": 0, "bytes": 0},  # held-out documents beside a near-copy of theirs, held out too
+        "repeated": False,  # whether held-out text could not be kept out of the training text: it repeats itself
         "set_aside": {"documents": 0, "bytes": 0},  # in neither split, for a near-copy in the other
         "end_of_text_spelt": {},  # spellings of it in the texts, and how often: text like any other
         "is_split": False,  # whether split_on was found
         "passed_over": {},  # beside the text: kinds of files, and how many
+        "trained_lines": "",  # of the held-out ones: which stand in the training text so far (`HeldOutLines`)
         "position": 0,  # in the source, after the last closed shard: where an interrupted preparation goes on
         "complete": False,
     }
@@ -94,10 +96,15 @@ def report(manifest: dict) -> list[str]:
         f" {manifest['grouped']['documents']:,} of them are near-copies of others;"
         f" set aside for a near-copy in the other split: {apart['documents']:,}, {apart['bytes'] / 1e6:,.2f} MB"
     ]
+    if manifest["repeated"]:
+        lines.append(
+            "all of it stands in the training text too, since the texts repeat each other: its loss says how well they"
+            " are remembered; for another, name a val_source"
+        )
     if not manifest["complete"]:
         lines.append(
-            "more text is read later: a document is set aside that would make training text hold half of the lines of"
-            " a held-out one; what is read before an interruption is not compared with what follows"
+            "more text is read later: a document is set aside with which the training text would hold half of the lines"
+            " of a held-out one"
         )
     for spelling, count in spelt.items():
         lines.append(
@@ -235,13 +242,14 @@ class HeldOut:
                 for piece in in_parts(text, PIECE):
                     lines.extend(look_at_lines(piece)[1])
                 self.lines.add(lines)
+        self.lines.trained = manifest["trained_lines"]
 
     def takes_apart(self, document: Encoded) -> bool:
         """Whether a document of the training text is set aside. The first shard's lines are kept until `close`."""
         if self.is_open:
             self.training.extend(document.lines)
             return False
-        if self.lines.take(document.lines):
+        if self.lines.train(document.lines):
             return False
         self._set_aside(document)
         return True
@@ -255,7 +263,7 @@ class HeldOut:
         settings, way, self.is_open = self.manifest["settings"], self.manifest["held_out"], False
         copied, training, self.training = self.documents.standing_in(self.training), self.training, array("q")
         if way == "tails" and all(copied):  # a text that repeats itself
-            copied = [False] * len(copied)
+            copied, self.manifest["repeated"] = [False] * len(copied), True
         sizes = self.documents.counts[2::4]
         whole, left = sum(sizes), sum(size for size, is_copy in zip(sizes, copied) if not is_copy)
         share, fraction = left / max(1, training_bytes + whole), settings["val_fraction"]
@@ -281,7 +289,7 @@ class HeldOut:
             self.writer.add(document)
             if not self.manifest["complete"]:  # more text is to come
                 self.lines.add(document.lines)
-        self.lines.take(training, always=True)
+        self.lines.train(training, always=True)
         self.writer.close()
         self.documents = Collected(self.writer.dtype)
 
@@ -361,7 +369,7 @@ def _close(folder: Path, manifest: dict, train: ShardWriter, held_out: HeldOut, 
             "holds no text" if manifest["settings"]["val_source"] else "has too little text: both splits need some"
         )
         raise DataError(f"{empty} {manifest['settings'][empty]!r} {problem}")
-    manifest["position"] = position
+    manifest |= {"position": position, "trained_lines": "" if manifest["complete"] else held_out.lines.trained}
     write_json(folder / "manifest.json", manifest | {"digest": json_digest(manifest)})
 
 

@@ -154,7 +154,7 @@ class FileSource(Source):
         return sum(stat.st_size for _, stat in self._stats())
 
     def stamp(self) -> str:
-        return json_digest([(name, stat.st_size, stat.st_mtime_ns) for name, stat in self._stats()])
+        return json_digest([(name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for name, stat in self._stats()])
 
     def digest(self) -> str:
         """Of content, in its order: whole up to `DIGEST_BYTES` together, beyond that of samples of every file."""
@@ -206,7 +206,7 @@ def _find_python(root: Path, skipped: Iterable[str] = ()) -> dict[str, Path]:
     for folder, subfolders, names in os.walk(root):
         subfolders[:] = [name for name in subfolders if name not in skipped]
         paths = (os.path.join(folder, name) for name in names if name.endswith(".py"))
-        files |= {path[start:].replace(os.sep, "/"): Path(path) for path in paths}
+        files |= {path[start:].replace(os.sep, "/"): Path(path) for path in paths if os.path.isfile(path)}
     return files
 
 

@@ -83,6 +83,7 @@ FORMATS = {  # first bytes, what they are of, and how to get at the text
     codecs.BOM_UTF16_LE: ("UTF-16", "convert it, for example with iconv -f utf-16 -t utf-8"),
     codecs.BOM_UTF16_BE: ("UTF-16", "convert it, for example with iconv -f utf-16 -t utf-8"),
 }
+TEXT_FORMATS = {b"%PDF-", b"{\\rtf", b"version https://git-lfs"}  # which may hold nothing but characters
 WIDE = ("utf-32-le", "utf-32-be", "utf-16-le", "utf-16-be")
 BETWEEN_WORDS = set(" \n、。，　")  # one of which any longer text holds, where its encoding is not mistaken
 CONTROLS = bytes(byte for byte in range(32) if byte not in b"\b\t\n\v\f\r\x1b")  # which text does not hold
@@ -92,7 +93,9 @@ NO_TEXT = re.compile(rb"\0(?:\0{15}|(?:[^\0]\0){15})")  # as binary data has it,
 
 def _check_format(path: Path, head: bytes, expected: str = "UTF-8 text") -> None:
     """Raise `DataError`, naming the format, where the first bytes of a file are of something else."""
-    name, advice = next((known for start, known in FORMATS.items() if head.startswith(start)), (None, None))
+    mark, (name, advice) = next((known for known in FORMATS.items() if head.startswith(known[0])), (b"", (None, None)))
+    if name and mark not in TEXT_FORMATS and _is_plain(head):  # "Rar! Rar! said the lion."
+        name = None
     if expected != "UTF-8 text":
         name = None if name == expected else name
     elif head[257:262] == b"ustar":
@@ -110,6 +113,13 @@ def _check_format(path: Path, head: bytes, expected: str = "UTF-8 text") -> None
             name, advice = f"binary data ({found} control characters in its first {len(head)} bytes)", "remove it"
     if name:
         raise DataError(f"{path}: holds {name}, not {expected}; {advice}")
+
+
+def _is_plain(head: bytes) -> bool:
+    """Whether this is UTF-8 without control characters, but for a character that is cut at the end."""
+    with contextlib.suppress(UnicodeDecodeError):
+        return bool(codecs.getincrementaldecoder("utf-8")().decode(head)) and not _controls(head)
+    return False
 
 
 def _controls(content: bytes) -> int:
@@ -286,16 +296,22 @@ def no_column(where: str, text_column: str, names: Iterable[str]) -> DataError:
     return DataError(f"{where}: no column {text_column!r}; there are {shown or 'none'}: set text_column")
 
 
+def _without_marks(line: bytes) -> bytes:
+    while line.startswith(codecs.BOM_UTF8):
+        line = line[len(codecs.BOM_UTF8) :]
+    return line
+
+
 def jsonl_texts(path: Path, text_column: str) -> Iterator[str]:
     """The text of every row of a JSON-lines file. Raises `DataError` naming the line."""
     with path.open("rb") as file:
         _check_format(path, head := file.read(4096))
-        if head.lstrip(codecs.BOM_UTF8).startswith(b"["):  # all of it may be one line
+        if _without_marks(head).startswith(b"["):  # all of it may be one line
             raise DataError(f"{path}, line 1: holds a list, not an object; {ROW}, as from jq -c '.[]'")
         file.seek(0)
         for number, line in enumerate(file, 1):
             if line[0] == 0xEF:  # each of several files that were put together may have a mark
-                line = line.lstrip(codecs.BOM_UTF8) or b"\n"
+                line = _without_marks(line) or b"\n"
             if not line.isspace():
                 text = json_text(line, text_column, f"{path}, line {number}")
                 del line  # a row may be large
@@ -314,20 +330,21 @@ def parquet_texts(path: Path, text_column: str) -> Iterator[str]:
             if file.metadata.num_rows:
                 _check_column(file.schema_arrow, text_column, path)
                 yield from _parquet_column(file, text_column, path)
-    except (ArrowException, OSError) as error:
+    except (ArrowException, OSError, UnicodeDecodeError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
         raise DataError(f"{path}: not readable as parquet ({first_line(error)}); mend or remove it") from None
 
 
 def _check_column(schema, text_column: str, path: Path) -> None:
-    from pyarrow import types
+    from pyarrow import BaseExtensionType, types
 
     if schema.names.count(text_column) > 1:
         raise DataError(f"{path}: two columns are called {text_column!r}; rename one")
     if text_column not in schema.names:
         raise no_column(str(path), text_column, schema.names)
     kind = schema.field(text_column).type
+    kind = kind.storage_type if isinstance(kind, BaseExtensionType) else kind  # such as text that is JSON
     kind = kind.value_type if types.is_dictionary(kind) else kind
     text = types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind) or types.is_null(kind)
     if not text:
@@ -343,11 +360,18 @@ def _parquet_column(file, text_column: str, path: Path) -> Iterator[str]:
         at_once = max(1, min(1 << 10, ROWS_BYTES * rows // max(1, size)))
         options = {"row_groups": [group], "columns": [text_column], "use_threads": False}
         for batch in file.iter_batches(at_once, **options):
-            for number, value in enumerate(batch.column(text_column), first):  # "a.b" also names a field of a column
+            column = batch.column(text_column)  # "a.b" also names a field of a column
+            rows = len(batch)
+            del batch
+            for number in range(rows):
                 try:
-                    yield value.as_py() or ""
+                    text = column[number].as_py() or ""
                 except UnicodeDecodeError as error:
                     raise DataError(
-                        f"{path}, row {number}: not UTF-8 at byte {error.start} of column {text_column!r}; mend it"
+                        f"{path}, row {first + number}: not UTF-8 at byte {error.start} of column {text_column!r};"
+                        " mend it"
                     ) from None
-            first += len(batch)
+                if number == rows - 1:
+                    del column  # a text may be large
+                yield text
+            first += rows

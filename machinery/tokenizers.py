@@ -19,8 +19,8 @@ from machinery.files import json_digest
 
 END_OF_TEXT = "<|endoftext|>"
 ENDS_OF_TEXT = re.compile(  # as others spell it
-    r"(?i)<(?:[|｜](?:end|end[_▁]?of[_▁]?(?:text|turn|sentence|document|doc)|eo[dst]|eo[mt]_id|im_end|return)[|｜]"
-    r"|/s|eo[st]|end_of_(?:text|turn|story))>"
+    r"(?i)<(?:[|｜] ?(?:end|end[_▁ -]?of[_▁ -]?(?:text|turn|sentence|document|doc|piece)(?:_token)?|eo[dmst](?:_id)?"
+    r"|im_end|return|(?:file_)?sep) ?[|｜]|/s|end|eo[dst]|sep|end_of_(?:text|turn|story))>|\[(?:eos|sep)\]"
 )
 # How text is cut into pieces before byte pairs merge: the pattern of GPT-4 and Llama 3, which keeps
 # words, runs of digits and runs of spaces apart (tiktoken: openai_public.py, cl100k_base).

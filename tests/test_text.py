@@ -335,6 +335,13 @@ def test_packed_files_under_a_wrong_name_are_named(tmp_path, suffix):
         assert f"a.{suffix}: holds {name}" in message
 
 
+@pytest.mark.parametrize(
+    "start", ["PAR1 is a region", "GIF89a was published", "BZhang wrote this", "Rar! said the lion é"]
+)
+def test_a_text_that_begins_as_packed_files_do_is_a_text(tmp_path, start):
+    assert list(iter_documents(write(tmp_path, {"a.txt": start}))) == [start]
+
+
 @pytest.mark.parametrize("separator", ["", "<|endoftext|>", "\n\n\n"])
 @pytest.mark.parametrize("suffix", ["txt", "jsonl", "parquet"])
 def test_long_texts_come_in_parts_and_nothing_is_lost(tmp_path, monkeypatch, separator, suffix):
@@ -566,6 +573,13 @@ OTHER_ENDS = [
     "<|eot|>",
     "<|EOT|>",
     "<|return|>",
+    "[EOS]",
+    "<eod>",
+    "<|end-of-text|>",
+    "<| endoftext |>",
+    "<|END_OF_TURN_TOKEN|>",
+    "<|file_sep|>",
+    "<|eom|>",
 ]
 
 

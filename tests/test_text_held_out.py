@@ -124,11 +124,14 @@ def test_the_split_is_a_function_of_content_and_more_text_never_trains_on_what_w
     assert not held_out & set(texts_of(four, "train")) and leaked(four) == 0
 
 
-def test_later_text_that_copies_what_is_held_out_is_set_aside(tmp_path, monkeypatch):
+@pytest.mark.parametrize("pieces", [False, True])
+def test_later_text_that_copies_what_is_held_out_is_set_aside(tmp_path, monkeypatch, pieces):
     """In one pass: the held-out documents are fixed when the first shard is full. Interrupted or not."""
     monkeypatch.setattr(data_utils, "SHARD_TOKENS", 150_000)
     texts = [prose(i) for i in range(80)]
     copies = [VARIANTS["a third changed"](text, i) for i, text in enumerate(texts)]
+    if pieces:  # each holds a third of a text
+        copies = ["".join(text.splitlines(True)[k : k + 20]) for k in (0, 20, 40) for text in texts]
     root = write(tmp_path, {"texts/rows.jsonl": [{"text": text} for text in texts + copies]})
     data = prepare(tmp_path / "whole", root)
     assert leaked(data) == 0 and data.manifest["set_aside"]["documents"] > 0
@@ -401,3 +404,57 @@ def test_a_vocabulary_is_learned_from_the_training_text_of_a_few_documents_too(t
     data = prepare(tmp_path, folder, val_fraction=fraction, tokenizer="bpe", vocab_size=320)
     pieces = {data.encoding.decode([token]) for token in range(data.encoding.n_vocab - 1)}
     assert data.encoding.n_vocab == 320 and " system" in pieces
+
+
+def hex_dump(seed):
+    chance = random.Random(seed)
+    return "".join(chance.randbytes(7).hex(" ") + "\n" for _ in range(60))
+
+
+def word_list(seed):
+    chance = random.Random(seed)
+    return "".join(f"w{chance.randrange(10**7)}\n" for _ in range(40_000))
+
+
+def one_line(seed):
+    chance = random.Random(seed)
+    return " ".join(f"{chance.choice(WORDS)}{chance.randrange(999)}" for _ in range(40_000))
+
+
+@pytest.mark.parametrize("make", [hex_dump, word_list, one_line])
+def test_texts_of_short_lines_and_of_one_long_line_have_no_copy_in_the_training_text(tmp_path, make):
+    texts = [make(seed) for seed in range(24 if make is hex_dump else 8)]
+    files = {}
+    for i, text in enumerate(texts):
+        other = text.replace("\n", "\r\n").replace(" ", "  ")
+        copies = [text, other, f"A line of its own, number {i}, before all others\n{text}", f"{text}\nend"]
+        files |= {f"{i} {n}.txt": copy for n, copy in enumerate(copies)}
+    data = prepare(tmp_path, write(tmp_path / "texts", files), val_fraction=0.2)
+    trained, held_out = ({"".join(text.split())[60:500] for text in texts_of(data, side)} for side in ("train", "val"))
+    assert held_out and not held_out & trained and leaked(data) == 0 and data.manifest["held_out"] == "documents"
+
+
+@pytest.mark.parametrize(("rows", "fraction"), [(300, 0.01), (60, 0.02), (2000, 1e-6)])
+def test_of_many_short_rows_whole_ones_are_held_out(tmp_path, rows, fraction):
+    for seed in range(6):
+        texts = [prose(f"{seed} {n}", 1) for n in range(rows)]
+        root = write(tmp_path / f"{seed}", {"a.jsonl": [{"text": text} for text in texts]})
+        data = prepare(tmp_path / f"{seed}", root, val_fraction=fraction)
+        held_out = texts_of(data, "val")
+        assert 1 <= len(held_out) <= 2 + 2 * fraction * rows and set(held_out) < set(texts)
+
+
+def test_texts_that_repeat_each_other_are_said_to(tmp_path, capsys):
+    write(tmp_path / "t", {"a.txt": prose(1, 300) + prose(2, 300), "b.txt": prose(2, 300) + prose(1, 300)})
+    prepare(tmp_path, str(tmp_path / "t"))
+    assert "all of it stands in the training text too" in capsys.readouterr().out
+
+
+def test_a_file_that_is_replaced_by_one_of_its_size_and_date_is_read(tmp_path):
+    root = write(tmp_path / "t", {f"{i}.txt": prose(i) for i in range(9)})
+    first = prepare(tmp_path, root)
+    path = tmp_path / "t" / "3.txt"
+    before = path.stat()
+    path.write_text(prose(3).swapcase())
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert prepare(tmp_path, root).key != first.key
