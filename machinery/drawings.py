@@ -138,7 +138,7 @@ def draw_cache(config) -> Figure:
             axes.texts[-1].set_fontsize(6.5)
         arrow(axes, (1.55 + 0.62 * (prompt + row - 1), y), (1.85 + 0.62 * (prompt + row - 1), y))
         axes.text(1.9 + 0.62 * (prompt + row - 1), y, "next token", va="center", fontsize=8)
-    sizes = f"2 (key, value) × {config.n_layer} layers × {K} heads × {D}"
+    sizes = f"2 (key, value) × {config.n_layer} layers × {K} head{'s' if K > 1 else ''} × {D}"
     title = f"kept of each token: {sizes} = {2 * config.n_layer * K * D:,} numbers"
     axes.text(0.9, 0.36 * new + 0.5, title, fontsize=9)
     return figure

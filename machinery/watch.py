@@ -118,9 +118,8 @@ def print_preflight(
         "budget": f"{p['tokens']:,.0f} tokens in {length} with evaluations and samples, until {end:%Y-%m-%d %H:%M};"
         f" then {_clock(p['last evaluation (s)'])} to score all held-out text",
         "limit": f"{first} is reached first; {later}" if later else "",
-        "text": "read once or less, or not known yet"
-        if epochs <= 1
-        else f"read {epochs:.1f} times" + (" (what repeats adds less from about 4 on)" if epochs > 4 else ""),
+        "text": (f"read {epochs:.2g} times" if epochs else "read once or less, as far as is known")
+        + (" (what repeats adds less from about 4 on)" if epochs > 4 else ""),
         "size": f"{p['parameters']:,} parameters, {p['tokens per parameter']:.2g} tokens for each"
         + ("" if math.isnan(loss) else " (best: about 20)"),
         "scaling law": ("loss n/a, too small" if math.isnan(loss) else f"loss {loss:.2f} on web text")

@@ -157,8 +157,8 @@ VARIANT_CELL = """
 class WindowAttention(GroupedQueryAttention):
     def attend(self, q, k, v):
         T, S = q.size(2), k.size(2)
-        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T).triu(S - T - 7)
-        return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=self.K < self.H)
+        mask = q.new_ones(T, S, dtype=torch.bool).tril(S - T).triu(S - T - 7)
+        return attend(q, k, v, mask)
 
 ATTENTIONS["window"] = WindowAttention
 """

@@ -19,7 +19,6 @@ from tools.bench.recipe import RANDOM
 from tools.common import RESULTS, lm, table
 from tools.forecast import (
     KINDS,
-    LINES,
     MINUTES,
     fit_law,
     fitted,
@@ -124,7 +123,7 @@ def main() -> None:
     """See the module's docstring."""
     plain_errors()
     options = parser_of_runs(__doc__).parse_args()
-    results, forecasts = Results(RESULTS / "dial.jsonl"), Results(LINES)
+    results, forecasts = Results(RESULTS / "dial.jsonl"), Results(RESULTS / "forecast.jsonl")
     if not options.summary:
         run_missing(forecasts, lambda: fitted() + unseen(), options.jobs)
         run_missing(results, by_batch, options.jobs)

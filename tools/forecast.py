@@ -236,10 +236,9 @@ def law_rows(laws: dict[str, dict]) -> list[dict]:
 
 TEXT = """# The forecast
 
-`make forecast`, {today}, {places}. Bits per byte of held-out text at the end of a run of D tokens, with N parameters in
-matrix products: floor + ((n / N)^(α / β) + d / D)^β, the form of
-[Kaplan et al. 2020](https://arxiv.org/abs/2001.08361) above a floor. A sum of a term of size and a term of tokens, the
-form of [Hoffmann et al. 2022](https://arxiv.org/abs/2203.15556), missed the longer runs by more.
+`make forecast`, {today}, {places}. Bits per byte of held-out text at the end of a run of D tokens, with N
+parameters in matrix products: floor + ((n / N)^(α / β) + d / D)^β, the law of
+[Kaplan et al. 2020](https://arxiv.org/abs/2001.08361) above a floor.
 
 ## Can short runs foretell longer ones?
 

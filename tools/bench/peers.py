@@ -24,8 +24,9 @@ MODELS = {
 
 
 def make_config(name: str, **overrides):
-    """The Config of one of MODELS."""
-    values = MODELS[name] | {"qk_norm": False, "optimizer": "adamw", "max_hours": 1.0} | overrides
+    """The Config of one of MODELS, without what a Llama does not have."""
+    plain = {"qk_norm": False, "embedding_norm": False, "induction": False}
+    values = MODELS[name] | plain | {"optimizer": "adamw", "max_hours": 1.0} | overrides
     return lm.Config.from_preset(values.pop("preset", "day"), **values)
 
 
