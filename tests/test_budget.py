@@ -109,7 +109,10 @@ def test_the_settled_config_is_that_of_a_machine(lm):
 def test_a_run_is_held_against_its_forecast(lm, tiny, texts, monkeypatch, tmp_path, capsys):
     law = {
         "floor": 2.0,
-        "powers": [0.0, 0.0, 0.0, 0.0],
+        "alpha": 1e-9,
+        "beta": 1e-9,
+        "n": 0.0,
+        "d": 1.0,
         "error": [[1e3, 0.5]],
         "recipe": {"tokenizer": "bytes"},
     }  # 3 everywhere
@@ -126,13 +129,16 @@ def test_a_run_is_held_against_its_forecast(lm, tiny, texts, monkeypatch, tmp_pa
     assert "as expected" in middle or "the band of" in middle
     band = json.loads((lm.Path(config.runs_dir) / config.run_name / "expected.json").read_text())
     assert len(band["tokens"]) == len(band["low"]) == 2
-    assert summary["predicted"]["bits per byte, low"] == 2.0
+    assert summary["predicted"]["bits per byte, low"] == pytest.approx(2.0)
 
 
 def test_a_run_that_came_to_more_tokens_is_held_against_the_law_for_these(capsys):
     law = {
         "floor": 1.0,
-        "powers": [0.0, -1.0, 0.0, 0.0],
+        "alpha": 1.0,
+        "beta": 1.0,
+        "n": 0.0,
+        "d": 5e5,
         "error": [[5e5, 0.1]],
         "way": [[0.5, 0.0, 0.0], [1.0, 0.0, 0.0]],
     }

@@ -101,8 +101,9 @@ QUOTES = [
             ("`demo` ends * bits per byte lower after a million tokens of Python and # in", "english"),
         ]
     ),
-    (TEXT, "it is worth # bits per byte (`results/recipe.md`)", RECIPE, "| no embedding_norm | # |", 1),
-    (TEXT, "AdamW alone ends # bits per byte higher", RECIPE, "| AdamW for all | # |", 1),
+    (TEXT, "it is worth # bits per byte after 500,000 tokens", RECIPE, "| no embedding_norm | # |", 1),
+    (TEXT, "0.1 gained # bits per byte", RECIPE, "| weight_decay 0.1 | # |", -1),
+    (TEXT, "AdamW alone ends # higher", RECIPE, "| AdamW for all | # |", 1),
     *(
         (where, sentence, f"{RECIPE}#{text}", f"| {PLAIN} | 1,000,000 | * | * | * | * | # |", 1)
         for where, sentence, text in [
