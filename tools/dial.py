@@ -9,11 +9,12 @@ Sizes are those of `make forecast`; batches are tried with random weights at fir
 from __future__ import annotations
 
 from datetime import date
+from itertools import product
 
 from machinery.budget import best_batch, power_of_two
 from machinery.errors import plain_errors
 from machinery.files import write_atomic
-from machinery.forecast import expected
+from machinery.forecast import expected, laws
 from machinery.settings import RATES
 from tools.bench.recipe import RANDOM
 from tools.common import RESULTS, lm, table
@@ -52,30 +53,31 @@ def by_batch() -> list[Run]:
     return runs + [with_batch(*next(iter(BATCHES)), batch, power=0.0) for batch in UNMOVED]
 
 
-def sizes(results: Results) -> tuple[list[dict], float]:
-    """A row for each size and time: what the law of runs of up to a minute foretold, and what came; and how far what it
-    chooses is above the best, at most.
+def sizes(results: Results) -> tuple[list[dict], float, float]:
+    """A row for each size and time: what the law of runs of up to a minute foretold, and what came; how far its choices
+    are above the best, at most; and how far those of the law of all runs are.
     """
-    rows, most = [], 0.0
-    for source in KINDS:
-        law = fit_law(short_lines(results, source))
-        for minutes in MINUTES:
-            lines = [line for run in of_minutes(source, minutes) if (line := line_of(results, run))]
+    rows, most = [], [0.0, 0.0]
+    for source, minutes in product(KINDS, MINUTES):
+        lines = [line for run in of_minutes(source, minutes) if (line := line_of(results, run))]
+        for number, law in enumerate((fit_law(short_lines(results, source)), laws()[source])):
             foretold = [expected(law, line["multiplying"], line["tokens"]) for line in lines]
-            for line, loss in zip(lines, foretold):
-                size = "{n_layer} × {n_embd}".format(**line["overrides"])
-                row = {"text": source, "minutes": minutes, "n_layer × n_embd": size, "tokens": line["tokens"]}
-                row |= {"foretold": loss, "came": line["val_bpb"]}
-                if loss == min(foretold):
-                    row["chosen"] = "this"
-                    most = max(most, line["val_bpb"] - min(other["val_bpb"] for other in lines))
-                rows.append(row)
-    return rows, most
+            chosen = [loss == min(foretold) for loss in foretold]
+            above = (line["val_bpb"] - min(x["val_bpb"] for x in lines) for line, this in zip(lines, chosen) if this)
+            most[number] = max(most[number], *above, 0.0)
+            if number == 0:
+                rows += [
+                    {"text": source, "minutes": minutes, "tokens": line["tokens"], "foretold": loss,
+                     "n_layer × n_embd": "{n_layer} × {n_embd}".format(**line["overrides"]),
+                     "came": line["val_bpb"], "chosen": "this" if this else ""}
+                    for line, loss, this in zip(lines, foretold, chosen)
+                ]  # fmt: skip
+    return rows, *most
 
 
 def write_dial(results: Results, forecasts: Results) -> None:
     """results/dial.md, of the runs there are."""
-    rows, most = sizes(forecasts)
+    rows, most, of_all = sizes(forecasts)
     others, cost = [], 0.0
     for (size, tokens), some in BATCHES.items():
         said = power_of_two(best_batch(tokens), PRESET["block_size"])
@@ -88,7 +90,7 @@ def write_dial(results: Results, forecasts: Results) -> None:
             cost = max(cost, loss - least if batch == said else 0.0)
             others.append(row | {"as they are": results.loss(with_batch(size, tokens, batch, power=0.0))})
     write_atomic(RESULTS / "dial.md", TEXT.format(
-        today=date.today(), cost=cost, most=most,
+        today=date.today(), cost=cost, most=most, of_all=of_all,
         sizes=table(rows, {"text": "", "minutes": "d", "n_layer × n_embd": "", "tokens": ",d", "foretold": ".4f",
                            "came": ".4f", "chosen": ""}),
         batches=table(others, {"n_layer × n_embd": "", "tokens": ",d", "batch_tokens": ",d", "steps": ",d",
@@ -104,8 +106,9 @@ TEXT = """# The dial on two cores
 ## Size
 
 Tokens are what so many minutes hold at half of 911 GFLOP/s, the rate of a large matrix product on two quiet cores.
-*Foretold* is what the law of runs of up to a minute says ([forecast.md](forecast.md)), which none of these runs was
-fitted to; *chosen* its best size, at most {most:.3f} above the best that came. `best_shape` takes the law of all runs.
+*Foretold* is what the law of runs of up to a minute says ([forecast.md](forecast.md)), which was not fitted to these;
+*chosen* its best size, at most {most:.3f} above the best that came. `best_shape` takes the law of all runs, these too,
+whose choices are at most {of_all:.3f} above.
 
 {sizes}
 
