@@ -3,8 +3,7 @@
 Documents are compared by their longer lines, blank space and line ends aside. The side of a document is that of its
 smallest line, by a hash: a function of its content alone, in which near-copies mostly agree, since two documents have
 the same smallest line as often as they have lines in common (MinHash; Broder 1997). What then still stands on both
-sides is set aside. A copy in other words, in other case, or with its lines cut at other places is not found, nor one
-of short lines that differs.
+sides is set aside. A copy in other words, in other case, or with its lines cut at other places is not found.
 """
 
 from __future__ import annotations
