@@ -82,6 +82,7 @@ def settle_batch(config, machine: Machine):
         best = best_batch(tokens, min(LEAST_STEPS, config.max_steps or LEAST_STEPS))
         batch, why = power_of_two(best, unit), f"for a run of about {tokens:.2g}"
     factor = math.sqrt(batch / DAY_BATCH)
-    print(f"batch_tokens 'auto': {batch:,} tokens a step {why}; learning rates × {factor:.2f}")
     rates = {name: getattr(config, name) * factor for name in RATES}
+    listed = ", ".join(f"{name} {getattr(config, name):.3g} → {rate:.3g}" for name, rate in rates.items())
+    print(f"batch_tokens 'auto': {batch:,} tokens a step {why}; from {DAY_BATCH:,}, {listed}")
     return replace(config, batch_tokens=batch, **rates)

@@ -17,7 +17,7 @@ LAWS = Path(__file__).parents[1] / "results" / "forecast.json"
 # nanochat's runs on FineWeb-Edu, 0.829 bits per byte at 5e18 FLOPs and 0.800 at 1e19, as a power law
 # (github.com/karpathy/nanochat, its published results). No run of this project has been held against it.
 WEB, WEB_FLOPS, WEB_POWER, WEB_SPREAD = 0.829, 5e18, math.log2(0.829 / 0.800), 0.03
-REACH = 3.0  # times outside the sizes and tokens it was fitted to that a law is believed
+REACH = 2.0  # times outside the sizes and tokens it was fitted to that a law is believed
 
 
 @dataclass(frozen=True)

@@ -98,8 +98,8 @@ def report(manifest: dict) -> list[str]:
     ]
     if manifest["repeated"]:
         lines.append(
-            "all of it stands in the training text too, since the texts repeat each other: its loss says how well they"
-            " are remembered; for another, name a val_source"
+            "half of its lines or more stand in the training text too, since the texts repeat each other: its loss says"
+            " how well they are remembered; for another, name a val_source"
         )
     if not manifest["complete"]:
         lines.append(

@@ -143,6 +143,6 @@ def print_ending(
         more = tokens / (expected.tokens or tokens)
         print("" if 0.9 < more < 1.1 else f"; with {more:.2f} of the tokens foretold, {now.low:.3f} to {now.high:.3f}")
     if rise > 0.005:
-        print(f"held-out loss was best at step {scores['best_step']:,}, {rise:.4f} bits per byte lower than of late")
+        print(f"held-out loss was best at step {scores['best_step']:,}, {rise:.4f} bits per byte lower than at last")
     if diverged:
         print("diverged: go on from the last checkpoint with a lower lr, a longer warmup or qk_norm")

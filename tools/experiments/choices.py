@@ -77,7 +77,7 @@ def say(table: pd.DataFrame) -> str:
         best = of_field.choice.iloc[0]
         for row in of_field.iloc[1:].itertuples():
             cells = {"choice": field, "better": best, "than": row.choice, "by (nats)": row.nats}
-            cells |= {"standard error": row.error, "more than two of them": "yes" if row.nats > 2 * row.error else "no"}
+            cells |= {"standard error": row.error, "more than two errors": "yes" if row.nats > 2 * row.error else "no"}
             rows.append(cells)
     columns = dict.fromkeys(rows[0], "") | {"by (nats)": ".3f", "standard error": ".3f"}
     ranked = table.groupby("label").val_loss.agg(["mean", "std"]).sort_values("mean")

@@ -133,7 +133,7 @@ def draw(table: pd.DataFrame) -> plt.Figure:
     left.set_title("Equal compute, by size")
     if len(timed := at_equal_time(table)):
         draw_sizes(middle, timed, "s")
-        middle.set_title("Equal training time, read between those runs")
+        middle.set_title("Equal training time, interpolated")
     else:
         middle.set_axis_off()
 
@@ -172,7 +172,7 @@ def say(table: pd.DataFrame) -> str:
             "largest model": losses.iloc[-1] - losses.min(),
         }
     if len(timed := at_equal_time(table)):
-        rows += [_best_size(f"{p.budget:.0f} s, read between these runs", p) for p in fit(timed).itertuples()]
+        rows += [_best_size(f"{p.budget:.0f} s, interpolated", p) for p in fit(timed).itertuples()]
     columns = {"budget": "", "best size": "", "tokens (M)": ".2f", "by the published law": ",.0f"}
     columns |= {"smallest model (nats above the best)": "+.3f", "largest model": "+.3f"}
     inside = points[points.inside]
