@@ -134,11 +134,13 @@ class Run:
                     setattr(at, name, type(value)(saved[name]))
                 if saved.get("asked") != config.micro_batch:  # changed by hand
                     at.micro_batch = 0
-        else:
-            if config.init_from:
-                from machinery.huggingface import begin_with
+        elif config.init_from:
+            from machinery.huggingface import begin_with
 
-                begin_with(config.init_from, model, config.to_dict(), data.encoding)
+            begin_with(config.init_from, model, config.to_dict(), data.encoding)
+        Batches(data, config, self.machine, replace(at, micro_batch=1))  # refused here, before anything is moved:
+        data.windows("val", config.block_size)  # text or processes that do not go with it
+        if not self.checkpoint:
             self.folder.set_aside()
         self.machine.agree(at.step, "the step to go on from (is runs_dir one folder for all?)")
         self._begun_at, at.micro_batch = at.step, at.micro_batch or self._fitting_micro_batch(config)

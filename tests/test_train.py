@@ -969,7 +969,8 @@ def test_starting_over_checks_everything_before_it_moves_anything(lm, settings):
     lm.train(config)
     folder = Path(config.runs_dir) / config.run_name
     before = sorted(path.name for path in folder.iterdir())
-    for wrong in ({"source": "nowhere/*.txt"}, {"optimizer": "adamww"}, {"n_embd": 1 << 22}):
+    long = {"block_size": 1 << 17, "batch_tokens": 1 << 17, "micro_batch": 1}  # a window is more than the text
+    for wrong in ({"source": "nowhere/*.txt"}, {"optimizer": "adamww"}, {"n_embd": 1 << 22}, long):
         with pytest.raises(UserError):
             lm.train(replace(config, resume="never", **wrong))
         assert sorted(path.name for path in folder.iterdir()) == before
