@@ -134,6 +134,11 @@ class TokenData:
         """The windows of one split: shuffled by `seed`, or in text order without one."""
         return TokenWindows(self, split, block_size, seed)
 
+    def scored_tokens(self, tokens: float) -> int:
+        """How many tokens `held_out` gives where about so many are wanted: those of whole windows, at least of one."""
+        windows = len(self.windows("val", self.block_size))
+        return self.block_size * int(max(1, min(windows, tokens / self.block_size)))
+
     def held_out(
         self, tokens: float, micro_batch: int, machine: Machine
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -144,7 +149,7 @@ class TokenData:
         if not (isinstance(micro_batch, int) and micro_batch > 0 and tokens > 0):
             raise UserError(f"micro_batch is {micro_batch!r} and tokens {tokens!r}; both must be above 0")
         windows = self.windows("val", self.block_size)
-        count = int(max(1, min(len(windows), tokens / self.block_size)))
+        count = self.scored_tokens(tokens) // self.block_size
         micro_batch = min(micro_batch, math.ceil(len(windows) / machine.processes))
         chosen = np.linspace(0, len(windows), count, endpoint=False).astype(int)
         for start in range(0, count, machine.processes * micro_batch):

@@ -28,7 +28,7 @@ from machinery.processes import lost_process
 from machinery.run_folder import RunFolder, describe_environment
 from machinery.screen import Screen, keep_printing
 from machinery.tokenizers import tokenizer_to_dict
-from machinery.watch import Watch, print_ending, print_preflight, refuse_what_does_not_fit
+from machinery.watch import Watch, print_ending, print_preflight, refuse_what_does_not_fit, with_best
 from model_utils import choose_micro_batch, count_parameters, flops_per_token, predict
 
 # ------------------------------------------------------------------------------------------- schedules
@@ -217,8 +217,10 @@ class Run:
         """Whether this step's reports are not on disk yet; a resumed run begins with those of its first step there, but
         for the evaluation of all held-out text, where its budget is smaller now.
         """
-        at, whole = self.at, self.at.scores.get("of_all", 0)
-        return at.step > self._begun_at or at.step == 0 or self.progress() >= 1 and not whole
+        at = self.at
+        if at.step > self._begun_at or at.step == 0:
+            return True
+        return self.progress() >= 1 and at.scores.get("val_tokens") != self.data.scored_tokens(math.inf)
 
     def stepped(self, loss: float, grad_norm: float, lr: float, since: float) -> None:
         """Note what a step gave that began when the clock stood at `since`."""
@@ -235,12 +237,10 @@ class Run:
 
     def evaluated(self, scores: dict[str, float]) -> None:
         """Note what an evaluation found, whether it is the best so far, and when the whole text was read."""
-        at, best = self.at, self.at.scores.get("best_val_bpb", math.inf)
-        if self.progress() < 1 or scores["val_bpb"] < best:  # the last one is of other text: all of it
-            self._rise = scores["val_bpb"] - best
-        step = at.step if scores["val_bpb"] < best else at.scores.get("best_step", at.step)
-        of_all = int(self.progress() >= 1)  # whether of all the held-out text
-        at.scores = scores | {"best_val_bpb": min(best, scores["val_bpb"]), "best_step": step, "of_all": of_all}
+        at, is_last = self.at, self.progress() >= 1
+        tokens = self.data.scored_tokens(math.inf if is_last else self.config.eval_tokens)
+        at.scores, rise = with_best(scores, tokens, at.step, at.scores, is_last)
+        self._rise = self._rise if rise is None else rise
         self._line |= at.scores
         if not self._repeats and (epochs := self._epochs(at.tokens)) >= 1:
             self._repeats = True

@@ -47,6 +47,23 @@ class Watch:
         return spike
 
 
+def with_best(
+    scores: dict[str, float], tokens: int, step: int, last: dict[str, float], is_last: bool
+) -> tuple[dict[str, float], float | None]:
+    """`scores`, of so many held-out tokens, with the best so far, which `last` has; and by how much they are worse.
+
+    Only scores of the same text are compared. The last evaluation is mostly of more than those before it: then the best
+    stays as it is, for a run that goes on. Where a part of another size is scored from here on, it begins anew.
+    """
+    best = {name: value for name, value in last.items() if name.startswith("best_")}
+    comparable = best.get("best_tokens") == tokens
+    rise = scores["val_bpb"] - best["best_val_bpb"] if comparable else None
+    replaced = rise < 0 if comparable else not (best and is_last)
+    if replaced and math.isfinite(scores["val_bpb"]):
+        best = {"best_val_bpb": scores["val_bpb"], "best_step": step, "best_tokens": tokens}
+    return scores | {"val_tokens": tokens} | best, rise
+
+
 TEXT_BYTES = 4  # of a token, roughly: English with some ten thousand tokens to choose from
 
 

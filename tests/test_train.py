@@ -445,6 +445,29 @@ def test_a_run_that_ends_by_a_smaller_budget_is_scored_on_all_held_out_text(lm, 
     assert read_jsonl(Path(config.runs_dir) / config.run_name / "metrics.jsonl") == lines  # once is enough
 
 
+def test_scores_of_different_texts_are_not_compared(lm, settings, monkeypatch):
+    """A part of the held-out text that is harder than all of it; then the run goes on, and on with a larger part."""
+    scores = iter([3.0, 2.0, 2.5, 1.0, 2.4, 1.9, 0.5, 2.8, 2.7, 0.4])
+
+    def evaluate(*_):
+        return {"val_loss": 1.0, "val_bpb": next(scores)}
+
+    config = settings(eval_tokens=64, max_steps=12, keep_checkpoints=1, schedule="constant")
+    folder = Path(config.runs_dir) / config.run_name
+    for change, best in [
+        ({}, (2.0, 4, 64)),
+        ({"max_steps": 22}, (1.9, 20, 64)),
+        ({"max_steps": 29, "eval_tokens": 128}, (2.7, 28, 128)),
+    ]:
+        with monkeypatch.context() as patch:
+            patch.setattr("train_utils.time_per_call", lambda *_: 1.0)
+            patch.setitem(lm.train.__globals__, "evaluate", evaluate)
+            summary = lm.train(replace(config, **change))
+        assert tuple(summary[f"best_{name}"] for name in ("val_bpb", "step", "tokens")) == best
+        assert lm.load_run(folder, step=best[1]) and summary["val_tokens"] > 128
+    assert next(scores, None) is None
+
+
 def test_a_finished_run_is_not_trained_further(lm, settings):
     config = settings()
     first = lm.train(config)
