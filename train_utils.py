@@ -25,7 +25,7 @@ from machinery.interrupts import StopRequest
 from machinery.loggers import Loggers
 from machinery.machine import Machine, compile_or_eager, left_as_it_was, measure_matmul_flops, time_per_call
 from machinery.processes import lost_process
-from machinery.run_folder import RunFolder, describe_environment
+from machinery.run_folder import RunFolder, describe_environment, portable
 from machinery.screen import Screen, keep_printing
 from machinery.tokenizers import tokenizer_to_dict
 from machinery.watch import Watch, print_ending, print_preflight, refuse_what_does_not_fit, with_best
@@ -199,7 +199,7 @@ class Run:
             print("its budget is used: a larger one goes on, another run_name or resume='never' begins anew")
         print(f"{config.run_name} from step {at.step:,}")
         if self.folder.writes:
-            self.loggers.start(self.folder.path, config.to_dict())
+            self.loggers.start(self.folder.path, portable(config.to_dict()))
         self._stop = self._closing.enter_context(StopRequest())
         self.screen = self._closing.enter_context(Screen(self.progress(), config.max_hours))
         self._saver.say = self.screen.say

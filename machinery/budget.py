@@ -73,7 +73,7 @@ def settle_batch(config, machine: Machine):
     if config.batch_tokens != "auto":
         return config
     unit = config.block_size * machine.processes * (1 if config.micro_batch == "auto" else config.micro_batch)
-    begun = Path(config.runs_dir).expanduser() / config.run_name / "config.json"
+    begun = Path(config.runs_dir) / config.run_name / "config.json"
     batch, why = 0, "as this run was begun"
     if config.resume != "never":
         batch = read_json(begun, missing={}).get("batch_tokens")

@@ -129,7 +129,7 @@ class RunFolder:
         one of the two has, of another version of this program, is told.
         """
         saved = read_json(self.path / "config.json", advice=COPY)
-        now, changed = _portable(config), set()
+        now, changed = portable(config), set()
         for name in sorted(now.keys() & saved.keys() - {"resume"}):
             if saved[name] != now[name]:
                 if name in fixed:
@@ -168,7 +168,7 @@ class RunFolder:
         logs = [self.path / name for name in ("metrics.jsonl", "samples.jsonl")]
         kept = [[line for line in read_jsonl(log) if line["step"] <= at_step] if at_step else [] for log in logs]
         summary, advice = self.path / "summary.json", "remove it, or check the permissions"
-        self._files = {"config": _portable(config), **files}
+        self._files = {"config": portable(config), **files}
         self._write_files()
         with told(summary, problem="cannot be replaced", advice=advice):
             summary.unlink(missing_ok=True)  # of an earlier part of this run
@@ -240,7 +240,7 @@ def _finite(values: dict) -> dict:
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
 
 
-def _portable(config: dict) -> dict:
+def portable(config: dict) -> dict:
     """The config without the folders of one machine: of an absolute path, the last part."""
     return {
         name: f"…/{Path(value).name}" if name in PLACES and Path(os.path.expanduser(value)).is_absolute() else value

@@ -22,6 +22,7 @@ LIMITS = {
 }  # fmt: skip
 RATES = ("lr", "embedding_lr", "head_lr")  # the fields that are learning rates
 AUTO_BATCH = 524_288  # tokens a step that learning rates are for where batch_tokens is "auto"
+FOLDERS = ("data_dir", "runs_dir")  # the fields that are folders of this machine, "~" being home
 SHARED = ("gqa", "value")  # attentions whose heads share keys and values
 ABOVE_ZERO = {int: 1, float: 1e-30}  # the least of a number whose field does not say
 
@@ -145,6 +146,8 @@ def _as_meant(value, rule):
         value = value.item()
     if isinstance(value, os.PathLike):
         value = os.fspath(value)
+    if isinstance(value, str) and rule.name in FOLDERS:
+        value = os.path.expanduser(value)  # so that whoever takes the field apart has a path
     word = value.strip().lower() if isinstance(value, str) else None
     if "off" in choices and (value is False or WORDS.get(word) is False):
         return "off"
@@ -225,8 +228,8 @@ def _check_text_and_budget(c) -> None:
         f"vocab_size {c.vocab_size} is smaller than the {fewest} tokens of tokenizer {c.tokenizer!r};"
         f" set it to {-(-fewest // 64) * 64}, a multiple of 64",
     )
-    for name in ("data_dir", "runs_dir"):
-        folder = os.path.expanduser(getattr(c, name))
+    for name in FOLDERS:
+        folder = getattr(c, name)
         require(folder and folder[0] != "~", f"{name} is {folder!r}, which is no folder; '.' is this one")
     require(c.warmup + c.decay <= 1, f"warmup {c.warmup} and decay {c.decay} make more than the whole budget, 1")
     require(

@@ -9,6 +9,7 @@ import torch
 
 from machinery.errors import UserError
 from machinery.machine import Machine
+from machinery.run_folder import portable
 from machinery.settings import ConfigError, parse_overrides
 from model_utils import count_parameters
 
@@ -47,6 +48,14 @@ def test_unknown_preset_and_variant_name_the_nearest(lm):
         lm.Config.from_preset("demos")
     with pytest.raises(ConfigError, match="position 'ropes' is not known; did you mean 'rope'"):
         lm.build_model(lm.Config.from_preset("smoke", position="ropes"))
+
+
+def test_folders_below_home_are_paths_for_whoever_takes_them(lm, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = lm.Config.from_preset("smoke", runs_dir="~/runs", data_dir=Path("~/data"))
+    assert [config.runs_dir, config.data_dir] == [str(tmp_path / "runs"), str(tmp_path / "data")]
+    assert config.run_name == lm.Config.from_preset("smoke").run_name
+    assert portable(config.to_dict())["runs_dir"] == "…/runs"
 
 
 def test_missing_device_is_named(lm):
