@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from data_utils import Batches, TokenData
-from machinery.budget import budget_left, budget_used, settle_batch
+from machinery.budget import budget_left, budget_used, seconds_between, settle_batch
 from machinery.checkpoints import MOVE_AWAY, CheckpointError, Saver, check_weights, load_checkpoint, newest_checkpoint
 from machinery.errors import told
 from machinery.files import read_jsonl
@@ -78,6 +78,7 @@ class Run:
         self._closing, self._watch, self._saver = contextlib.ExitStack(), Watch(), Saver(print)
         self._line: dict[str, float | None] = {}  # of metrics.jsonl, for the present step
         self.predicted: dict[str, float] = {}
+        self._between = 0.0  # seconds that evaluations and samples add to a step
         self._repeats, self._rise, self._forecast = False, 0.0, None  # is text read again; loss over the best, at last
 
     def __enter__(self) -> Run:
@@ -182,9 +183,11 @@ class Run:
                 if more := batches.micro_steps - 1:
                     step += more * (time_per_call(two, machine, 3, long) - step)
             scoring = time_per_call(lambda: batches.retry(self.model, evaluation), machine, 1)
-            between = scoring / config.eval_every + time_per_call(sample, machine, 1) / config.sample_every
+            tokens = min(budget_left(config, config.batch_tokens / step, spent).values())
+            steps = max(1, math.ceil(tokens / config.batch_tokens))
+            self._between = seconds_between(config, at.step, steps, scoring, time_per_call(sample, machine, 1))
             batches.seek()
-            own, rate = replace(config, micro_batch=at.micro_batch), config.batch_tokens / (step + between)
+            own, rate = replace(config, micro_batch=at.micro_batch), config.batch_tokens / (step + self._between)
             p = predict(self.model, self.optimizers, own, machine, rate, self._in_use, used=spent)
             p["tokens per second"] = self._watch.expected_rate = config.batch_tokens / step
             at_once = config.block_size * at.micro_batch * machine.processes  # the least that an evaluation computes
@@ -262,8 +265,9 @@ class Run:
 
     def log(self, progress: float) -> None:
         """Write the line of this step, tell the loggers, and move the line of progress."""
-        at, rate = self.at, self._watch.rate()
-        left = max(0.0, min(budget_left(self.config, rate, (at.step, at.tokens, at.seconds)).values()) / rate)
+        at, config = self.at, self.config
+        rate = config.batch_tokens / (config.batch_tokens / self._watch.rate() + self._between)
+        left = max(0.0, min(budget_left(config, rate, (at.step, at.tokens, at.seconds)).values()) / rate)
         values = {"tokens": at.tokens, "seconds": at.seconds, "progress": progress, "seconds_left": left, **self._line}
         self.folder.append("metrics.jsonl", {"step": at.step, **values})
         self.loggers.tell(lambda logger: logger.metrics(at.step, values))

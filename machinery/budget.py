@@ -49,6 +49,15 @@ def budget_left(config, tokens_per_second: float, used: tuple[int, int, float]) 
     return {name: tokens for name, tokens in left.items() if getattr(config, name)}
 
 
+def seconds_between(config, step: int, steps: int, scoring: float, sampling: float) -> float:
+    """What evaluations and samples add to each of `steps` steps from `step` on; those of the end of a run are apart."""
+
+    def times(every: int) -> int:  # multiples of it among the steps
+        return math.ceil((step + steps) / every) - math.ceil(step / every)
+
+    return (times(config.eval_every) * scoring + times(config.sample_every) * sampling) / steps
+
+
 def multiplying_and_flops(config) -> tuple[float, float]:
     """Weights in matrix products and training FLOPs per token of the notebook's own parts, without making the model."""
     attention = 2 * config.n_embd**2 * (1 + kv_heads(config) / config.n_head)

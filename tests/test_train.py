@@ -987,6 +987,17 @@ def test_time_left_and_progress_of_a_resumed_run_are_those_of_its_budget(lm, set
     assert "in 0:00:01" in budget  # not the two seconds of the whole
 
 
+@pytest.mark.parametrize(("every", "between"), [((4, 6), 5), ((7, 10**6), 3), ((10**6, 10**6), 2)])
+def test_time_left_counts_evaluations_and_samples(lm, settings, monkeypatch, every, between):
+    """Each takes a second, and so does a step, as far as the preflight knows."""
+    monkeypatch.setattr("train_utils.time_per_call", lambda *_: 1.0)
+    config = settings(max_steps=12, eval_every=every[0], sample_every=every[1])
+    assert lm.train(config)["predicted"]["seconds"] == pytest.approx(12 + between)
+    for line in read_jsonl(Path(config.runs_dir) / config.run_name / "metrics.jsonl"):
+        steps = 12 - line["step"]
+        assert line["seconds_left"] >= steps * between / 12 and (steps or line["seconds_left"] == 0)
+
+
 def test_starting_over_checks_everything_before_it_moves_anything(lm, settings):
     config = settings(max_steps=2)
     lm.train(config)
