@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import math
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,7 +19,6 @@ from data_utils import Batches, TokenData
 from machinery.budget import budget_left, budget_used, seconds_between, settle_batch
 from machinery.checkpoints import MOVE_AWAY, CheckpointError, Saver, check_weights, load_checkpoint, newest_checkpoint
 from machinery.errors import told
-from machinery.files import read_jsonl
 from machinery.interrupts import StopRequest
 from machinery.loggers import Loggers
 from machinery.machine import Machine, compile_or_eager, left_as_it_was, measure_matmul_flops, time_per_call
@@ -125,9 +123,11 @@ class Run:
         """
         config, tokenizer = self.config, tokenizer_to_dict(data.encoding)
         self.at, self.data, self.model, self.optimizers, self.scaler = at, data, model, optimizers, scaler
+        values = portable(config.to_dict())
+        self._origin = {"text": data.key} | {name: values[name] for name in config.fixed}  # what a run cannot change
         if self.checkpoint:
             self.folder.same_text(tokenizer, data.key, str(self.machine.dtype)[6:])
-            saved = load_checkpoint(self.checkpoint, model, optimizers)
+            saved = load_checkpoint(self.checkpoint, model, optimizers, self._origin)
             with told(self.checkpoint, CheckpointError, "its state is odd", MOVE_AWAY):
                 if saved["scaler"]:  # empty unless it was saved in float16
                     scaler.load_state_dict(saved["scaler"])
@@ -290,7 +290,7 @@ class Run:
     def save(self) -> None:
         """Begin to write a checkpoint, beside training; the best one stays beside the newest."""
         at, config, self._saved_seconds = self.at, self.config, self.at.seconds
-        state = vars(at) | {"scaler": self.scaler.state_dict(), "asked": config.micro_batch}
+        state = vars(at) | {"scaler": self.scaler.state_dict(), "asked": config.micro_batch, "origin": self._origin}
         kept = config.keep_checkpoints, self.folder.writes, at.scores.get("best_step")
         self._saver.save(self.folder.path, self.model, self.optimizers, state, *kept)
 
@@ -298,8 +298,7 @@ class Run:
         """Write and return the summary; end a tokenization that still goes on."""
         at, machine = self.at, self.machine
         diverged |= not math.isfinite(at.scores.get("val_bpb", 0.0))  # also after fewer bad steps than end a run
-        lines = read_jsonl(self.folder.path / "metrics.jsonl")
-        rate = statistics.median([x["tokens_per_second"] for x in lines if x.get("tokens_per_second")] or [0.0])
+        rate = self.folder.usual_rate()
         flops = flops_per_token(self.model, self.config) * rate / machine.processes
         summary = {
             "status": "diverged" if diverged else "finished" if progress >= 1 else "interrupted",

@@ -233,13 +233,17 @@ def _is_whole(path: Path) -> bool:
         return False
 
 
-def load_checkpoint(path: Path, model: torch.nn.Module, optimizers: list = ()) -> dict:
+def load_checkpoint(
+    path: Path, model: torch.nn.Module, optimizers: list = (), origin: dict[str, object] | None = None
+) -> dict:
     """Restore weights, and with `optimizers` their states; returns the saved state.
 
     Hyperparameters of the optimizers (rates, decay) stay as they are now. Raises `CheckpointError` for
-    another architecture or optimizer, and for a file that holds more than tensors and plain values.
+    another architecture or optimizer, for a file that holds more than tensors and plain values, and where the
+    checkpoint says that it is of a run of another `origin`.
     """
     state = read_state(path)
+    _check_origin(path, state, origin or {})
     fresh = [_states_after_a_step(optimizer) for optimizer in optimizers]
     load_weights(path, model)
     if optimizers:
@@ -248,6 +252,17 @@ def load_checkpoint(path: Path, model: torch.nn.Module, optimizers: list = ()) -
             for optimizer, saved, states in zip(optimizers, training["optimizers"], fresh, strict=True):
                 _restore(optimizer, saved, states)
     return state
+
+
+def _check_origin(path: Path, state: dict, origin: dict) -> None:
+    with told(path / "state.json", CheckpointError, "its origin is odd", MOVE_AWAY):
+        saved = state.get("origin", {})  # one of an earlier version says nothing
+        for name in sorted(saved.keys() & origin.keys()):
+            if saved[name] != origin[name]:
+                raise CheckpointError(
+                    f"{path} is of another run, whose {name} was {saved[name]!r}, and here it is {origin[name]!r};"
+                    f" {MOVE_AWAY}"
+                )
 
 
 def _states_after_a_step(optimizer: torch.optim.Optimizer) -> list[dict]:

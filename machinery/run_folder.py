@@ -17,6 +17,7 @@ import math
 import os
 import platform
 import re
+import statistics
 import subprocess
 from collections.abc import Iterable
 from pathlib import Path
@@ -218,6 +219,11 @@ class RunFolder:
                 print(f"\n{name} cannot be written now ({error.strerror}); its lines are kept and written later")
             name, text = self._unwritten[0]
             self._unwritten[0] = name, "\n" + text.lstrip("\n")  # part of it may be on disk: begin a line of its own
+
+    def usual_rate(self) -> float:
+        """Tokens per second in the median step; 0 where there was none."""
+        rates = [line.get("tokens_per_second") for line in read_jsonl(self.path / "metrics.jsonl")]
+        return statistics.median([rate for rate in rates if rate] or [0.0])
 
     def measured(self, step: int) -> dict:
         """What summary.json says of the training up to `step` that nobody can measure later."""

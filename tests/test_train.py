@@ -1013,6 +1013,21 @@ def test_starting_over_checks_everything_before_it_moves_anything(lm, settings):
     assert (folder.with_name(folder.name + ".1") / "summary.json").exists()
 
 
+@pytest.mark.parametrize("change", [{"seed": 1}, {"val_source": "mine"}], ids=str)
+def test_a_checkpoint_of_another_run_is_not_gone_on_from(lm, settings, texts, change):
+    if "val_source" in change:
+        change = {"val_source": texts[0].replace("*", "00"), "source": texts[0].replace("*", "[1-9]*")}
+    mine, other = settings(run_name="mine"), settings(run_name="other", max_steps=20, **change)
+    lm.train(mine)
+    lm.train(other)
+    folder = Path(mine.runs_dir) / "mine"
+    shutil.copytree(folder.with_name("other") / "checkpoints/step_00000020", folder / "checkpoints/step_00000020")
+    with pytest.raises(UserError, match="step_00000020 is of another run, whose (seed was 1|text was '.*'), and here"):
+        lm.train(replace(mine, max_steps=30))
+    shutil.rmtree(folder / "checkpoints/step_00000020")
+    assert lm.train(replace(mine, max_steps=14))["steps"] == 14
+
+
 def test_a_run_whose_checkpoints_are_all_damaged_is_refused_and_kept(lm, settings):
     config = settings(max_steps=12)
     lm.train(config)
