@@ -5,15 +5,28 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import tiktoken
 import torch
 
 from machinery.checkpoints import check_weights, load_weights, read_newest
-from machinery.errors import told
+from machinery.errors import DataError, told
 from machinery.files import IS_IT_A_RUN, folder_path, read_json
 from machinery.settings import Settings
 from machinery.tokenizers import tokenizer_from_dict
 
 COPY = "bring it back from a copy of the run"
+
+
+def tokenizer_of_run(folder: Path, config: dict) -> tiktoken.Encoding:
+    """The tokenizer of a run with this config.json. Raises `DataError` where it cannot be the one of its model."""
+    path, rows = folder / "tokenizer.json", config.get("vocab_size")
+    encoding = tokenizer_from_dict(read_json(path, advice=COPY), path, COPY)
+    if type(rows) is int and encoding.n_vocab > rows:
+        raise DataError(
+            f"{path} has {encoding.n_vocab} tokens and the model of this run {rows} rows for them (vocab_size): it is"
+            f" of another run; {COPY}"
+        )
+    return encoding
 
 
 class SavedRun:
@@ -24,9 +37,9 @@ class SavedRun:
 
     def __init__(self, folder: str | Path, step: int | None = None) -> None:
         folder = folder_path(folder)
-        self._path, tokenizer = folder / "config.json", folder / "tokenizer.json"
+        self._path = folder / "config.json"
         self.config = read_json(self._path, advice=IS_IT_A_RUN)
-        self.encoding = tokenizer_from_dict(read_json(tokenizer, advice=COPY), tokenizer, COPY)
+        self.encoding = tokenizer_of_run(folder, self.config)
         self.checkpoint = read_newest(folder, lambda path: path, step)
         self._step = step
 

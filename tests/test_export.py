@@ -330,6 +330,20 @@ def test_an_export_that_fails_leaves_the_earlier_one(tiny, tmp_path, monkeypatch
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "run"]
 
 
+def test_an_export_that_is_changed_while_it_is_replaced_is_kept(tiny, tmp_path, monkeypatch, capsys):
+    make_run(tmp_path / "run", tiny())
+    out = export_hf(tmp_path / "run", tmp_path / "out")
+
+    def save(*arguments):
+        (out / "notes.txt").write_text("mine")
+        save_tokenizer(*arguments)
+
+    monkeypatch.setattr("machinery.huggingface.weights.save_tokenizer", save)
+    export_hf(tmp_path / "run", out)
+    assert not (out / "notes.txt").exists() and (tmp_path / "out.1/notes.txt").read_text() == "mine"
+    assert "out.1: it was changed while" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("content", [None, "[]", "x", '{"versions": [1], "device": {}}'])
 def test_a_missing_note_does_not_forbid_an_export(tiny, tmp_path, content):
     make_run(tmp_path / "run", tiny())
@@ -604,6 +618,15 @@ def test_an_odd_run_is_one_line(tiny, tmp_path, change):
             export_hf(tmp_path / "run", tmp_path / "out")
         assert "\n" not in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_tokenizer_of_a_larger_model_is_one_line(lm, tiny, tmp_path):
+    make_run(tmp_path / "run", tiny())
+    other = tokenizer_to_dict(BYTES) | {"special_tokens": {"<|endoftext|>": 299}}
+    (tmp_path / "run/tokenizer.json").write_text(json.dumps(other))
+    for read in (lm.load_run, lambda run: export_hf(run, tmp_path / "out")):
+        with pytest.raises(UserError, match="tokenizer.json has 300 tokens and the model of this run 257 rows"):
+            read(tmp_path / "run")
 
 
 @pytest.mark.skipif(os.name == "nt", reason="there are no such pipes there")

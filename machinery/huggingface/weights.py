@@ -31,8 +31,8 @@ from machinery.huggingface.families import (
     to_hf_config,
 )
 from machinery.huggingface.tokenizers import read_tokenizer, save_tokenizer
-from machinery.saved_run import COPY
-from machinery.tokenizers import END_OF_TEXT, tokenizer_from_dict
+from machinery.saved_run import tokenizer_of_run
+from machinery.tokenizers import END_OF_TEXT
 
 
 def _empty_model(hf_config, tensors: int):
@@ -115,8 +115,7 @@ def export_hf(run_dir: str | Path, out_dir: str | Path, step: int | None = None)
 
     run, out_dir = folder_path(run_dir), folder_path(out_dir, "a folder to write to")
     config = _Fields(read_json(run / "config.json", advice=IS_IT_A_RUN))
-    tokenizer = run / "tokenizer.json"
-    encoding = tokenizer_from_dict(read_json(tokenizer, advice=COPY), tokenizer, COPY)
+    encoding = tokenizer_of_run(run, config)
     with told(run / "config.json", ExportError):
         family_of(config)
     with told(run, ExportError):
@@ -137,7 +136,7 @@ def export_hf(run_dir: str | Path, out_dir: str | Path, step: int | None = None)
             (beside / "README.md").write_text(card, encoding="utf-8")
             write_json(beside / MARK, {"files": _checksums(beside)})
             if earlier := publish(beside, out):
-                remove(earlier)
+                _remove_earlier(earlier)
         finally:
             remove(beside)
     return out_dir
@@ -175,6 +174,15 @@ def _check_target(out: Path) -> None:
     if others or not written:
         what = f"{', '.join(others[:3])} differs" if written else f"no {MARK}"
         raise ExportError(f"{out} holds other things than an export as it was written ({what}); choose another folder")
+
+
+def _remove_earlier(earlier: Path) -> None:
+    """Remove an export that has made room, unless somebody changed it after it was checked."""
+    try:
+        _check_target(earlier)
+        remove(earlier)
+    except ExportError:
+        print(f"the earlier export is kept in {earlier}: it was changed while the new one was made")
 
 
 class _Fields(dict):
