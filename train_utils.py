@@ -297,7 +297,8 @@ class Run:
     def finish(self, progress: float, diverged: bool) -> dict:
         """Write and return the summary; end a tokenization that still goes on."""
         at, machine = self.at, self.machine
-        diverged |= not math.isfinite(at.scores.get("val_bpb", 0.0))  # also after fewer bad steps than end a run
+        guessing = math.log(self.config.vocab_size)  # the loss of all tokens alike; nan is above all
+        diverged |= not at.scores.get("val_loss", 0.0) <= 3 * guessing  # also after fewer bad steps than end a run
         rate = self.folder.usual_rate()
         flops = flops_per_token(self.model, self.config) * rate / machine.processes
         summary = {

@@ -886,6 +886,11 @@ def test_a_model_that_only_gives_nan_has_diverged(lm, settings, monkeypatch, ste
     assert "NaN" not in summary and "Infinity" not in summary
 
 
+def test_a_run_that_ends_far_worse_than_guessing_has_diverged(lm, settings, capsys):
+    assert lm.train(settings(embedding_lr=1e12, max_steps=4))["status"] == "diverged"
+    assert "diverged: go on from" in capsys.readouterr().out
+
+
 def test_a_run_whose_end_is_not_on_the_disk_has_not_finished(lm, settings, monkeypatch, capsys):
     config = settings(max_steps=3)
     with monkeypatch.context() as patch:
