@@ -110,11 +110,16 @@ class TokenData:
     def __init__(self, folder: Path, task: dict, block_size: int) -> None:
         self.folder, self.task, self.settings, self.block_size = folder, task, task["settings"], block_size
         self._byte_counts: torch.Tensor | None = None
+        self._has_manifest = False  # or had
 
     @property
     def manifest(self) -> dict:
         """What is on disk now: settings, tokenizer, counts, the checksum of every shard; empty before there is any."""
-        return read_manifest(self.folder)
+        manifest = read_manifest(self.folder)
+        if self._has_manifest and not manifest:
+            raise DataError(f"{self.folder / 'manifest.json'} is gone; bring it back, or begin again to tokenize anew")
+        self._has_manifest = bool(manifest)
+        return manifest
 
     @property
     def key(self) -> str:
@@ -203,9 +208,15 @@ class TokenData:
                 elif running.poll():
                     lines = (self.folder / "work.log").read_text("utf-8").strip().splitlines() or ["it was killed"]
                     raise DataError(f"tokenization stopped: {lines[-1].removeprefix('DataError: ')}")
-                done = self.folder / ".bytes_read"
-                bar.update((int(done.read_text() or 0) if done.exists() else 0) - bar.n)
+                bar.update(self._bytes_read() - bar.n)
                 time.sleep(0.1)
+
+    def _bytes_read(self) -> int:
+        """How far the other process is, as it notes for whoever waits; 0 where that is no number."""
+        try:
+            return int((self.folder / ".bytes_read").read_text("utf-8")[:18])
+        except (OSError, ValueError):
+            return 0
 
     def stop(self) -> None:
         """End a tokenization that runs in the background; what it has finished stays."""

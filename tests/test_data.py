@@ -372,6 +372,23 @@ def test_damaged_shards_are_named_before_a_token_is_used(texts, tmp_path):
         data.windows("train", 16, 0).read(0, 1)
 
 
+def test_a_manifest_that_vanishes_is_one_line(texts, tmp_path):
+    data = prepare(texts[0], tmp_path)
+    (data.folder / "manifest.json").unlink()
+    for use in (lambda: data.windows("val", 16), lambda: data.manifest["complete"], data.wait):
+        with pytest.raises(DataError, match="manifest.json is gone"):
+            use()
+
+
+@pytest.mark.parametrize("noted", [b"12\0", b"", b"\xff", None], ids=str)
+def test_what_is_no_number_of_bytes_read_is_none(texts, tmp_path, noted):
+    data = prepare(texts[0], tmp_path)
+    (data.folder / ".bytes_read").unlink(missing_ok=True)
+    if noted is not None:
+        (data.folder / ".bytes_read").write_bytes(noted)
+    assert data._bytes_read() == 0
+
+
 def test_a_shard_cut_off_while_it_is_read_ends_in_a_line(texts, tmp_path):
     """In a process of its own: a memory map would end it with a signal."""
     program = (
