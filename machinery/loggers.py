@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import os
 import secrets
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import psutil
 
 from machinery.errors import first_line
 from machinery.figures import describe, draw_run, in_notebook
@@ -34,8 +37,14 @@ class Logger:
         """The run ended; without a summary, by an error."""
 
 
+WANDB_SECONDS = 60.0  # to end in; then it is left
+
+
 class WandbLogger(Logger):
-    """Weights & Biases, where `wandb` is "online" or "offline". Never asks for a key: without one it logs offline."""
+    """Weights & Biases, where `wandb` is "online" or "offline". Never asks for a key: without one it logs offline.
+
+    A process of its own, `wandb-core`, writes and sends. Where that has died or does not end, it is told and left.
+    """
 
     def __init__(self, folder: Path, config: dict) -> None:
         self.run = None
@@ -58,9 +67,13 @@ class WandbLogger(Logger):
             project=os.environ.get("WANDB_PROJECT", "lmharness"), name=folder.name, id=run_id, resume="allow",
             dir=folder.parent, config=config, mode=mode, settings=settings,
         )  # fmt: skip
+        self.processes = [child for child in psutil.Process().children() if child.name().startswith("wandb-core")]
 
     def metrics(self, step: int, values: dict[str, float | None]) -> None:
         if self.run:
+            if any(not process.is_running() or process.status() == psutil.STATUS_ZOMBIE for process in self.processes):
+                self._leave()
+                raise RuntimeError("its process has died")
             self.run.log(values, step=step)
 
     def sample(self, step: int, prompt: str, text: str) -> None:
@@ -73,9 +86,38 @@ class WandbLogger(Logger):
             self.run.log({"sample": wandb.Html(page, inject=False)}, step=step)
 
     def finish(self, summary: dict | None) -> None:
-        if self.run:
-            self.run.summary.update(summary or {})
-            self.run.finish(exit_code=0 if summary else 1)
+        if not self.run:
+            return
+        errors = []
+
+        def end() -> None:
+            try:
+                self.run.summary.update(summary or {})
+                self.run.finish(exit_code=0 if summary else 1)
+            except Exception as error:
+                errors.append(error)
+
+        ending = threading.Thread(target=end, daemon=True)
+        ending.start()
+        ending.join(WANDB_SECONDS / 12)
+        if ending.is_alive():
+            print(f"waiting up to {WANDB_SECONDS:.0f} s for W&B to end")
+            ending.join(WANDB_SECONDS)
+        if ending.is_alive():
+            self._leave()
+            raise TimeoutError("it did not end; `wandb sync` sends what it holds")
+        if errors:
+            raise errors[0]
+
+    def _leave(self) -> None:
+        """End its processes, which the end of this program would wait for; what they have written stays."""
+        import wandb
+
+        for process in self.processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        with contextlib.suppress(Exception, SystemExit):  # it complains that they are gone
+            wandb.teardown()
 
 
 FIGURE_SHARE = 0.004  # of the time, at most, goes into drawing; evaluations that come too soon after others wait

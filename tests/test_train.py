@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 from torch.optim import lr_scheduler
@@ -1137,6 +1138,24 @@ def test_wandb_online_without_a_key_never_asks(lm, settings, monkeypatch, capsys
     summary = lm.train(settings(wandb="online", max_steps=2))
     assert summary["status"] == "finished"
     assert "logging offline" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("what", ["hangs", "has died"])
+def test_wandb_that_does_not_end_or_has_died_is_told_and_left(tmp_path, monkeypatch, capsys, what):
+    run = SimpleNamespace(summary={}, log=lambda *_, **options: None, finish=lambda **options: time.sleep(60))
+    fake = SimpleNamespace(Settings=dict, init=lambda **options: run, teardown=sys.exit)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.setattr("machinery.loggers.WANDB_SECONDS", 0.5)
+    loggers, service = Loggers(), psutil.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    loggers.start(tmp_path, {"wandb": "offline"})
+    loggers._running["wandb"].processes = [service]
+    if what == "has died":
+        service.kill()
+        os.waitid(os.P_PID, service.pid, os.WEXITED | os.WNOWAIT)
+    loggers.tell(lambda logger: logger.metrics(1, {}))
+    loggers.finish({})
+    assert service.wait() and ("waiting up to" in (said := capsys.readouterr().out)) == (what == "hangs")
+    assert said.count({"hangs": "wandb stopped (TimeoutError", "has died": "its process has died"}[what]) == 1
 
 
 class Csv(Logger):
