@@ -154,9 +154,10 @@ def choose_micro_batch(
     if config.micro_batch != "auto":
         return config.micro_batch
     sequences = config.batch_tokens // config.block_size
-    for size in range(min(sequences, max(1, 65536 // config.block_size)), 1, -1):
-        needed = sum(training_memory(model, optimizers, config, size, dtype, shares).values())
-        if sequences % size == 0 and needed < 0.8 * free_memory:
+    most = min(sequences, max(1, 65536 // config.block_size))
+    shares_of_a_step = [size for size in range(most, 1, -1) if sequences % size == 0]
+    for size in shares_of_a_step:
+        if sum(training_memory(model, optimizers, config, size, dtype, shares).values()) < 0.8 * free_memory:
             return size
     return 1
 

@@ -64,6 +64,28 @@ def test_sweep_makes_a_tidy_table_reuses_what_is_finished_and_reports_what_fails
     assert losses.shape == (64,) and losses.isfinite().all()
 
 
+ODD = [
+    {"variants": [{"n_layer": 1}]}, {"variants": {"a": None}}, {"seeds": 3}, {"seeds": "01"}, {"jobs": -1},
+    {"jobs": 1.5}, {"threads": 0}, {"threads": None},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("odd", ODD, ids=str)
+def test_odd_arguments_are_one_line(odd):
+    ((name, value),) = odd.items()
+    with pytest.raises(UserError, match=f"^{name} (are|is) "):
+        sweep(**{"variants": {"a": {}}} | odd)
+    if name == "variants":
+        with pytest.raises(UserError, match="^variants are "):
+            equal_size(value)
+
+
+def test_every_variant_is_trained_with_all_seeds_of_an_iterator(common, monkeypatch):
+    monkeypatch.setattr("tools.experiments.tool.train_apart", lambda *_: "not now")
+    table = sweep({"a": {"n_layer": 1}, "b": {"n_layer": 2}}, seeds=(seed for seed in (0, 1)), jobs=1, **common)
+    assert list(zip(table.label, table.seed)) == [("a", 0), ("a", 1), ("b", 0), ("b", 1)]
+
+
 def test_as_many_runs_at_a_time_as_memory_and_disk_hold(lm, common, monkeypatch):
     config = lm.Config.from_preset("smoke", **(common | {"max_steps": 10}))  # 5 checkpoints, and the best one
     with torch.device("meta"):

@@ -703,6 +703,13 @@ def test_micro_batch_auto_is_the_largest_that_fits(lm, tiny):
     assert chosen == sorted(chosen) and chosen[0] == 1 and chosen[-1] == 48
 
 
+def test_memory_is_predicted_for_shares_of_a_step_alone(lm, tiny, monkeypatch):
+    config, asked = tiny(micro_batch="auto", block_size=1, batch_tokens=3 * 21841), []
+    monkeypatch.setattr("model_utils.training_memory", lambda *arguments: asked.append(arguments[3]) or {"all": 1.0})
+    assert choose_micro_batch(None, [], config, torch.float32, 0) == 1
+    assert len(asked) < 20 and not any(65523 % size for size in asked)
+
+
 def bytes_kept_for_backward(lm, config, dtype) -> int:
     """Of all tensors that autograd keeps in a step, each once, weights left out."""
     model, kept = lm.build_model(config), {}

@@ -56,6 +56,7 @@ def sweep(
     is finished, before more are begun. `jobs` is, unless given, the number of cores over `threads`; on a GPU no more
     than its memory and the disk hold. Raises UserError for a configuration that cannot work, before any training.
     """
+    seeds = _check_arguments(variants, seeds, jobs, threads)
     lm, source = load_definitions(), "\n".join(source for _, source in defining_cells())
     runs = []
     for label, values in variants.items():
@@ -89,6 +90,18 @@ def sweep(
     return pd.DataFrame(rows)
 
 
+def _check_arguments(variants: dict, seeds: Iterable[int] = (), jobs: int = 0, threads: int = 1) -> list[int]:
+    """The seeds as a list. Raises `UserError` for arguments of `sweep` or `equal_size` that are of another kind."""
+    if not isinstance(variants, dict) or not all(isinstance(values, dict) for values in variants.values()):
+        raise UserError(f"variants are {variants!r:.80}; map labels to overrides, such as {{'deep': {{'n_layer': 4}}}}")
+    if isinstance(seeds, str) or not isinstance(seeds, Iterable):
+        raise UserError(f"seeds are {seeds!r:.80}; give several numbers, such as (0, 1, 2) or range(3)")
+    for name, value, least in (("jobs", jobs, 0), ("threads", threads, 1)):
+        if type(value) is not int or value < least:
+            raise UserError(f"{name} is {value!r:.80}; give a whole number, {least} or more")
+    return list(seeds)
+
+
 def runs_that_fit(config, model: torch.nn.Module, optimizers: list, machine: Machine) -> int:
     """How many such runs the memory of the GPU and half of the free disk hold at a time, at least 1."""
     needed = predict(model, optimizers, config, machine, 1.0)
@@ -106,6 +119,7 @@ def equal_size(
     `counted` is "non_embedding", those outside the embedding and the head, or "parameters", all of them: then a smaller
     vocabulary comes with a wider feed-forward. Raises UserError where the rest of a variant takes more.
     """
+    _check_arguments(variants)
     if counted not in COUNTS:
         raise UserError(f"counted is {counted!r}; use {' or '.join(map(repr, COUNTS))}")
     lm, sized = load_definitions(), {}
