@@ -36,6 +36,7 @@ from machinery.files import (
     read_jsonl,
     read_note,
     refuse_link,
+    regular_file,
     sha256,
     write_atomic,
     write_json,
@@ -167,14 +168,14 @@ class RunFolder:
         if not self.writes:
             return
         logs = [self.path / name for name in ("metrics.jsonl", "samples.jsonl")]
-        kept = [[line for line in read_jsonl(log) if line["step"] <= at_step] if at_step else [] for log in logs]
+        kept = [_lines_until(at_step, log) if at_step else b"" for log in logs]
         summary, advice = self.path / "summary.json", "remove it, or check the permissions"
         self._files = {"config": portable(config), **files}
         self._write_files()
         with told(summary, problem="cannot be replaced", advice=advice):
             summary.unlink(missing_ok=True)  # of an earlier part of this run
         for log, lines in zip(logs, kept):
-            write_atomic(log, "".join(json.dumps(line) + "\n" for line in lines))
+            write_atomic(log, lines)
 
     def _write_files(self) -> None:
         for name, value in self._files.items():
@@ -239,6 +240,23 @@ class RunFolder:
                 write_json(self.path / "summary.json", _finite(summary))
             except OSError as error:
                 print(f"summary.json was not written ({first_line(error)}): {json.dumps(summary)}")
+
+
+def _lines_until(step: int, log: Path) -> bytes:
+    """A log without lines of later steps and a last one that a crash cut short; what others wrote stays as it is."""
+    with told(log):
+        content = regular_file(log).read_bytes() if os.path.lexists(log) else b""
+    kept = []
+    for text in content.splitlines(keepends=True):
+        line = None
+        with contextlib.suppress(ValueError, RecursionError):
+            line = json.loads(text)
+        number = line.get("step") if isinstance(line, dict) else None
+        is_later = isinstance(number, int) and number > step
+        is_torn = line is None and not text.endswith(b"\n")
+        if not (is_later or is_torn):
+            kept.append(text if text.endswith(b"\n") else text + b"\n")
+    return b"".join(kept)
 
 
 def _finite(values: dict) -> dict:

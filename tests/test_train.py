@@ -192,6 +192,14 @@ def test_a_log_is_live_and_drops_what_a_resume_will_write_again(tmp_path):
     assert [line["step"] for line in read_jsonl(tmp_path / "run/metrics.jsonl")] == [1, 2, 3]
 
 
+def test_a_resume_keeps_what_others_wrote_into_a_log(tmp_path):
+    open_folder(tmp_path).unlock()
+    mine = '{"note":  "mine"}\nno JSON\n{"step":1,"prompt":"a","text":"b","rating":"good"}\n'
+    (tmp_path / "run/samples.jsonl").write_text(mine + '{"step": 4, "prompt": "a", "text": "b"}\n{"step": 3}')
+    open_folder(tmp_path, at_step=3).unlock()
+    assert (tmp_path / "run/samples.jsonl").read_text() == mine + '{"step": 3}\n'
+
+
 def test_a_loss_spike_and_a_machine_that_slows_down_are_told_once():
     watch, spikes, slow = Watch(), [], 0
     watch.expected_rate = 1000.0
