@@ -182,9 +182,12 @@ class RunFolder:
             write_json(self.path / f"{name}.json", value)
 
     def _make_again(self) -> None:
-        """Where the folder is gone, or a file that a checkpoint needs beside it: lock it, and write those again."""
-        files = [self._lock.lock_file, *(self.path / f"{name}.json" for name in self._files)]
-        if all(map(os.path.lexists, files)):
+        """Where the folder is gone, or a file that a checkpoint needs beside it: lock it, and write those again.
+
+        Raises `UserError` where another process has locked it meanwhile: without the lock file, it could.
+        """
+        files = [self.path / f"{name}.json" for name in self._files]
+        if self._is_held() and all(map(os.path.lexists, files)):
             return
         make_folder(self.path)
         self.unlock()
@@ -194,6 +197,13 @@ class RunFolder:
             f"\n{self.path} or files of it were moved or removed while this run trains there; it is written again from"
             " here on: what it held before, if moved, is at its new place"
         )
+
+    def _is_held(self) -> bool:
+        """Whether the lock file in the folder is the one that this process has locked, and no later one."""
+        held = self._lock._context.lock_file_fd
+        with contextlib.suppress(OSError):
+            return held is not None and os.path.samestat(os.stat(self._lock.lock_file), os.fstat(held))
+        return False
 
     def predict(self, values: dict[str, float], forecast) -> dict[str, float]:
         """`values` with the two ends of a forecast of the loss; its band on the way goes to expected.json."""

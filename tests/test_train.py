@@ -287,6 +287,18 @@ def test_a_lock_that_is_removed_is_taken_again(tmp_path):
         RunFolder(tmp_path, "run").lock()
 
 
+def test_a_trainer_whose_lock_another_one_has_taken_ends_and_writes_nothing(tmp_path):
+    run = open_folder(tmp_path)
+    run.append("metrics.jsonl", {"step": 1})
+    (run.path / ".lock").unlink()
+    other = RunFolder(tmp_path, "run")
+    other.lock()
+    with pytest.raises(UserError, match="another process is training in"):
+        run.append("metrics.jsonl", {"step": 2})
+    other.append("metrics.jsonl", {"step": 3})
+    assert [line["step"] for line in read_jsonl(run.path / "metrics.jsonl")] == [1, 3]
+
+
 def test_no_line_is_written_through_a_link(tmp_path):
     run = open_folder(tmp_path)
     (tmp_path / "elsewhere").write_text("mine")
