@@ -123,6 +123,9 @@ def parse_overrides(overrides) -> dict:
         require(not again, f"overrides {text!r} refer to a value by *; write it out, and a pattern in quotes: '*.txt'")
         twice = isinstance(overrides, dict) and root and len(root.value) > len(overrides)
         require(not twice, f"overrides {text!r} hold a name twice; write each once")
+        for name, value in root.value if isinstance(root, yaml.MappingNode) else ():
+            empty = isinstance(value, yaml.ScalarNode) and value.style is None and value.value.lower() in ("null", "~")
+            require(not empty, f"{name.value} is {value.value} in overrides {text!r}; to leave it empty, write ''")
     require(
         isinstance(overrides, dict | None),
         f"overrides are {overrides!r}; write names with values, such as {{n_layer: 2}}",
@@ -132,6 +135,7 @@ def parse_overrides(overrides) -> dict:
             isinstance(name, str) and name.replace("-", "_").isidentifier(),
             f"overrides {overrides!r} hold {name!r} as a name; write {{n_layer: 2}}, and no comma in a number",
         )
+        require(name != "cls", f"config field {name!r} is not known.")  # of Python's own, for the class
         require(name not in ("preset", "overrides"), f"{name} is a knob of its own, beside those in {overrides!r}")
     return overrides or {}
 

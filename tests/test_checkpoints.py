@@ -347,6 +347,8 @@ def test_optimizers_with_factored_states_are_restored(tmp_path):
         {"scores": []},
         {"tokens": 1.5},
         {"scores": {"best_val_bpb": 1.0}},
+        {"scores": {"best_val_bpb": 10**400, "best_step": 1}},
+        {"scores": {"best_val_bpb": float("nan"), "best_step": 1}},
     ],
     ids=str,
 )

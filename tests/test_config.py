@@ -135,6 +135,23 @@ def test_what_is_meant_is_taken_and_the_rest_is_one_line(lm):
 
 
 @pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{prompt: null}", "^prompt is null in overrides .*write ''"),
+        ("{val_source: ~, n_layer: 2}", "^val_source is ~ in overrides"),
+        ('{"prompt": null}', "^prompt is null in overrides"),
+        ("{cls: 1}", "^config field 'cls' is not known"),
+    ],
+)
+def test_names_and_values_of_yaml_and_python_alone_are_one_line(text, message):
+    with pytest.raises(ConfigError, match=message):
+        parse_overrides(text)
+    assert parse_overrides("{prompt: 'null', source: '~', val_source: ''}") == {
+        "prompt": "null", "source": "~", "val_source": "",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
     "overrides",
     [
         {"norm_eps": float("nan")}, {"norm_eps": -1.0}, {"norm_eps": float("inf")}, {"rope_base": 1e-320},

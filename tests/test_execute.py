@@ -39,13 +39,18 @@ def test_each_run_keeps_its_own_notebook_and_page(notebook, tmp_path, capfd):
 def test_a_cell_that_fails_and_a_kernel_that_dies_are_one_line(notebook, tmp_path):
     with pytest.raises(UserError, match=r"^ValueError: too much \(the notebook .*failed-\d+.ipynb"):
         execute.run_notebook(notebook("raise ValueError('too much')"))
+    (kept,) = (tmp_path / "runs").iterdir()
+    first = kept.read_bytes()
+    with pytest.raises(UserError, match=r"failed-\d+.1.ipynb"):
+        execute.run_notebook(notebook("raise ValueError('again')"))
+    assert kept.read_bytes() == first
     with pytest.raises(UserError, match="^the kernel died, mostly for lack of memory"):
         execute.run_notebook(notebook("import os; os._exit(9)"))
     for overrides, message in [("{n_layer: 0}", "n_layer is 0"), ("[1", "cannot be read"), ("n_layer", "n_layer")]:
         with pytest.raises(UserError, match=message) as caught:  # before a kernel is started
             execute.run_notebook({"preset": "smoke", "overrides": overrides})
         assert "\n" not in str(caught.value)
-    assert len(list((tmp_path / "runs").iterdir())) == 1
+    assert len(list((tmp_path / "runs").iterdir())) == 2
 
 
 def test_the_program_has_the_knobs_and_no_cells_that_show(tmp_path, monkeypatch):

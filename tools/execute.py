@@ -43,13 +43,18 @@ def knobs_config(parameters: dict):
     return lm.Config.from_preset(parameters["preset"], **parse_overrides(parameters["overrides"]))
 
 
+def numbered(path: Path) -> Path:
+    """The first of name.1.suffix, name.2.suffix, … that does not exist."""
+    paths = (path.with_suffix(f".{n}{path.suffix}") for n in itertools.count(1))
+    return next(other for other in paths if not os.path.lexists(other))
+
+
 def free_names(folder: Path) -> tuple[Path, Path]:
     """Paths in `folder` for a notebook and its page, once files that have these names have made room."""
     paths = folder / "LMHarness.ipynb", folder / "report.html"
     for path in paths:
         if os.path.lexists(path):
-            numbered = (path.with_suffix(f".{n}{path.suffix}") for n in itertools.count(1))
-            path.rename(next(other for other in numbered if not os.path.lexists(other)))
+            path.rename(numbered(path))
     return paths
 
 
@@ -80,6 +85,8 @@ def execute(parameters: dict, unfinished: Path) -> nbformat.NotebookNode:
         return nbformat.read(unfinished, as_version=4)
     except papermill.PapermillExecutionError as error:
         keep = unfinished.with_stem(unfinished.stem.replace("executing", "failed"))
+        if os.path.lexists(keep):
+            keep = numbered(keep)  # the earlier one is of another process that had the same number
         unfinished.replace(keep)
         raise UserError(f"{error.ename}: {error.evalue} (the notebook as far as it came is {keep})") from None
     except DeadKernelError:
