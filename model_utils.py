@@ -17,7 +17,7 @@ from machinery.budget import budget_left, multiplying_and_flops, tokens_within
 from machinery.errors import UserError
 from machinery.forecast import forecast
 from machinery.machine import Machine, evaluation_mode
-from machinery.settings import kv_heads
+from machinery.settings import LIMITS, kv_heads
 from machinery.sources import source_kind
 
 __all__ = [
@@ -86,6 +86,8 @@ def best_shape(config, machine: Machine, hours: float, channels: int = 64) -> di
     Speed is taken to be half the rate of a large matrix product; loss is that of the law fitted to the source, or for
     text from the hub, `expected_loss`. Prints the candidates near the best. Raises `UserError` where no law covers it.
     """
+    if not (isinstance(channels, int | float) and 0 < channels <= LIMITS["n_embd"]):
+        raise UserError(f"channels is {channels!r}; give a number of them for each layer, such as 64")
     sized, rows = replace(config, max_hours=hours, max_steps=0, max_tokens=0), []
     for depth in range(1, 65):
         width = max(1, round(depth * channels / config.head_size)) * config.head_size
@@ -103,7 +105,7 @@ def best_shape(config, machine: Machine, hours: float, channels: int = 64) -> di
     best = min(rows, key=lambda row: row[0], default=None)
     if not rows or best in (rows[0], rows[-1]):
         why = "beyond the sizes tried" if rows else "laws are for 'demo' on 'python' or 'english', and for the hub"
-        raise UserError(f"no law covers the best size for {hours:g} hours of {config.source!r}: {why}")
+        raise UserError(f"no law covers the best size for {sized.max_hours:g} hours of {config.source!r}: {why}")
     for loss, unit, shape, parameters, tokens in rows[max(0, rows.index(best) - 2) : rows.index(best) + 3]:
         sizes = f"{shape['n_layer']:3d} × {shape['n_embd']:<5d}{parameters:14,.0f} weights {tokens:16,.0f} tokens"
         print(f"{sizes}  {loss:.3f} {unit}{'   <- best' if shape is best[2] else ''}")
@@ -263,6 +265,10 @@ def attention_maps(model: nn.Module, tokens: Tensor) -> Tensor:
 
     `attend` takes weighted means of values, so with the rows of a unit matrix as values, it gives the weights.
     """
+    whole = isinstance(tokens, Tensor) and tokens.dtype in (torch.int32, torch.int64)
+    if not (whole and tokens.dim() == 1 and 0 < len(tokens) <= model.max_length):
+        given = f"{tuple(tokens.shape)} of {tokens.dtype}" if isinstance(tokens, Tensor) else type(tokens).__name__
+        raise UserError(f"tokens are {given}; give a tensor (T,) of whole numbers, T at most {model.max_length}")
     maps, layers = [], [block.attention for block in model.blocks if hasattr(block.attention, "attend")]
 
     def looking(attend):

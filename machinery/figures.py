@@ -179,8 +179,12 @@ def show_run(folder: str | Path) -> None:
 def plot_runs(*folders: str | Path) -> Figure:
     """Held-out bits per byte against training tokens, a line for each run folder.
 
-    Raises `UserError` for a folder without an evaluation.
+    Raises `UserError` for a folder without an evaluation, and for none at all.
     """
+    if not folders:
+        raise UserError(
+            "plot_runs draws a line for each folder that is named, and none is: plot_runs('runs/demo-123abc')"
+        )
     curves = []
     for folder in map(folder_path, folders):
         lines = [line for line in read_jsonl(folder / "metrics.jsonl") if line.get("val_bpb") is not None]

@@ -1,6 +1,7 @@
 """The dial and the forecast: a batch that follows the budget, a law that finds what made its runs."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -190,3 +191,7 @@ def test_the_best_shape_is_inside_of_what_was_tried_or_not_known(lm, monkeypatch
     for config, hours in ((lm.replace(day, source="texts/*.txt"), 24), (day, 0.001)):
         with pytest.raises(UserError, match="no law covers the best size for"):
             best_shape(config, CPU, hours=hours)
+    assert best_shape(day, CPU, hours="24") == shape
+    for channels in ("64", None, math.nan, math.inf, 0):
+        with pytest.raises(UserError, match=f"^channels is {channels!r}; give a number"):
+            best_shape(day, CPU, 24, channels)

@@ -427,6 +427,13 @@ def test_maps_of_attention_without_an_attend_are_one_line(lm, tiny, monkeypatch)
         attention_maps(lm.build_model(config), random_batch(config)[0][0])
 
 
+@pytest.mark.parametrize("shape", [(17,), (2, 8), (0,), ()], ids=str)
+def test_maps_are_of_one_sequence_that_fits(lm, tiny, shape):
+    for tokens in (torch.zeros(shape, dtype=torch.long), torch.zeros(8), [1, 2]):
+        with pytest.raises(UserError, match="^tokens are .*; give a tensor .* at most 16"):
+            attention_maps(lm.build_model(tiny()), tokens)
+
+
 def gradients(model, tokens, targets, dtype=None):
     """In float64, of a copy in that precision; or of products in `dtype`."""
     model = copy.deepcopy(model).to(torch.float32 if dtype else torch.float64)

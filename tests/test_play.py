@@ -112,6 +112,8 @@ def test_runs_are_compared_in_one_figure_and_a_folder_that_is_no_run_is_named(tm
     plt.close(figure)
     with pytest.raises(UserError, match="three has no evaluation"):
         plot_runs(tmp_path / "one", tmp_path / "three")
+    with pytest.raises(UserError, match="each folder that is named, and none is"):
+        plot_runs()
 
 
 def test_links_within_the_notebook_lead_to_headings_and_those_out_of_it_to_files():

@@ -17,7 +17,14 @@ from machinery.sources import iter_documents
 from tools.scores import questions as tasks
 from tools.scores.parsing import held_out_functions, parses
 from tools.scores.questions import encode_pair, held_out_documents, make_questions
-from tools.scores.scoring import document_windows, log_likelihoods, loss_by_position, parse_share, score_choices
+from tools.scores.scoring import (
+    document_windows,
+    log_likelihoods,
+    loss_by_position,
+    parse_share,
+    score_choices,
+    score_documents,
+)
 
 lm_eval = pytest.importorskip("lm_eval", reason="lm_eval is not installed: see tools/requirements.txt")
 
@@ -74,6 +81,23 @@ def test_scores_equal_those_of_lm_eval(lm, run, capsys):
     # and the loop's own evaluation, on the same text in windows, is close: other borders, end-of-text tokens too
     in_windows = lm.evaluate(model, data, Machine.find("cpu", "float32"), 8, math.inf)["val_bpb"]
     assert ours["documents"]["bits_per_byte"] == pytest.approx(in_windows, rel=0.02)
+
+
+@pytest.mark.parametrize("texts", [[], [""], None, "a text", [3]], ids=repr)
+def test_what_is_no_list_of_texts_is_one_line(lm, tiny, texts):
+    with pytest.raises(UserError, match="^texts are .*; give a list of strings"):
+        score_documents(lm.build_model(tiny()), get_tokenizer("bytes", 257), texts, 16, Machine.find("cpu"))
+
+
+@pytest.mark.parametrize("block_size", [0, None, "64", 17, -1, 16.0], ids=repr)
+def test_a_block_size_that_the_model_does_not_have_is_one_line(lm, tiny, block_size):
+    model, machine = lm.build_model(tiny()), Machine.find("cpu")
+    for call in (
+        lambda: score_documents(model, get_tokenizer("bytes", 257), ["a text"], block_size, machine),
+        lambda: log_likelihoods(model, [([1], [2])], block_size, machine),
+    ):
+        with pytest.raises(UserError, match="^block_size is .*; give a whole number of tokens from 1 to 16"):
+            call()
 
 
 def test_a_context_too_long_loses_its_beginning_in_both(lm, run):

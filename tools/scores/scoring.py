@@ -48,6 +48,12 @@ def loss_by_position(model: nn.Module, data: TokenData, machine: Machine, tokens
     return held_out_losses(model, data, machine, tokens).mean(0)
 
 
+def _check_block_size(model: nn.Module, block_size: int) -> None:
+    most = getattr(model, "max_length", 1 << 40)  # models of other libraries do not say
+    if type(block_size) is not int or not 0 < block_size <= most:
+        raise UserError(f"block_size is {block_size!r}; give a whole number of tokens from 1 to {most}")
+
+
 def log_likelihoods(
     model: nn.Module, pairs: list[tuple[list[int], list[int]]], block_size: int, machine: Machine
 ) -> Tensor:
@@ -56,6 +62,7 @@ def log_likelihoods(
     Rows are context and continuation; the targets in the context are -100, which is not scored. Raises `UserError` for
     a continuation that does not fit in `block_size` tokens.
     """
+    _check_block_size(model, block_size)
     sums = torch.zeros(len(pairs), dtype=torch.float64)
     order = sorted(range(len(pairs)), key=lambda i: sum(map(len, pairs[i])))  # equal lengths together: little padding
     for first in range(0, len(pairs), BATCH):
@@ -110,7 +117,10 @@ def document_windows(ids: list[int], block_size: int) -> list[tuple[list[int], l
 def score_documents(
     model: nn.Module, encoding: Encoding, texts: list[str], block_size: int, machine: Machine
 ) -> dict[str, float]:
-    """Bits per byte of whole documents, every token of which is predicted once."""
+    """Bits per byte of whole documents, every token of which is predicted once. Raises `UserError` without a text."""
+    if not (isinstance(texts, list | tuple) and all(isinstance(text, str) for text in texts) and any(texts)):
+        raise UserError(f"texts are {texts!r:.80}; give a list of strings, one of them not empty")
+    _check_block_size(model, block_size)
     documents = ([encoding.eot_token, *encoding.encode_ordinary(text)] for text in texts)
     pairs = [pair for ids in documents for pair in document_windows(ids, block_size)]
     nats = -log_likelihoods(model, pairs, block_size, machine).sum().item()
