@@ -11,6 +11,7 @@ import zlib
 import pyarrow
 import pyarrow.parquet
 import pytest
+from conftest import LM
 
 import data_utils
 from data_utils import prepare_data
@@ -85,7 +86,8 @@ def test_home_is_home_everywhere(tmp_path, monkeypatch):
     assert len(list(iter_documents("~/books"))) == 3
     assert len(list(iter_documents("~/books/*.txt"))) == 2
     assert len(list(iter_documents("~/books/c/d.txt"))) == 1
-    data = prepare_data(TextConfig(source="~/books", data_dir="~/shards"), progress=False)
+    config = LM.Config.from_preset("smoke", source="~/books", data_dir="~/shards", tokenizer="bytes")
+    data = prepare_data(config, progress=False)
     assert data.folder.is_relative_to(tmp_path / "shards") and not os.path.exists("~")
 
 

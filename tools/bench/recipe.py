@@ -91,7 +91,7 @@ def nanochat(variant: str, scale: float, seed: int, tokens: int, text: str) -> R
     return Run(f"nanochat, {variant}, rates × {scale:g}", TEXTS[text] | RANDOM, seed, tokens, variant, scale)
 
 
-def choice(name: str, seed: int, tokens: int = CHOICE_TOKENS) -> Run:
+def choice(name: str, seed: int, tokens: int) -> Run:
     """One change."""
     return Run(name, CHOICES[name], seed, tokens)
 
@@ -129,7 +129,7 @@ def plan(results: Results, only: str = "all", others: bool = True) -> list[Run]:
         run for seed in SEEDS for text in TEXTS for tokens in BUDGETS for run in contest(results, text, seed, tokens)
     ]
     if only == "all":
-        runs += [choice(name, seed) for name in CHOICES for seed in CHOICE_SEEDS]
+        runs += [choice(name, seed, CHOICE_TOKENS) for name in CHOICES for seed in CHOICE_SEEDS]
         better = [row["choice"] for row in effects_of_changes(results) if row[""] == "better"]
         runs += [choice(name, seed, AGAIN_TOKENS) for seed in AGAIN_SEEDS for name in better]
     return [run for run in runs if others or not run.by]
