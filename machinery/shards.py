@@ -338,7 +338,8 @@ def write_shards(
         if held_out.takes_apart(document):
             continue
         train.add(document)
-        if max(train.tokens, held_out.documents.tokens) >= settings["shard_tokens"]:
+        whole = document.side != "val"  # and no tail, whose head is still to come
+        if whole and max(train.tokens, held_out.documents.tokens) >= settings["shard_tokens"]:
             if held_out.is_open:
                 manifest["text"] = text_digest(source, val_source)
             _close(folder, manifest, train, held_out, position)

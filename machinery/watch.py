@@ -58,7 +58,7 @@ def with_best(
     best = {name: value for name, value in last.items() if name.startswith("best_")}
     comparable = best.get("best_tokens") == tokens
     rise = scores["val_bpb"] - best["best_val_bpb"] if comparable else None
-    replaced = rise < 0 if comparable else not (best and is_last)
+    replaced = rise < 0 if comparable else not (best.get("best_tokens") and is_last)
     if replaced and math.isfinite(scores["val_bpb"]):
         best = {"best_val_bpb": scores["val_bpb"], "best_step": step, "best_tokens": tokens}
     return scores | {"val_tokens": tokens} | best, rise

@@ -102,7 +102,7 @@ QUOTES = [
         ]
     ),
     (TEXT, "it is worth # bits per byte after 500,000 tokens", RECIPE, "| no embedding_norm | # |", 1),
-    (TEXT, "0.1 ended only # bits per byte lower", RECIPE, "| weight_decay 0.1 | # |", -1),
+    (TEXT, "0.1 ended # bits per byte lower", RECIPE, "| weight_decay 0.1 | # |", -1),
     (TEXT, "AdamW alone ended # higher", RECIPE, "| AdamW for all | # |", 1),
     *(
         (where, sentence, f"{RECIPE}#{text}", f"| {PLAIN} | 1,000,000 | * | * | * | * | # |", 1)

@@ -301,8 +301,8 @@ an induction head need not wait for it. English repeats itself less, and gains l
 
 Each change against the default with the same seed, {tokens:,} tokens of Python. *Effect* is in bits per byte, and below
 zero is better. Where a change would add or remove parameters, `n_ffn` makes up for it, unless the name says otherwise.
-*Longer*: the effect of those that were better, after {again:,} tokens, two seeds. A change becomes the default where it
-is better at both, and leaves the model one that other programs load. Failed or diverged: {failed}.
+*Longer*: the effect of those that were better, after {again:,} tokens, two seeds: about half of what it was, or less.
+Failed or diverged: {failed}.
 
 ![Effects](recipe.png)
 
