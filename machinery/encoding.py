@@ -15,12 +15,11 @@ import numpy as np
 import tiktoken
 
 from machinery.errors import DataError
-from machinery.held_out import long_lines, smallest_line
+from machinery.held_out import PIECE, long_lines, smallest_line
 from machinery.sources import Position
 from machinery.text_files import in_parts
 from machinery.tokenizers import ENDS_OF_TEXT
 
-PIECE = 1 << 18  # characters that a thread encodes at a time; more at once is not faster
 PIECE_DOCUMENTS = 1 << 12
 AHEAD = 4 << 20  # characters that are encoded, or wait for it, while more is read
 

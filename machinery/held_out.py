@@ -18,6 +18,9 @@ from itertools import accumulate
 
 import numpy as np
 
+from machinery.text_files import in_parts
+
+PIECE = 1 << 18  # characters of a text that are encoded and looked at together; more at once is not faster
 LINE_ENDS = bytes.maketrans(b"\v\f\x1c\x1d\x1e", b"\n" * 5)  # as `str.splitlines` sees them
 ODD_BLANKS = re.compile(
     rb"\xc2[\x85\xa0]|\xe1\x9a\x80|\xe2(?:\x80[\x80-\x8b\xa8\xa9\xaf]|\x81[\x9f\xa0])|\xe3\x80\x80|\xef\xbb\xbf"
@@ -62,7 +65,13 @@ def smallest_line(lines: Iterable[bytes]) -> bytes:
 
 def is_held_out(text: str, span: Sequence[float]) -> bool:
     """Whether a document belongs to the held-out text: a function of its content, and alike for near-copies."""
-    return falls_within(smallest_line(long_lines(text.encode("utf-8", "surrogatepass"))), span)
+    return falls_within(smallest_of_text(text), span)
+
+
+def smallest_of_text(text: str) -> bytes:
+    """The line that stands for a text, which is looked at in pieces, as it is when it is encoded."""
+    pieces = (piece.encode("utf-8", "surrogatepass") for piece in in_parts(text, PIECE))
+    return smallest_line(smallest_line(long_lines(piece)) for piece in pieces)
 
 
 def falls_within(line: bytes, span: Sequence[float]) -> bool:
@@ -82,9 +91,9 @@ def span_of_share(texts: Iterable[str], fraction: float) -> tuple[float, float] 
     sizes: Counter[float] = Counter()
     total = 0
     for text in texts:
-        content = text.encode("utf-8", "surrogatepass")
-        sizes[place_of(smallest_line(long_lines(content)))] += len(content)
-        total += len(content)
+        size = len(text.encode("utf-8", "surrogatepass"))
+        sizes[place_of(smallest_of_text(text))] += size
+        total += size
         if total > 256 << 20:
             break
     if len(sizes) < MANY or fraction * total / len(sizes) >= TAIL:

@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 
-from machinery.encoding import PIECE, Encoded, encode_all, look_at_lines
+from machinery.encoding import Encoded, encode_all, look_at_lines
 from machinery.errors import DataError, told
 from machinery.files import json_digest, regular_file, write_atomic, write_json
-from machinery.held_out import NEAR_COPY, HeldOutLines, common_lines, cut_tail, falls_within
+from machinery.held_out import NEAR_COPY, PIECE, HeldOutLines, common_lines, cut_tail, falls_within
 from machinery.sources import Position, Source
 from machinery.text_files import in_parts
 from machinery.tokenizers import tokenizer_from_dict, tokenizer_hash

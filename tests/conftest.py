@@ -20,6 +20,8 @@ from machinery.notebook import load_definitions  # noqa: E402
 matplotlib.use("agg")
 torch.set_num_threads(1)
 LM = load_definitions()
+# A law by which runs end at 3 bits per byte, all of them
+FLAT_LAW = {"floor": 2.0, "alpha": 1e-9, "beta": 1e-9, "n": 0.0, "d": 1.0, "error": [[1e3, 0.5]]}
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from conftest import LM
+from conftest import FLAT_LAW, LM
 
 from machinery import budget, forecast
 from machinery.budget import best_batch, settle_batch, tokens_of_steps
@@ -108,15 +108,7 @@ def test_the_settled_config_is_that_of_a_machine(lm):
 
 
 def test_a_run_is_held_against_its_forecast(lm, tiny, texts, monkeypatch, tmp_path, capsys):
-    law = {
-        "floor": 2.0,
-        "alpha": 1e-9,
-        "beta": 1e-9,
-        "n": 0.0,
-        "d": 1.0,
-        "error": [[1e3, 0.5]],
-        "recipe": {"tokenizer": "bytes"},
-    }  # 3 everywhere
+    law = FLAT_LAW | {"recipe": {"tokenizer": "bytes"}}
     law |= {"way": [[0.2, 3.0, 0.5], [1.0, 0.0, 0.0]], "parameters": [1e3, 1e6], "tokens": [100, 10000]}
     monkeypatch.setattr(forecast, "LAWS", tmp_path / "forecast.json")
     (tmp_path / "forecast.json").write_text(json.dumps({texts[0]: law}))

@@ -9,8 +9,11 @@ import pytest
 import torch
 
 import data_utils
-from data_utils import prepare_data
+from data_utils import get_tokenizer, prepare_data
+from machinery import sources, text_files
+from machinery.encoding import encode_all
 from machinery.errors import DataError, UserError
+from machinery.held_out import smallest_of_text
 from machinery.preparation import open_sources, tokenize
 from tests.test_text import prepare, texts_of, told, write
 
@@ -458,3 +461,24 @@ def test_a_file_that_is_replaced_by_one_of_its_size_and_date_is_read(tmp_path):
     path.write_text(prose(3).swapcase())
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert prepare(tmp_path, root).key != first.key
+
+
+@pytest.mark.parametrize("shard_tokens", [4100, 5500])
+def test_ends_and_beginnings_of_documents_are_kept_where_tokenization_stops(tmp_path, monkeypatch, shard_tokens):
+    monkeypatch.setattr(data_utils, "SHARD_TOKENS", shard_tokens)
+    for module in (text_files, sources):
+        monkeypatch.setattr(module, "MAX_DOCUMENT_BYTES", 2000)
+    root = write(tmp_path, {"t/book.txt": prose(3, 2000)})
+    whole = prepare(tmp_path / "whole", root).manifest
+    assert whole["held_out"] == "tails"
+    data = prepare(tmp_path / "parts", root, max_tokens=1)
+    while not data.manifest["complete"]:
+        data = prepare(tmp_path / "parts", root, max_tokens=data.manifest["tokens"]["train"] + 1)
+    assert data.manifest["bytes"] == whole["bytes"] and data.manifest["set_aside"] == whole["set_aside"]
+
+
+def test_a_long_text_of_short_and_long_lines_has_one_side():
+    for seed in range(20):
+        text = word_list(seed)[:300_000] + prose(seed, 1100)
+        encoded = next(encode_all(get_tokenizer("bytes", 257, []), [("", text, 0)], "uint16"))
+        assert smallest_of_text(text) == encoded.smallest
