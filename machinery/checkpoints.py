@@ -133,14 +133,15 @@ def _write(target: Path, weights: dict[str, Tensor], training: dict, state: dict
 
 
 def _remove_older(newest: Path, keep: int, keep_step: int | None) -> None:
-    """Remove the whole checkpoints beside `newest` but the `keep` - 1 last ones and the one of `keep_step`.
-
-    One to which somebody has added files stays, as damaged ones do.
+    """Remove the whole checkpoints beside `newest` but the `keep` - 1 last ones and the one of `keep_step`; of the same
+    step, all. One to which somebody has added files stays, as damaged ones do.
     """
     stay = {newest.name} if keep_step is None else {newest.name, f"step_{keep_step:08d}"}
     older = [path for path in checkpoint_folders(newest.parents[1]) if path.name not in stay and _is_whole(path)]
     older = [path for path in older if set(os.listdir(path)) == {*FILES, "state.json"}]
-    for path in older[: max(0, len(older) - keep + 1)]:
+    same = [path for path in older if path.stem == newest.name]  # this step, before it was scored again
+    older = [path for path in older if path not in same]
+    for path in same + older[: max(0, len(older) - keep + 1)]:
         leaving = path.with_name(f".{path.name}.part")
         with contextlib.suppress(OSError):  # what cannot be removed stays; the new one is written all the same
             path.rename(leaving)  # in one moment: cut off after it, no half of a checkpoint has the name of one

@@ -107,14 +107,15 @@ def test_the_step_to_keep_is_never_pruned(tmp_path):
     assert names(tmp_path) == ["step_00000004", "step_00000005"]
 
 
-def test_a_checkpoint_of_the_same_step_takes_its_place(tmp_path):
-    first = sha256(save(tmp_path, 1) / "model.safetensors")
+def test_a_checkpoint_of_the_same_step_takes_its_place_and_no_older_one_goes(tmp_path):
+    save(tmp_path, 1)
+    first = sha256(save(tmp_path, 2) / "model.safetensors")
     model, optimizers = small_model(seed=9)
-    path = take_checkpoint(tmp_path, model, optimizers, {"step": 1}, keep=2)()
-    assert newest_checkpoint(tmp_path) == path and names(tmp_path) == ["step_00000001.1", "step_00000001"]
-    assert sha256(path.with_name("step_00000001.1") / "model.safetensors") == first
-    take_checkpoint(tmp_path, model, optimizers, {"step": 1}, keep=1)()
-    assert names(tmp_path) == ["step_00000001"]
+    path = take_checkpoint(tmp_path, model, optimizers, {"step": 2}, keep=2)()  # scored again, with a smaller budget
+    assert newest_checkpoint(tmp_path) == path and names(tmp_path) == ["step_00000001", "step_00000002"]
+    assert first != sha256(path / "model.safetensors")
+    take_checkpoint(tmp_path, model, optimizers, {"step": 2}, keep=1)()
+    assert names(tmp_path) == ["step_00000002"]
 
 
 def test_a_checkpoint_written_beside_training_is_of_the_moment_it_was_asked_for(tmp_path):
