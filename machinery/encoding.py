@@ -98,7 +98,7 @@ def _put_together(side: str, text: str, position: Position, parts: list[tuple]) 
     lines = hashes[0]
     for more in hashes[1:]:
         lines.extend(more)
-    ends = ENDS_OF_TEXT.findall(text)
+    ends = [found for pattern in ENDS_OF_TEXT for found in pattern.findall(text)]
     return Encoded(side, position, list(ids), sum(sizes), lines, smallest_line(smallest), ends)
 
 

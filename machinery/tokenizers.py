@@ -18,9 +18,12 @@ from machinery.errors import DataError, told
 from machinery.files import json_digest
 
 END_OF_TEXT = "<|endoftext|>"
-ENDS_OF_TEXT = re.compile(  # as others spell it
-    r"(?i)<(?:[|｜] ?(?:end|end[_▁ -]?of[_▁ -]?(?:text|turn|sentence|document|doc|piece)(?:_token)?|eo[dmst](?:_id)?"
-    r"|im_end|return|(?:file_)?sep) ?[|｜]|/s|end|eo[dst]|sep|end_of_(?:text|turn|story))>|\[(?:eos|sep)\]"
+ENDS_OF_TEXT = (  # as others spell it; each begins with one character, which `re` finds 8 times as fast as one of two
+    re.compile(
+        r"(?i)<(?:[|｜] ?(?:end|end[_▁ -]?of[_▁ -]?(?:text|turn|sentence|document|doc|piece)(?:_token)?"
+        r"|eo[dmst](?:_id)?|im_end|return|(?:file_)?sep) ?[|｜]|/s|end|eo[dst]|sep|end_of_(?:text|turn|story))>"
+    ),
+    re.compile(r"(?i)\[(?:eos|sep)\]"),
 )
 # How text is cut into pieces before byte pairs merge: the pattern of GPT-4 and Llama 3, which keeps
 # words, runs of digits and runs of spaces apart (tiktoken: openai_public.py, cl100k_base).
