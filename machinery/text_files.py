@@ -243,7 +243,7 @@ def _decode_row(line: bytes, text_column: str) -> object:
     try:
         return _DECODER.decode(line.decode("utf-8"))
     except UnicodeDecodeError:
-        with contextlib.suppress(ValueError, LookupError, AttributeError):  # the text itself may be right
+        with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError):  # the text itself may be right
             row = _DECODER.decode(line.decode("utf-8", "surrogateescape"))
             row[text_column].encode()
             return row

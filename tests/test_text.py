@@ -443,6 +443,9 @@ def test_latin1_in_a_row_is_named(tmp_path):
     assert "a.jsonl, line 1: not UTF-8 at byte 13" in refused(str(tmp_path))
     write(tmp_path, {"a.jsonl": b'{"text": "ok"}\n{"text": "caf\xe9"}\n'})
     assert "a.jsonl, line 2: not UTF-8 at byte 13" in refused(str(tmp_path))
+    for row in (b'"caf\xe9"', b'["caf\xe9"]'):  # no object either
+        write(tmp_path, {"a.jsonl": b'{"text": "ok"}\n' + row})
+        assert "a.jsonl, line 2: not UTF-8 at byte " in refused(str(tmp_path))
 
 
 @pytest.mark.parametrize(
