@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 import os
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable
 from functools import reduce
@@ -21,11 +22,11 @@ def find_files(name: str, apart: Iterable[Path], passed_over: Counter[str]) -> d
     A path that exists is that path, "~" is home, then patterns. Nothing inside the folders `apart` is found. Notes in
     `passed_over` what else is there. Raises `DataError` for a device.
     """
-    root, parts = _existing_part(name)
+    root, parts = existing_part(name)
     if parts or root.is_dir():
         return _walk(root, parts or ["**"], apart, passed_over)
     if root.is_file():
-        return {root.name: root} if _is_text(root, passed_over) else {}
+        return {root.name: _to_read(root)} if _is_text(root, passed_over) else {}
     raise DataError(f"source {name!r} is a device, a pipe or a socket; name a file or a folder")
 
 
@@ -58,14 +59,19 @@ def _walk(root: Path, parts: list[str], apart: Iterable[Path], passed_over: Coun
                 _, known = files.get(found := identity(path), (None, None))
                 if known is None or (known.is_symlink() and not path.is_symlink()):  # its own name says how to read
                     files[found] = "/".join((*place, name)), path
-    return dict(files.values())
+    return {name: _to_read(path) for name, path in files.values()}
+
+
+def _to_read(path: Path) -> Path:
+    """The path whose suffix says how to read a file: of a link without such a suffix, where it leads."""
+    return path.resolve() if path.suffix not in SUFFIXES and path.is_symlink() else path
 
 
 def _is_text(path: Path, passed_over: Counter[str]) -> bool:
     """Whether a file is read; one that is not is noted as passed over."""
     if not os.path.isfile(path):
         passed_over["broken links, devices, unreadable files"] += 1
-    elif path.suffix not in SUFFIXES:
+    elif _to_read(path).suffix not in SUFFIXES:
         passed_over[path.suffix or "without a suffix"] += 1
     elif not os.path.getsize(path):
         passed_over["empty files"] += 1
@@ -74,14 +80,30 @@ def _is_text(path: Path, passed_over: Counter[str]) -> bool:
     return False
 
 
-def _existing_part(pattern: str) -> tuple[Path, list[str]]:
-    """The longest beginning of a pattern that exists as it is written, and the parts that follow it."""
+def existing_part(pattern: str) -> tuple[Path, list[str]]:
+    """The longest beginning of a pattern that exists as it is written, and the parts that follow it.
+
+    Where it does not, a name counts that is the same but for how its accents are composed, as on disks of a Mac.
+    """
     parts = list(Path(pattern if os.path.lexists(pattern) else os.path.expanduser(pattern)).parts)
     root = Path(parts[0]) if parts and Path(parts[0]).anchor else Path()
     parts = parts[1:] if root.parts else parts
-    while parts and os.path.exists(root / parts[0]):
-        root /= parts.pop(0)
+    while parts and (found := _entry(root, parts[0])):
+        root, parts = root / found, parts[1:]
     return root, parts
+
+
+def _entry(folder: Path, name: str) -> str | None:
+    """The name in a folder that is meant; None where there is none."""
+    if os.path.exists(folder / name):
+        return name
+    with contextlib.suppress(OSError, ValueError):
+        alike = (entry for entry in os.listdir(folder) if _composed(entry) == _composed(name))
+        return next((entry for entry in alike if os.path.exists(folder / entry)), None)
+
+
+def _composed(name: str) -> str:
+    return unicodedata.normalize("NFC", name)
 
 
 def _after(name: str, reached: frozenset[int], parts: list[str]) -> frozenset[int]:
@@ -95,7 +117,7 @@ def _after(name: str, reached: frozenset[int], parts: list[str]) -> frozenset[in
             continue
         if parts[number] == "**":
             found.add(number)
-        elif fnmatch.fnmatchcase(name, parts[number]):
+        elif fnmatch.fnmatchcase(_composed(name), _composed(parts[number])):
             found.add(number + 1)
     return _skipping(found, parts)
 

@@ -29,7 +29,7 @@ from pathlib import Path
 from types import ModuleType
 
 from machinery.errors import DataError, first_line, printable
-from machinery.file_search import SUFFIXES, find_files, identity
+from machinery.file_search import SUFFIXES, existing_part, find_files, identity
 from machinery.files import json_digest
 from machinery.text_files import (
     MAX_DOCUMENT_BYTES,
@@ -360,7 +360,7 @@ def source_kind(source: str) -> str:
     """The entry of `SOURCES` that reads a source."""
     if source in named():
         return source
-    looks_local = os.path.exists(os.path.expanduser(source)) or source.endswith(SUFFIXES)
+    looks_local = not existing_part(source)[1] or source.endswith(SUFFIXES)
     name = r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*(:[\w.-]+)?"
     return "hub" if not looks_local and re.fullmatch(name, source) else "files"
 

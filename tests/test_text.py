@@ -5,6 +5,7 @@ import gzip
 import json
 import os
 import tarfile
+import unicodedata
 import zipfile
 import zlib
 
@@ -136,6 +137,29 @@ def test_each_real_file_once_whatever_links_lead_to_it(tmp_path, pattern):
     (root / "0.jsonl").symlink_to(root / "c.txt")
     os.link(root / "c.txt", root / "1.html")
     assert sorted(iter_documents(f"{root}{pattern}")) == list("abcd")
+
+
+def test_a_link_without_a_suffix_is_read_as_the_file_that_it_leads_to(tmp_path):
+    write(tmp_path / "store", {"a.txt": "a", "b.jsonl": [{"text": "b"}], "c.html": "no"})
+    (tmp_path / "links").mkdir()
+    for name, target in {"plain": "a.txt", "rows.html": "b.jsonl", "page": "c.html"}.items():
+        (tmp_path / "links" / name).symlink_to(tmp_path / "store" / target)
+    assert sorted(iter_documents(str(tmp_path / "links"))) == ["a", "b"]
+    assert list(iter_documents(str(tmp_path / "links" / "rows.html"))) == ["b"]
+    assert "found only without a suffix (1)" in refused(str(tmp_path / "links" / "page"))
+
+
+@pytest.mark.parametrize("typed", ["NFC", "NFD"])
+def test_a_name_is_found_however_its_accents_are_composed(tmp_path, monkeypatch, typed):
+    """A Mac writes them apart, most keyboards as one."""
+    monkeypatch.chdir(tmp_path)
+    composed, apart, name = (unicodedata.normalize(form, "Übung é") for form in ("NFC", "NFD", typed))
+    write(tmp_path, {f"both/{composed} 1.txt": "1", f"both/{apart} 2.txt": "2", f"{apart}/{apart}.txt": "mine"})
+    write(tmp_path, {f"{composed} x/{apart}/a.txt": "a", f"{apart} x/{composed}/b.txt": "b"})
+    assert sorted(iter_documents(f"both/{name}*.txt")) == ["1", "2"]
+    for source in (name, f"{name}/{name}.txt", f"{name}/*", f"{name}/{name[:-2]}*"):
+        assert list(iter_documents(source)) == ["mine"]
+    assert list(iter_documents(f"{composed} x/{name}")) == ["a"]
 
 
 def test_a_link_to_a_folder_does_not_hide_it_from_a_pattern(tmp_path):
