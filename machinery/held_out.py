@@ -36,8 +36,8 @@ COMMON = 0.25  # share of the documents that a line stands in which tells none o
 
 
 def long_lines(content: bytes) -> list[bytes]:
-    """The longer lines of a text, without blank space; where it has few, each line with what follows, in equal lengths.
-    Of a text too short for that, all of it.
+    """The longer lines of a text, without blank space; where it has few, also each line with what follows, in equal
+    lengths, after a line end. Of a text too short for that, all of it.
     """
     lines = _dense(content).splitlines()
     found = [line for line in lines if LONG_LINE <= len(line) <= LONGEST_LINE]
@@ -47,8 +47,21 @@ def long_lines(content: bytes) -> list[bytes]:
     whole = b"".join(lines)
     if sum(map(len, found)) < FEW * len(whole):
         starts, length = accumulate(map(len, lines), initial=0), 2 * LONG_LINE
-        found = [whole[start : start + length] for start in starts if start + length <= len(whole)]
+        found += [b"\n" + whole[start : start + length] for start in starts if start + length <= len(whole)]
     return found or [whole]
+
+
+def line_hash(line: bytes) -> int:
+    """A hash of a line, of this process: below 0 for a line with what follows."""
+    return -abs(hash(line)) if line.startswith(b"\n") else abs(hash(line))
+
+
+def comparable(lines: Iterable[int]) -> list[list[int]]:
+    """The hashes by which a document is compared: of its longer lines, and of lines with what follows. It is a copy by
+    either, since a copy with another few lines may have no more than the longer ones in common.
+    """
+    kinds = [line for line in lines if line >= 0], [line for line in lines if line < 0]
+    return [kind for kind in kinds if kind]
 
 
 def _dense(content: bytes) -> bytes:
@@ -156,10 +169,10 @@ class HeldOutLines:
 
     def add(self, lines: Iterable[int]) -> None:
         """Take in a document by the hashes of its lines."""
-        distinct = dict.fromkeys(lines)
-        for line in distinct:
-            self._documents.setdefault(line, []).append(len(self._allowed))
-        self._allowed.append(math.ceil(NEAR_COPY * len(distinct)) - 1)
+        for distinct in map(dict.fromkeys, comparable(lines)):
+            for line in distinct:
+                self._documents.setdefault(line, []).append(len(self._allowed))
+            self._allowed.append(math.ceil(NEAR_COPY * len(distinct)) - 1)
 
     def train(self, lines: Iterable[int], always: bool = False) -> bool:
         """Note a document with these lines as trained on, and return True; unless with it, training text would hold

@@ -16,12 +16,12 @@ import tiktoken
 from machinery.encoding import Encoded, encode_all, look_at_lines
 from machinery.errors import DataError, told
 from machinery.files import json_digest, regular_file, write_atomic, write_json
-from machinery.held_out import NEAR_COPY, PIECE, HeldOutLines, common_lines, cut_tail, falls_within
+from machinery.held_out import NEAR_COPY, PIECE, HeldOutLines, common_lines, comparable, cut_tail, falls_within
 from machinery.sources import Position, Source
 from machinery.text_files import in_parts
 from machinery.tokenizers import tokenizer_from_dict, tokenizer_hash
 
-MANIFEST_VERSION = 6  # part of the settings: shards of an earlier way are not mistaken for those of this one
+MANIFEST_VERSION = 7  # part of the settings: shards of an earlier way are not mistaken for those of this one
 FEWEST, MOST = 0.25, 2.0  # of the wanted held-out text: with less or more, ends of documents are held out instead
 
 
@@ -211,7 +211,10 @@ class Collected:
     def standing_in(self, training: array) -> list[bool]:
         """Of each, whether half of its lines stand in the training text, whose hashes of lines are given."""
         shared = set(self.lines).intersection(training)
-        return [sum(line in shared for line in d.lines) >= NEAR_COPY * len(d.lines) for d in self]
+        return [
+            any(sum(line in shared for line in kind) >= NEAR_COPY * len(kind) for kind in comparable(document.lines))
+            for document in self
+        ]
 
 
 class UnevenSides(Exception):

@@ -437,6 +437,29 @@ def test_texts_of_short_lines_and_of_one_long_line_have_no_copy_in_the_training_
     assert held_out and not held_out & trained and leaked(data) == 0 and data.manifest["held_out"] == "documents"
 
 
+def talk(seed, share):
+    """Short lines, and some longer ones."""
+    chance = random.Random(seed)
+    long = [chance.random() < share for _ in range(80)]
+    return "".join(prose(f"{seed} {n}", 1) if long[n] else f"{chance.choice(WORDS)} {n}\n" for n in range(80))
+
+
+@pytest.mark.parametrize("share", [0.02, 0.05, 0.1, 0.15])
+@pytest.mark.parametrize("short_lines", ["more", "fewer"])
+def test_texts_of_which_few_lines_are_long_have_no_copy_in_the_training_text(tmp_path, share, short_lines):
+    """A copy with other short lines has those in common, and little of what follows them."""
+    texts, copies = [talk(seed, share) for seed in range(60)], []
+    for i, text in enumerate(texts):
+        lines = text.splitlines(keepends=True)
+        more = "".join(line + f"own {i} {n}\n" * (n % 3 == 0) for n, line in enumerate(lines))
+        copies.append(
+            more if short_lines == "more" else "".join(s for n, s in enumerate(lines) if len(s) > 20 or n % 2)
+        )
+    root = write(tmp_path / "t", {f"{i}.txt": text for i, text in enumerate(texts + copies)})
+    data = prepare(tmp_path, root)
+    assert leaked(data) == 0 and data.manifest["held_out"] == "documents"
+
+
 @pytest.mark.parametrize(("rows", "fraction"), [(300, 0.01), (60, 0.02), (2000, 1e-6)])
 def test_of_many_short_rows_whole_ones_are_held_out(tmp_path, rows, fraction):
     for seed in range(6):
