@@ -32,6 +32,7 @@ LONGEST_LINE = 1 << 16  # bytes of a line that counts as one
 CUT = re.compile(rb"(?<=[%b]{2})" % re.escape(bytes(range(5, 256, 16))))  # of a longer one: between some pairs of bytes
 NEAR_COPY = 0.5  # share of a document's longer lines that makes a near-copy
 MANY, TAIL = 20, 1000  # so many documents whose ends are shorter than so many bytes: some are held out whole
+FOOTER = 1 << 16  # characters at the end of a text among which what ends many texts is looked for
 COMMON = 0.25  # share of the documents that a line stands in which tells none of them from another
 
 
@@ -124,10 +125,10 @@ def span_of_share(texts: Iterable[str], fraction: float) -> tuple[float, float] 
 
 
 def common_lines(texts: Iterable[str]) -> set[bytes]:
-    """The longer lines that stand in many texts, as headers and footers do; of the first 16 million characters."""
+    """The longer lines that stand in the ends of many texts, as footers do; of the first 16 million characters."""
     counts, documents, left = Counter(), 0, 16 << 20
     for text in texts:
-        counts.update({*long_lines(text[:left].encode("utf-8", "surrogatepass"))})
+        counts.update({*long_lines(text[-FOOTER:].encode("utf-8", "surrogatepass"))})
         documents, left = documents + 1, left - len(text)
         if left <= 0:
             break
@@ -149,7 +150,7 @@ def cut_tail(text: str, fraction: float, common: Container[bytes] = ()) -> tuple
 def _before_footer(text: str, common: Container[bytes]) -> int:
     """Where the common lines at the end of a text begin; its length where there are no others."""
     end = start = len(text)
-    for line in reversed(text.splitlines(keepends=True)):
+    for line in reversed(text[-FOOTER:].splitlines(keepends=True)):
         start -= len(line)
         dense = _dense(line.encode("utf-8", "surrogatepass")).translate(None, b"\r\n")
         if dense in common:

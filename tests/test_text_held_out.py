@@ -3,6 +3,7 @@
 import os
 import random
 import re
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from data_utils import get_tokenizer, prepare_data
 from machinery import sources, text_files
 from machinery.encoding import encode_all
 from machinery.errors import DataError, UserError
-from machinery.held_out import smallest_of_text
+from machinery.held_out import common_lines, cut_tail, smallest_of_text
 from machinery.preparation import open_sources, tokenize
 from tests.test_text import prepare, texts_of, told, write
 
@@ -505,3 +506,13 @@ def test_a_long_text_of_short_and_long_lines_has_one_side():
         text = word_list(seed)[:300_000] + prose(seed, 1100)
         encoded = next(encode_all(get_tokenizer("bytes", 257, []), [("", text, 0)], "uint16"))
         assert smallest_of_text(text) == encoded.smallest
+
+
+def test_a_text_of_short_lines_takes_little_memory_to_cut():
+    """As of "a\\n", a thousand times as many lines as other text has."""
+    text = "".join(random.Random(0).choices(["a\n", "b\n", "c\n"], k=1 << 20))
+    tracemalloc.start()
+    cut_tail(text, 0.1, common_lines([text, text[: 1 << 17]]))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 20e6, peak
