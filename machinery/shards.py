@@ -17,7 +17,7 @@ from machinery.encoding import Encoded, encode_all, look_at_lines
 from machinery.errors import DataError, told
 from machinery.files import json_digest, regular_file, write_atomic, write_json
 from machinery.held_out import NEAR_COPY, PIECE, HeldOutLines, common_lines, comparable, cut_tail, falls_within
-from machinery.sources import Position, Source
+from machinery.sources import NOT_UTF8, Position, Source
 from machinery.text_files import in_parts
 from machinery.tokenizers import tokenizer_from_dict, tokenizer_hash
 
@@ -106,6 +106,8 @@ def report(manifest: dict) -> list[str]:
             "more text is read later: a document is set aside with which the training text would hold half of the lines"
             " of a held-out one"
         )
+    if count := manifest["passed_over"].get(NOT_UTF8):
+        lines.append(f"passed over in source {manifest['settings']['source']!r}: {NOT_UTF8} ({count:,})")
     for spelling, count in spelt.items():
         lines.append(
             f"{spelling!r} stands {count:,} times in the texts, as text like any other; if it separates documents,"

