@@ -89,6 +89,11 @@ def test_what_is_no_list_of_texts_is_one_line(lm, tiny, texts):
         score_documents(lm.build_model(tiny()), get_tokenizer("bytes", 257), texts, 16, Machine.find("cpu"))
 
 
+def test_half_of_a_surrogate_pair_is_one_line(lm, tiny):
+    with pytest.raises(UserError, match="^texts: not text .*position 1: .*; leave that character out"):
+        score_documents(lm.build_model(tiny()), get_tokenizer("bytes", 257), ["a\ud800"], 16, Machine.find("cpu"))
+
+
 @pytest.mark.parametrize("block_size", [0, None, "64", 17, -1, 16.0], ids=repr)
 def test_a_block_size_that_the_model_does_not_have_is_one_line(lm, tiny, block_size):
     model, machine = lm.build_model(tiny()), Machine.find("cpu")

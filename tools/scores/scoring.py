@@ -15,7 +15,7 @@ from tiktoken import Encoding
 from torch import Tensor, nn
 
 from data_utils import TokenData
-from machinery.errors import UserError
+from machinery.errors import UserError, told
 from machinery.machine import Machine
 from machinery.tokenizers import decode_text
 from model_utils import evaluation_mode
@@ -121,10 +121,12 @@ def score_documents(
     if not (isinstance(texts, list | tuple) and all(isinstance(text, str) for text in texts) and any(texts)):
         raise UserError(f"texts are {texts!r:.80}; give a list of strings, one of them not empty")
     _check_block_size(model, block_size)
+    with told("texts", problem="not text", advice="leave that character out"):  # half of a surrogate pair
+        size = sum(len(text.encode()) for text in texts)
     documents = ([encoding.eot_token, *encoding.encode_ordinary(text)] for text in texts)
     pairs = [pair for ids in documents for pair in document_windows(ids, block_size)]
     nats = -log_likelihoods(model, pairs, block_size, machine).sum().item()
-    return {"bits_per_byte": nats / math.log(2) / sum(len(text.encode()) for text in texts)}
+    return {"bits_per_byte": nats / math.log(2) / size}
 
 
 def parse_share(model: nn.Module, data: TokenData, machine: Machine, generate: Callable) -> dict[str, float]:
