@@ -11,6 +11,7 @@ from itertools import islice, product
 
 import pytest
 import tiktoken
+import tokenizers
 import torch
 import transformers
 from conftest import LM
@@ -767,6 +768,17 @@ def test_patterns_of_larger_vocabularies_cut_the_same(name, monkeypatch):
             assert theirs.encode(text).ids == encoding.encode(text, allowed_special="all"), text
 
     check()
+
+
+def test_a_tokenizer_that_cuts_or_fills_up_gives_the_ids_of_the_whole_text(tmp_path):
+    """Files saved after use may say so: that is of batches, and not of the ids of a text."""
+    save_tokenizer(BYTES, tmp_path, 100)
+    path = tmp_path / "tokenizer.json"
+    theirs = tokenizers.Tokenizer.from_file(str(path))
+    theirs.enable_truncation(3)
+    theirs.enable_padding(length=512)
+    theirs.save(str(path))
+    assert read_tokenizer(tmp_path).encode_ordinary("Größe") == BYTES.encode_ordinary("Größe")
 
 
 @pytest.mark.parametrize(

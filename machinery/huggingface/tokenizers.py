@@ -160,7 +160,9 @@ def read_tokenizer(folder: str | Path) -> tiktoken.Encoding:
         raw = _byte_level_bpe(read_json(path), path)
         encoding = tokenizer_from_dict(tokenizer_to_dict(raw))
         loaded = tokenizers.Tokenizer.from_file(str(path))
-        loaded.post_processor = tokenizers.processors.Sequence([])  # what it puts around a text is not the text's ids
+        loaded.post_processor = tokenizers.processors.Sequence([])  # what it puts around a text, cuts or fills up is
+        loaded.no_truncation()
+        loaded.no_padding()
         same_ids(encoding, loaded)
     return encoding
 
