@@ -339,7 +339,7 @@ def run_state(folder: str | Path) -> dict:
     ended = read_note(folder / "summary.json").get("status")
     return {
         "status": "running" if running else ended if ended in ENDINGS else "stopped",
-        "progress": last.get("progress") or 0.0,
+        "progress": last.get("progress", float(ended == "finished" and not running)) or 0.0,
         "seconds_left": last.get("seconds_left"),
         "last": last,
         "config": config,

@@ -562,6 +562,9 @@ def test_a_run_is_seen_from_elsewhere(lm, settings, capsys):
     folder = Path(config.runs_dir) / config.run_name
     state = run_state(folder)
     assert (state["status"], state["progress"], state["last"]["step"]) == ("finished", 1.0, 12)
+    metrics = (folder / "metrics.jsonl").rename(folder / "away")
+    assert run_state(folder)["progress"] == 1.0  # a finished run without its log has used its budget all the same
+    metrics.rename(folder / "metrics.jsonl")
     run = RunFolder(config.runs_dir, config.run_name)
     run.lock()
     assert run_state(folder)["status"] == "running"
