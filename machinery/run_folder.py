@@ -88,7 +88,9 @@ class RunFolder:
                 f"another process is training in {self.path}; wait for it, stop it, or use a new run_name"
             ) from None
         except OSError as error:
-            raise FileError(f"{self.path}: not to be written ({error.strerror}); set runs_dir elsewhere") from None
+            raise FileError(
+                f"{self._lock.lock_file}: not to be locked ({error.strerror}); remove it, or set runs_dir elsewhere"
+            ) from None
         try:
             self._contents()
         except UserError:

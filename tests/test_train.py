@@ -223,6 +223,9 @@ def test_a_second_trainer_is_refused_and_a_dead_one_is_not_in_the_way(tmp_path):
     other.kill()
     other.wait()
     RunFolder(tmp_path, "run").lock()
+    (tmp_path / "other" / ".lock").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"other.\.lock: not to be locked .*; remove it"):
+        RunFolder(tmp_path, "other").lock()
 
 
 def test_changed_configs_are_told_and_what_does_not_fit_is_refused(tmp_path, capsys):
