@@ -162,4 +162,6 @@ def print_ending(
     if rise > 0.005:
         print(f"held-out loss was best at step {scores['best_step']:,}, {rise:.4f} bits per byte lower than at last")
     if diverged:
-        print("diverged: go on from the last checkpoint with a lower lr, a longer warmup or qk_norm")
+        print(
+            "diverged: go on from the last checkpoint, if any, with a lower lr or longer warmup, or anew with qk_norm"
+        )

@@ -923,7 +923,7 @@ def test_a_model_that_only_gives_nan_has_diverged(lm, settings, monkeypatch, ste
 
 def test_a_run_that_ends_far_worse_than_guessing_has_diverged(lm, settings, capsys):
     assert lm.train(settings(embedding_lr=1e12, max_steps=4))["status"] == "diverged"
-    assert "diverged: go on from" in capsys.readouterr().out
+    assert "diverged: go on from the last checkpoint, if any, " in capsys.readouterr().out
 
 
 def test_a_run_whose_end_is_not_on_the_disk_has_not_finished(lm, settings, monkeypatch, capsys):
