@@ -17,7 +17,7 @@ import psutil
 
 from machinery.errors import first_line
 from machinery.figures import describe, draw_run, in_notebook
-from machinery.files import json_digest, read_json, read_jsonl, refuse_link, write_atomic
+from machinery.files import json_digest, read_json, read_jsonl, refuse_link, regular_file, write_atomic
 from machinery.run_folder import as_sample
 
 
@@ -59,7 +59,7 @@ class WandbLogger(Logger):
         settings = wandb.Settings(console="off", silent=True, init_timeout=60, disable_git=True, disable_code=True)
         id_file = folder / "wandb_id"
         refuse_link(id_file)
-        if not (drawn := id_file.read_text("utf-8", errors="replace") if id_file.exists() else ""):
+        if not (drawn := regular_file(id_file).read_text("utf-8", errors="replace") if id_file.exists() else ""):
             drawn = secrets.token_hex(4)
             write_atomic(id_file, drawn)
         run_id = json_digest([drawn, folder.name])[:16]  # a copy of the folder under another name is another run

@@ -1208,7 +1208,7 @@ class Broken(Logger):
         raise ConnectionError("gone")
 
 
-@pytest.mark.parametrize("content", ["a/../b", "", "link"])
+@pytest.mark.parametrize("content", ["a/../b", "", "link", "pipe"])
 def test_the_id_of_wandb_belongs_to_a_folder_whatever_is_in_its_file_and_a_link_is_not_followed(
     tmp_path, monkeypatch, content
 ):
@@ -1222,6 +1222,11 @@ def test_the_id_of_wandb_belongs_to_a_folder_whatever_is_in_its_file_and_a_link_
         with pytest.raises(UserError, match="wandb_id is a link"):
             LOGGERS["wandb"](tmp_path, {"wandb": "offline"})
         assert not (tmp_path / "elsewhere").exists()
+        return
+    if content == "pipe":
+        os.mkfifo(path)
+        with pytest.raises(UserError, match="wandb_id: not a regular file"):  # and it is not waited for
+            LOGGERS["wandb"](tmp_path, {"wandb": "offline"})
         return
     path.write_text(content)
     for _ in range(2):
