@@ -15,7 +15,7 @@ import numpy as np
 import tiktoken
 
 from machinery.errors import DataError
-from machinery.held_out import PIECE, line_hash, long_lines, smallest_line
+from machinery.held_out import PIECE, line_hashes, long_lines, smallest_line
 from machinery.sources import Position
 from machinery.text_files import in_parts
 from machinery.tokenizers import ENDS_OF_TEXT
@@ -119,4 +119,4 @@ def look_at_lines(text: str) -> tuple[int, array, bytes]:
     """Bytes of a text, the hashes of its longer lines, and the smallest of those."""
     content = text.encode()
     lines = long_lines(content)
-    return len(content), array("q", map(line_hash, lines)), smallest_line(lines)
+    return len(content), line_hashes(lines), smallest_line(lines)

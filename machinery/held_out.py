@@ -12,6 +12,7 @@ import hashlib
 import math
 import re
 import zlib
+from array import array
 from collections import Counter
 from collections.abc import Container, Iterable, Sequence
 from itertools import accumulate
@@ -52,9 +53,12 @@ def long_lines(content: bytes) -> list[bytes]:
     return found or [whole]
 
 
-def line_hash(line: bytes) -> int:
-    """A hash of a line, of this process: below 0 for a line with what follows."""
-    return -abs(hash(line)) if line.startswith(b"\n") else abs(hash(line))
+def line_hashes(lines: list[bytes]) -> array:
+    """Hashes of lines, of this process: below 0 for a line with what follows."""
+    hashes = array("q", map(abs, map(hash, lines)))
+    if lines[-1].startswith(b"\n"):
+        hashes = array("q", (-number if line.startswith(b"\n") else number for line, number in zip(lines, hashes)))
+    return hashes
 
 
 def comparable(lines: Iterable[int]) -> list[list[int]]:
