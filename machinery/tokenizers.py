@@ -20,8 +20,9 @@ from machinery.files import json_digest
 END_OF_TEXT = "<|endoftext|>"
 ENDS_OF_TEXT = (  # as others spell it; each begins with one character, which `re` finds 8 times as fast as one of two
     re.compile(
-        r"(?i)<(?:[|｜] ?(?:end|end[_▁ -]?of[_▁ -]?(?:text|turn|sentence|document|doc|piece)(?:_token)?"
-        r"|eo[dmst](?:_id)?|im_end|return|(?:file_)?sep) ?[|｜]|/s|end|eo[dst]|sep|end_of_(?:text|turn|story))>"
+        r"(?i)<(?:[|｜] ?(?:end(?:[_▁ -]?of[_▁ -]?(?:text|turn|sentence|document|doc|piece|story))?(?:_token)?"
+        r"|eo[dmst](?:_id)?|im_end|return|(?:file_)?sep) ?[|｜]"
+        r"|end(?:_?of_?(?:text|turn|story))?|eo[dfst]|sep|/s|/doc)>"
     ),
     re.compile(r"(?i)\[(?:eos|sep)\]"),
 )

@@ -605,6 +605,10 @@ def test_line_ends_in_a_separator_are_those_of_any_system(tmp_path, capsys, spli
 
 
 OTHER_ENDS = [
+    "<endoftext>",
+    "</doc>",
+    "<EOF>",
+    "<|end_of_story|>",
     "<｜end▁of▁sentence｜>",
     "<|end|>",
     "<end_of_turn>",
