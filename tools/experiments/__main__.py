@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import re
 from pathlib import Path
 
 import matplotlib
@@ -18,27 +19,36 @@ from machinery.errors import UserError, plain_errors
 from machinery.machine import cpu_name
 from tools.experiments.findings import FINDINGS, RESULTS, answer
 
+HEAD = """# Answers by experiment
 
-def repeat(name: str, scale: str, folder: Path, draw_only: bool = False, **options) -> str:
-    """One finding: its figure, and a small table and a sentence about it, in Markdown."""
+Mean ± standard deviation over seeds. The data of each figure are in the .csv of the same name. To repeat:
+`make experiments`.
+
+"""
+
+
+def repeat(name: str, scale: str, folder: Path, measured: str = "", **options) -> str:
+    """One finding: its figure, and a small table and a sentence about it, in Markdown. It is measured unless `measured`
+    says when and on what it was.
+    """
     finding, path = FINDINGS[name], folder / f"{name}.csv"
     folder.mkdir(parents=True, exist_ok=True)
-    if not draw_only:
+    if not measured:
         print(f"{finding.TITLE}:", flush=True)
+        device = torch.cuda.get_device_name() if scale == "gpu" else cpu_name()
+        measured = f"{datetime.date.today()}, {device}, torch {torch.__version__.split('+')[0]}"
         finding.measure(finding.SCALES[scale], **options).to_csv(path, index=False, float_format="%.6g")
     figure, text = answer(name, folder)
     figure.savefig(path.with_suffix(".png"), dpi=110)
     question = finding.__doc__.splitlines()[0].removeprefix(f"{finding.TITLE}: ")
     question = question[0].upper() + question[1:]
-    return f"## {finding.TITLE}\n\n{question}\n\n![{finding.TITLE}]({folder.name}/{name}.png)\n\n{text}\n"
+    return f"## {finding.TITLE}\n\n*{measured}.* {question}\n\n![{finding.TITLE}]({folder.name}/{name}.png)\n\n{text}\n"
 
 
-def page_head(scale: str) -> str:
-    """What stands above the answers: what the figures are, and when and on what they were measured."""
-    device = torch.cuda.get_device_name() if scale == "gpu" else cpu_name()
-    about = f"{datetime.date.today()}, {device}, torch {torch.__version__.split('+')[0]}. Mean ± standard deviation"
-    about += " over seeds. The data of each figure are in the .csv of the same name. To repeat: `make experiments`."
-    return f"# Answers by experiment\n\n{about}\n\n"
+def measured_at(page: str, title: str) -> str:
+    """What a page says of when and on what an answer was measured; "" where it has none."""
+    found = re.search(rf"## {re.escape(title)}\n\n\*(.+?)\.\*", page)
+    return found[1] if found else ""
 
 
 def main() -> None:
@@ -56,15 +66,14 @@ def main() -> None:
     matplotlib.use("agg")
     folder = RESULTS / ("experiments" if chosen.scale == "cpu" else "experiments-gpu")
     device = "cuda" if chosen.scale == "gpu" else "cpu"
-    page, parts, head = folder.with_suffix(".md"), {}, page_head(chosen.scale)
-    if chosen.draw and page.exists():  # nothing is measured: what is there says when the tables were
-        head = page.read_text(encoding="utf-8").split("## ")[0]
-    for name in FINDINGS:
-        if name in chosen.findings:
-            parts[name] = repeat(name, chosen.scale, folder, chosen.draw, jobs=chosen.jobs, device=device)
-        elif (folder / f"{name}.csv").exists():
-            parts[name] = repeat(name, chosen.scale, folder, draw_only=True)
-        page.write_text(head + "\n".join(parts.values()), encoding="utf-8")
+    page = folder.with_suffix(".md")
+    old, parts = page.read_text(encoding="utf-8") if page.exists() else "", {}
+    for name, finding in FINDINGS.items():
+        if name in chosen.findings and not chosen.draw:
+            parts[name] = repeat(name, chosen.scale, folder, jobs=chosen.jobs, device=device)
+        elif measured := measured_at(old, finding.TITLE):
+            parts[name] = repeat(name, chosen.scale, folder, measured)
+        page.write_text(HEAD + "\n".join(parts.values()), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ def measure(scale: dict, **options) -> pd.DataFrame:
 
 def last(table: pd.DataFrame) -> pd.DataFrame:
     """The last evaluation of each run."""
-    return table.sort_values("step").groupby(["label", "seed"], sort=False).tail(1)
+    return table.sort_values("step", kind="stable").groupby(["label", "seed"], sort=False).tail(1)
 
 
 def draw(table: pd.DataFrame) -> plt.Figure:
