@@ -356,13 +356,13 @@ def _tensor_files(folder: Path) -> tuple[dict[str, Path], dict[str, tuple]]:
     if index.exists():
         with told(index, ExportError, "does not say which file holds each tensor"):
             names = set(read_json(index)["weight_map"].values())
-            if not names or not all(isinstance(name, str) for name in names):
-                raise ValueError("its weight_map is empty or holds other things than names")
+            if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
+                raise ValueError("its weight_map is empty or holds other things than names of files beside it")
     files, shapes = {}, {}
     for name in sorted(names):
         path = folder / name
         with told(path, ExportError, "not readable"):
-            if path.parent != folder or not path.is_file():
+            if not path.is_file():
                 raise ExportError(f"{path} is missing; weights come in as safetensors only")
             with safe_open(path, framework="pt") as file:
                 for tensor in file.keys():  # noqa: SIM118
