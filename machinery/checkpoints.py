@@ -140,7 +140,7 @@ def _remove_older(newest: Path, keep: int, keep_step: int | None) -> None:
     older = [path for path in checkpoint_folders(newest.parents[1]) if path.name not in stay and _is_whole(path)]
     older = [path for path in older if set(os.listdir(path)) == {*FILES, "state.json"}]
     same = [path for path in older if path.stem == newest.name]  # this step, before it was scored again
-    older = [path for path in older if path not in same]
+    older = [path for path in older if path.stem != newest.name]
     for path in same + older[: max(0, len(older) - keep + 1)]:
         leaving = path.with_name(f".{path.name}.part")
         with contextlib.suppress(OSError):  # what cannot be removed stays; the new one is written all the same

@@ -22,6 +22,7 @@ from machinery.text_files import in_parts
 from machinery.tokenizers import tokenizer_from_dict, tokenizer_hash
 
 MANIFEST_VERSION = 7  # part of the settings: shards of an earlier way are not mistaken for those of this one
+FEW_BYTES = 10_000  # of held-out text, about 3,000 tokens
 FEWEST, MOST = 0.25, 2.0  # of the wanted held-out text: with less or more, ends of documents are held out instead
 
 
@@ -100,6 +101,10 @@ def report(manifest: dict) -> list[str]:
         lines.append(
             "half of its lines or more stand in the training text too, since the texts repeat each other: its loss says"
             " how well they are remembered; for another, name a val_source"
+        )
+    if size["val"] < FEW_BYTES:
+        lines.append(
+            f"{size['val']:,} bytes are held out; a loss on so few says little: raise val_fraction or set val_source"
         )
     if not manifest["complete"]:
         lines.append(

@@ -461,6 +461,13 @@ def test_texts_of_which_few_lines_are_long_have_no_copy_in_the_training_text(tmp
     assert leaked(data) == 0 and data.manifest["held_out"] == "documents"
 
 
+def test_little_held_out_text_is_said(tmp_path, capsys):
+    for rows, said in ((100, True), (4000, False)):
+        root = write(tmp_path / f"{rows}", {"a.jsonl": [{"text": prose(i, 1)} for i in range(rows)]})
+        prepare(tmp_path, root, val_fraction=0.2)
+        assert (" bytes are held out; a loss on so few says little: " in capsys.readouterr().out) == said
+
+
 @pytest.mark.parametrize(("rows", "fraction"), [(300, 0.01), (60, 0.02), (2000, 1e-6)])
 def test_of_many_short_rows_whole_ones_are_held_out(tmp_path, rows, fraction):
     for seed in range(6):

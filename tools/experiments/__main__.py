@@ -51,6 +51,11 @@ def measured_at(page: str, title: str) -> str:
     return found[1] if found else ""
 
 
+def write_page(page: Path, parts: dict[str, str]) -> None:
+    """The answers there are, in their order."""
+    page.write_text(HEAD + "\n".join(parts[name] for name in FINDINGS if name in parts), encoding="utf-8")
+
+
 def main() -> None:
     plain_errors()
     parser = argparse.ArgumentParser(prog="python -m tools.experiments", description=__doc__)
@@ -67,13 +72,13 @@ def main() -> None:
     folder = RESULTS / ("experiments" if chosen.scale == "cpu" else "experiments-gpu")
     device = "cuda" if chosen.scale == "gpu" else "cpu"
     page = folder.with_suffix(".md")
-    old, parts = page.read_text(encoding="utf-8") if page.exists() else "", {}
-    for name, finding in FINDINGS.items():
-        if name in chosen.findings and not chosen.draw:
-            parts[name] = repeat(name, chosen.scale, folder, jobs=chosen.jobs, device=device)
-        elif measured := measured_at(old, finding.TITLE):
-            parts[name] = repeat(name, chosen.scale, folder, measured)
-        page.write_text(HEAD + "\n".join(parts.values()), encoding="utf-8")
+    old = page.read_text(encoding="utf-8") if page.exists() else ""
+    measured = {name: at for name, finding in FINDINGS.items() if (at := measured_at(old, finding.TITLE))}
+    parts = {name: repeat(name, chosen.scale, folder, at) for name, at in measured.items()}
+    for name in [] if chosen.draw else chosen.findings:
+        parts[name] = repeat(name, chosen.scale, folder, jobs=chosen.jobs, device=device)
+        write_page(page, parts)
+    write_page(page, parts)
 
 
 if __name__ == "__main__":
