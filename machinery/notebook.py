@@ -67,13 +67,13 @@ def start_python(program: str, *arguments: str, env: dict[str, str] | None = Non
 
 
 def source_digest(notebook: str | Path = NOTEBOOK) -> str:
-    """A hash of the text of all cells, whatever their outputs are."""
+    """A hash of the text of all code cells, whatever their outputs are."""
     cells = json.loads(Path(notebook).read_text("utf-8"))["cells"]
-    return json_digest([[c["cell_type"], "".join(c["source"])] for c in cells])
+    return json_digest(["".join(c["source"]) for c in cells if c["cell_type"] == "code"])
 
 
 def mark_executed(notebook: str | Path = NOTEBOOK) -> None:
-    """Note in the file that its outputs are of its present source; a test asks for that. `make notebook` calls it."""
+    """Note in the file that its outputs are of its present code; a test asks for that. `make notebook` calls it."""
     content = json.loads(Path(notebook).read_text("utf-8"))
     content["metadata"]["executed_source"] = source_digest(notebook)
     Path(notebook).write_text(json.dumps(content, indent=1, ensure_ascii=False, sort_keys=True) + "\n", "utf-8")

@@ -102,8 +102,10 @@ QUOTES = [
         ]
     ),
     (TEXT, "it is worth # bits per byte after 500,000 tokens", RECIPE, "| no embedding_norm | # |", 1),
+    (TEXT, "Of # unseen runs, * ended inside", "results/forecast.md", "for this fit: * of # ended within their band", 1),
+    (TEXT, "Of * unseen runs, # ended inside", "results/forecast.md", "for this fit: # of * ended within their band", 1),
     (TEXT, "0.1 ended # bits per byte lower", RECIPE, "| weight_decay 0.1 | # |", -1),
-    (TEXT, "AdamW alone ended # higher", RECIPE, "| AdamW for all | # |", 1),
+    (TEXT, "With AdamW for the matrices too, `demo` ended # higher", RECIPE, "| AdamW for all | # |", 1),
     *(
         (where, sentence, f"{RECIPE}#{text}", f"| {PLAIN} | 1,000,000 | * | * | * | * | # |", 1)
         for where, sentence, text in [
@@ -156,7 +158,7 @@ COMPUTED = [
     (DOCS, "with N = #M. A 4090 does # TFLOP/s", lambda lm: [_millions(lm, "day"), DATASHEET_TFLOPS["RTX 4090"]]),
     (TEXT, "gives losses of about #, #, # and # for runs of 1, 6, 12 and 24",
      lambda lm: [day_on(lm, "RTX 4090", hours)[2] for hours in (1, 6, 12, 24)]),
-    (TEXT, "They lower training memory by only #% in `day`",
+    (TEXT, "In `day` they lower training memory by only #%, by prediction",
      lambda lm: [100 - 100 * _bytes(lm) / _bytes(lm, attention="mha")]),
     ("docs/platforms.md", "# billion tokens at 40%", lambda lm: [day_on(lm, "RTX 4090", 24)[0] / 1e9]),
     ("docs/platforms.md", "Its # billion tokens", lambda lm: [day_on(lm, "H100", 24)[0] / 1e9]),
