@@ -158,7 +158,7 @@ COMPUTED = [
     (DOCS, "with N = #M. A 4090 does # TFLOP/s", lambda lm: [_millions(lm, "day"), DATASHEET_TFLOPS["RTX 4090"]]),
     (TEXT, "gives losses of about #, #, # and # for runs of 1, 6, 12 and 24",
      lambda lm: [day_on(lm, "RTX 4090", hours)[2] for hours in (1, 6, 12, 24)]),
-    (TEXT, "In `day` they lower training memory by only #%, by prediction",
+    (TEXT, "In `day`, sharing lowers training memory by only #%",
      lambda lm: [100 - 100 * _bytes(lm) / _bytes(lm, attention="mha")]),
     ("docs/platforms.md", "# billion tokens at 40%", lambda lm: [day_on(lm, "RTX 4090", 24)[0] / 1e9]),
     ("docs/platforms.md", "Its # billion tokens", lambda lm: [day_on(lm, "H100", 24)[0] / 1e9]),
