@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from machinery.attention import SHORT, attend, short_attention
 from machinery.budget import budget_left, multiplying_and_flops, tokens_within
 from machinery.errors import UserError
-from machinery.forecast import forecast
+from machinery.forecast import compute_optimal, expected_loss, forecast
 from machinery.machine import Machine, evaluation_mode
 from machinery.settings import LIMITS, kv_heads
 from machinery.sources import source_kind
@@ -62,22 +62,6 @@ def flops_per_token(model: nn.Module, config) -> float:
 def cache_bytes_per_token(config, bytes_per_value: int = 2) -> int:
     """Bytes that one token keeps in the key/value cache, over all layers (bfloat16 unless told)."""
     return 2 * config.n_layer * kv_heads(config) * (config.n_embd // config.n_head) * bytes_per_value
-
-
-# The Chinchilla law as corrected by Besiroglu et al. 2024 (arXiv 2404.10102), for web text and 50M to 16B parameters
-E, A, ALPHA, B, BETA = 1.8172, 482.01, 0.3478, 2085.43, 0.3658
-
-
-def expected_loss(parameters: float, tokens: float) -> float:
-    """Nats per token of web text, for so many parameters and tokens."""
-    return E + A / parameters**ALPHA + B / tokens**BETA
-
-
-def compute_optimal(flops: float) -> tuple[float, float]:
-    """Parameters and tokens of the lowest expected loss, where 6 · parameters · tokens = `flops`."""
-    balance = (ALPHA * A / (BETA * B)) ** (1 / (ALPHA + BETA))
-    parameters = balance * (flops / 6) ** (BETA / (ALPHA + BETA))
-    return parameters, flops / 6 / parameters
 
 
 def best_shape(config, machine: Machine, hours: float, channels: int = 64) -> dict[str, int]:

@@ -234,20 +234,20 @@ class Run:
         if at.bad_steps:
             self._line["skipped_window"] = (at.tokens - self.config.batch_tokens) // self.config.block_size
             return
+        if not self._repeats and self._epochs(at.tokens) >= 1:
+            self._repeats = True
+            self.screen.say(f"step {at.step:,}: the whole text was read; it repeats now")
         self._line |= self._watch.note(loss, rate)
         for remark in self._watch.remarks:
             self.screen.say(f"step {at.step:,}: {remark}")
 
     def evaluated(self, scores: dict[str, float]) -> None:
-        """Note what an evaluation found, whether it is the best so far, and when the whole text was read."""
+        """Note what an evaluation found, and whether it is the best so far."""
         at, is_last = self.at, self.progress() >= 1
         tokens = self.data.scored_tokens(math.inf if is_last else self.config.eval_tokens)
         at.scores, rise = with_best(scores, tokens, at.step, at.scores, is_last)
         self._rise = self._rise if rise is None else rise
         self._line |= at.scores
-        if not self._repeats and (epochs := self._epochs(at.tokens)) >= 1:
-            self._repeats = True
-            self.screen.say(f"step {at.step:,}: the whole text was read {epochs:.1f} times; it repeats now")
         numbers = f"step {at.step:7,} {at.tokens:15,} tokens {at.seconds:8,.0f} s"
         said = self._forecast.place(self.progress(), at.tokens, scores["val_bpb"]) if self._forecast else ""
         self.screen.say(f"{numbers}   {scores['val_bpb']:.4f} bits per byte held out{said}")

@@ -17,6 +17,8 @@ LAWS = Path(__file__).parents[1] / "results" / "forecast.json"
 # nanochat's runs on FineWeb-Edu, 0.829 bits per byte at 5e18 FLOPs and 0.800 at 1e19, as a power law
 # (github.com/karpathy/nanochat, its published results). No run of this project has been held against it.
 WEB, WEB_FLOPS, WEB_POWER, WEB_SPREAD = 0.829, 5e18, math.log2(0.829 / 0.800), 0.03
+# The Chinchilla law as corrected by Besiroglu et al. 2024 (arXiv 2404.10102), for web text and 50M to 16B parameters
+E, A, ALPHA, B, BETA = 1.8172, 482.01, 0.3478, 2085.43, 0.3658
 REACH = 2.0  # times outside the sizes and tokens it was fitted to that a law is believed
 
 
@@ -85,6 +87,18 @@ def by_law(law: dict, parameters: float, tokens: float) -> Forecast:
     return Forecast(middle - width, middle + width, law, parameters, tokens)
 
 
+def expected_loss(parameters: float, tokens: float) -> float:
+    """Nats per token of web text, for so many parameters and tokens."""
+    return E + A / parameters**ALPHA + B / tokens**BETA
+
+
+def compute_optimal(flops: float) -> tuple[float, float]:
+    """Parameters and tokens of the lowest expected loss, where 6 · parameters · tokens = `flops`."""
+    balance = (ALPHA * A / (BETA * B)) ** (1 / (ALPHA + BETA))
+    parameters = balance * (flops / 6) ** (BETA / (ALPHA + BETA))
+    return parameters, flops / 6 / parameters
+
+
 def laws() -> dict[str, dict]:
     """The fitted laws by source; empty where there are none."""
     return read_json(LAWS, missing={})
@@ -103,6 +117,8 @@ def forecast(config, parameters: float, flops_per_token: float, tokens: float) -
             return by_law(law, parameters, tokens)
     flops = flops_per_token * tokens
     if "fineweb-edu" in config.source.lower() and flops > WEB_FLOPS / 50 and not config.init_from:
-        middle = WEB * (flops / WEB_FLOPS) ** -WEB_POWER
-        return Forecast(middle - WEB_SPREAD, middle + WEB_SPREAD)
+        best = WEB * (flops / WEB_FLOPS) ** -WEB_POWER  # of a model of the best size, as nanochat's are
+        worse = expected_loss(parameters, tokens) / expected_loss(*compute_optimal(6 * parameters * tokens)) - 1
+        middle, spread = best * (1 + worse), WEB_SPREAD + best * worse / 2
+        return Forecast(middle - spread, middle + spread)
     return None

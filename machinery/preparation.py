@@ -83,7 +83,8 @@ def tokenize(folder: Path, task: dict, progress: bool, source: Source, val_sourc
                 with contextlib.suppress(UnevenSides):
                     write_shards(folder, manifest, encoding, source, val_source, task["train_tokens"], advance)
                     break
-                encoding, manifest = None, {}
+                encoding, manifest, read = None, {}, 0  # the same text again
+                bar.reset()
     return encoding
 
 

@@ -189,16 +189,13 @@ def _check(name: str, value, rule) -> None:
 
 
 def _check_shapes(c) -> None:
-    wider = c.n_head * (c.n_embd // c.n_head + 1)
-    require(c.n_embd % c.n_head == 0, f"n_embd {c.n_embd} is not divisible by n_head {c.n_head}; {wider} is")
+    unit = 2 if c.position == "rope" else 1
+    wider = c.n_head * unit * (c.n_embd // (c.n_head * unit) + 1)
+    whose = f"n_head {c.n_head}" if c.n_embd % c.n_head else f"n_head {c.n_head} in even parts: rope turns pairs"
+    require(c.n_embd % (c.n_head * unit) == 0, f"n_embd {c.n_embd} is not divisible by {whose}; {wider} is")
     require(
         c.attention not in SHARED or c.n_head % c.n_kv_head == 0,
         f"n_head {c.n_head} is not divisible by n_kv_head {c.n_kv_head}; use a divisor of {c.n_head}",
-    )
-    size = c.n_embd // c.n_head
-    require(
-        c.position != "rope" or size % 2 == 0,
-        f"rope turns pairs of channels, but head size n_embd / n_head = {c.n_embd} / {c.n_head} = {size} is odd",
     )
     require(
         c.n_position == 0 or c.n_position >= c.block_size,

@@ -103,9 +103,12 @@ def report(manifest: dict) -> list[str]:
             " how well they are remembered; for another, name a val_source"
         )
     if size["val"] < FEW_BYTES:
-        lines.append(
-            f"{size['val']:,} bytes are held out; a loss on so few says little: raise val_fraction or set val_source"
+        advice = (
+            "name more in val_source"
+            if manifest["held_out"] == "val_source"
+            else "raise val_fraction or set val_source"
         )
+        lines.append(f"{size['val']:,} bytes are held out; a loss on so few says little: {advice}")
     if not manifest["complete"]:
         lines.append(
             "more text is read later: a document is set aside with which the training text would hold half of the lines"

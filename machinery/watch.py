@@ -108,6 +108,11 @@ def _clock(seconds: float) -> datetime.timedelta:
     return datetime.timedelta(seconds=min(round(seconds), 10**9))
 
 
+def _about(value: float) -> str:
+    """A number to print, with a digit or two that matter."""
+    return f"{value:,.1f}" if value >= 1 else f"{value:.2g}"
+
+
 def print_preflight(
     prediction: dict, config, machine: Machine, note: str, folder: Path, epochs: float, left: dict[str, float]
 ) -> Forecast | None:
@@ -135,9 +140,9 @@ def print_preflight(
         "budget": f"{p['tokens']:,.0f} tokens in {length} with evaluations and samples, until {end:%Y-%m-%d %H:%M};"
         f" then {_clock(p['last evaluation (s)'])} to score all held-out text",
         "limit": f"{first} is reached first; {later}" if later else "",
-        "text": (f"read {epochs:.2g} times" if epochs else "read once or less, as far as is known")
+        "text": (f"read {_about(epochs)} times" if epochs else "read once or less, as far as is known")
         + (" (what repeats adds less from about 4 on)" if epochs > 4 else ""),
-        "size": f"{p['parameters']:,} parameters, {p['tokens per parameter']:.2g} tokens for each"
+        "size": f"{p['parameters']:,} parameters, {_about(p['tokens per parameter'])} tokens for each"
         + ("" if math.isnan(loss) else " (best: about 20)"),
         "scaling law": ("loss n/a, too small" if math.isnan(loss) else f"loss {loss:.2f} on web text")
         + ("" if math.isnan(best) else f"; best size for so much compute {best:,.0f}"),

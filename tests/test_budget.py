@@ -100,6 +100,10 @@ def test_a_law_is_found_again_and_knows_where_it_ends(lm, monkeypatch, tmp_path)
         assert forecast.forecast(lm.replace(config, **other), 2e6, 1e7, 2e6) is None
     web = forecast.forecast(lm.Config.from_preset("day"), 2.2e8, 1.5e9, 3.7e9)
     assert 0.75 < web.low < 0.829 < web.high < 0.9 and web.at(0.5) is None
+    for parameters in (2.2e7, 2.2e9):  # far from the best size for as many operations
+        tokens = 3.7e9 * 2.2e8 / parameters
+        other = forecast.forecast(lm.Config.from_preset("day"), parameters, 6.8 * parameters, tokens)
+        assert other.middle > web.middle + 0.02 and other.high - other.low > web.high - web.low
 
 
 def test_the_settled_config_is_that_of_a_machine(lm):

@@ -15,9 +15,10 @@ from model_utils import count_parameters
 
 WRONG = [
     ({"n_layr": 3}, ["n_layr", "n_layer"]),
-    ({"n_embd": 65}, ["65", "4", "68"]),
+    ({"n_embd": 65}, ["65", "4", "72"]),
+    ({"n_embd": 65, "position": "none"}, ["65", "4", "68"]),
     ({"n_head": 4, "n_kv_head": 3}, ["n_head 4", "n_kv_head 3"]),
-    ({"n_embd": 36, "n_head": 4}, ["36", "9", "odd"]),
+    ({"n_embd": 36, "n_head": 4}, ["36", "4", "even", "40"]),
     ({"batch_tokens": 1000}, ["1000", "64 × 4", "1024"]),
     ({"tokenizer": "gpt2"}, ["512", "50257", "50304"]),
     ({"tokenizer": "bytes", "vocab_size": 256}, ["256", "257"]),

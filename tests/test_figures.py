@@ -102,8 +102,16 @@ QUOTES = [
         ]
     ),
     (TEXT, "it is worth # bits per byte after 500,000 tokens", RECIPE, "| no embedding_norm | # |", 1),
-    (TEXT, "Of # unseen runs, * ended inside", "results/forecast.md", "for this fit: * of # ended within their band", 1),
-    (TEXT, "Of * unseen runs, # ended inside", "results/forecast.md", "for this fit: # of * ended within their band", 1),
+    *(
+        (
+            TEXT,
+            f"Of {unseen} unseen runs, {inside} ended inside",
+            "results/forecast.md",
+            f"fit: {inside} of {unseen} ended",
+            1,
+        )
+        for unseen, inside in ("#*", "*#")
+    ),
     (TEXT, "0.1 ended # bits per byte lower", RECIPE, "| weight_decay 0.1 | # |", -1),
     (TEXT, "With AdamW for the matrices too, `demo` ended # higher", RECIPE, "| AdamW for all | # |", 1),
     *(

@@ -264,7 +264,9 @@ these runs, root mean square, for runs of about so many tokens. The band of a fo
 
 `day` and `hour` read FineWeb-Edu, of which this project has no run. There the forecast is a power law through two
 published runs of [nanochat](https://github.com/karpathy/nanochat), 0.829 bits per byte at 5e18 FLOPs and 0.800 at 1e19,
-± 0.03. What it says of a day on an RTX 4090: [benchmarks](../docs/benchmarks.md).
+± 0.03. A size that is not the best for its tokens comes to more, by as large a factor as in the law of
+[Besiroglu et al. 2024](https://arxiv.org/abs/2404.10102), and the band is wider by half of that. What it says of a day
+on an RTX 4090: [benchmarks](../docs/benchmarks.md).
 """
 
 
