@@ -6,14 +6,16 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+from machinery.errors import UserError
 from machinery.files import read_json
 from machinery.machine import Machine, measure_matmul_flops
-from machinery.settings import AUTO_BATCH, RATES, kv_heads
+from machinery.settings import AUTO_BATCH, RATES, SHARED, kv_heads
 
 # The best batch grows as the tokens of a run to the power 0.383 (Bergsma et al. 2025, arXiv 2505.13738), from what
 # `day` has: 524,288 tokens a step, of 3.7 billion in 24 hours of an RTX 4090 at 40% of its data sheet.
 DAY_TOKENS, DAY_BATCH, POWER = 3.7e9, AUTO_BATCH, 0.383
 LEAST_STEPS = 1000  # of a small run, for which that rule asks for too much (results/dial.md)
+OWN_PARTS = {"attention": ("mha", *SHARED), "ffn": ("gated", "mlp", "relu2")}  # whose weights can be counted unmade
 SHARE = 0.5  # of the rate of a large matrix product that training is taken to reach; 2 times off is 1.3 times in batch
 
 
@@ -73,12 +75,28 @@ def tokens_within(config, machine: Machine) -> float:
     return min(limit for limit in (config.max_tokens, by_steps, config.max_hours * 3600 * rate) if limit)
 
 
+def refuse_absurd_sizes(config, machine: Machine) -> None:
+    """Raise `UserError` where the matrices of the notebook's own parts, with their gradients, are more than the device
+    holds: by arithmetic, since thousands of blocks take minutes to outline. Of another part nothing is known here.
+    """
+    if all(getattr(config, name) in known for name, known in OWN_PARTS.items()):
+        needed = 8 * multiplying_and_flops(config)[0] / 1e9
+        memory = machine.memory * (machine.processes if config.parallel == "fsdp" else 1) / 1e9
+        if needed > memory:
+            raise UserError(
+                f"no go: one sequence at a time takes {needed:,.1f} GB for matrices and their gradients alone and the"
+                f" device has {memory:,.1f} GB; use a smaller n_layer, n_embd, n_ffn or vocab_size"
+            )
+
+
 def settle_batch(config, machine: Machine):
     """`config` with a number for batch_tokens="auto", and learning rates that fit it; others are as they are.
 
     The rates are those of 524,288 tokens and move with the square root of the batch (Malladi et al. 2022, arXiv
-    2205.10643). The batch is a power of two of sequences in each process. A run that was begun keeps its own.
+    2205.10643). The batch is a power of two of sequences in each process. A run that was begun keeps its own. Raises
+    `UserError` for sizes that the machine cannot hold.
     """
+    refuse_absurd_sizes(config, machine)
     if config.batch_tokens != "auto":
         return config
     unit = config.block_size * machine.processes * (1 if config.micro_batch == "auto" else config.micro_batch)
