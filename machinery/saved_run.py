@@ -54,7 +54,8 @@ class SavedRun:
         Names and shapes are compared before memory is taken. Raises `UserError`.
         """
         with told(f"device {device!r}", advice="'cpu' and Machine.find().device are there"):
-            torch.empty(0, device=torch.device(device))
+            if torch.empty(0, device=torch.device(device)).is_meta:
+                raise ValueError("it holds shapes and no weights")
 
         def load(checkpoint: Path) -> torch.nn.Module:
             with torch.device("meta"):

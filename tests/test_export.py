@@ -630,6 +630,13 @@ def test_a_tokenizer_of_a_larger_model_is_one_line(lm, tiny, tmp_path):
             read(tmp_path / "run")
 
 
+@pytest.mark.parametrize("device", ["meta", "cpu:abc", None, 3])
+def test_a_device_that_holds_no_weights_is_one_line(lm, tiny, tmp_path, device):
+    make_run(tmp_path / "run", tiny())
+    with pytest.raises(UserError, match=f"device {device!r}: .*'cpu' and Machine"):
+        lm.load_run(tmp_path / "run", device)
+
+
 @pytest.mark.skipif(os.name == "nt", reason="there are no such pipes there")
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors", "model.safetensors.index.json"])
 def test_a_pipe_is_not_waited_for(tiny, tmp_path, name):
