@@ -71,6 +71,7 @@ class RunFolder:
         self.path = folder_path(runs_dir, "runs_dir, where runs are kept") / run_name
         self.writes = writes
         self._unwritten: list[tuple[str, str]] = []
+        self._continued: set[str] = set()  # the logs that have a line of this process
         self._files: dict[str, dict] = {}  # what `begin` wrote
         with told(self.path, problem="cannot be made", advice="set runs_dir to a folder of yours"):
             make_folder(self.path)
@@ -216,7 +217,14 @@ class RunFolder:
         return values | {"bits per byte, low": forecast.low, "bits per byte, high": forecast.high}
 
     def append(self, name: str, line: dict) -> None:
-        """Add a line to a file; on a full disk, keep it and try again with the next one."""
+        """Add a line to a file; on a full disk, keep it and try again with the next one. The first may be of a step
+        that an earlier process has logged, scored again: then it takes the place of that line.
+        """
+        if self.writes and name not in self._continued:
+            self._continued.add(name)
+            with contextlib.suppress(UserError):
+                if self._replace(self.path / name, line):
+                    return
         if self.writes:
             self._unwritten.append((name, json.dumps(_finite(line)) + "\n"))
         try:
@@ -232,6 +240,15 @@ class RunFolder:
                 print(f"\n{name} cannot be written now ({error.strerror}); its lines are kept and written later")
             name, text = self._unwritten[0]
             self._unwritten[0] = name, "\n" + text.lstrip("\n")  # part of it may be on disk: begin a line of its own
+
+    def _replace(self, log: Path, line: dict) -> bool:
+        """Put a line in the place of those of its step, whose other values stay; whether there was one."""
+        earlier = [other for other in read_jsonl(log) if other["step"] == line["step"]]
+        if earlier:
+            self._make_again()
+            merged = json.dumps(_finite(earlier[-1] | line)) + "\n"
+            write_atomic(log, _lines_until(line["step"] - 1, log) + merged.encode())
+        return bool(earlier)
 
     def usual_rate(self) -> float:
         """Tokens per second in the median step; 0 where there was none."""

@@ -466,6 +466,10 @@ def test_a_run_that_ends_by_a_smaller_budget_is_scored_on_all_held_out_text(lm, 
     scores = lm.evaluate(model, lm.prepare_data(config), Machine.find("cpu"), 4, math.inf)
     assert summary["val_loss"] == pytest.approx(scores["val_loss"], rel=1e-3)
     lines = read_jsonl(Path(config.runs_dir) / config.run_name / "metrics.jsonl")
+    assert [line["step"] for line in lines] == list(range(9)) and lines[8]["val_loss"] == summary["val_loss"]
+    assert math.isfinite(lines[8]["train_loss"])  # the line of the step is another one now, and has lost nothing
+    samples = read_jsonl(Path(config.runs_dir) / config.run_name / "samples.jsonl")
+    assert [line["step"] for line in samples] == [0, 6, 8]
     assert lm.train(replace(config, max_steps=6))["val_loss"] == summary["val_loss"]
     assert read_jsonl(Path(config.runs_dir) / config.run_name / "metrics.jsonl") == lines  # once is enough
 
@@ -811,7 +815,7 @@ def test_float16_trains_with_a_scaled_loss_and_resumes(lm, settings, monkeypatch
     assert state["scaler"]["scale"] >= 1024
 
 
-def test_preflight_says_no_before_anything_is_made(lm, settings, tmp_path, capsys):
+def test_preflight_says_no_before_anything_is_made(lm, settings, tmp_path, capsys, monkeypatch):
     machine, config = Machine.find("cpu"), settings(micro_batch=1)
     prediction = predict(*lm.outline(config, machine), config, machine, 1e5)
     prediction["last evaluation (s)"] = 90.0
@@ -827,6 +831,9 @@ def test_preflight_says_no_before_anything_is_made(lm, settings, tmp_path, capsy
         lm.train(settings(n_layer=64, n_embd=1 << 16, n_head=16, n_kv_head=16, n_ffn=1 << 18))
     with pytest.raises(UserError, match="no go: one sequence"):  # whatever micro_batch is
         lm.train(settings(n_ffn=1 << 22, n_layer=64, micro_batch=4))
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="no go: one sequence .* n_layer"):
+        patch.setitem(lm.train.__globals__, "build_model", None)  # by arithmetic: outlining so many takes minutes
+        lm.train(settings(n_layer=4096, n_embd=1 << 13, n_ffn=1 << 15))
     assert machine.peak_memory() - before < 500e6 and not (tmp_path / "data").exists()
 
 
