@@ -75,7 +75,8 @@ class RunFolder:
         self._files: dict[str, dict] = {}  # what `begin` wrote
         with told(self.path, problem="cannot be made", advice="set runs_dir to a folder of yours"):
             make_folder(self.path)
-        self._lock = FileLock(self.path / ".lock", timeout=0, thread_local=False)  # let go by any thread
+        # Let go by any thread; waits a moment, since a look at the run from elsewhere may have it
+        self._lock = FileLock(self.path / ".lock", timeout=0.5, thread_local=False)
 
     def lock(self) -> None:
         """Keep other trainers out until `unlock`, or until this process ends."""

@@ -228,6 +228,19 @@ def test_a_second_trainer_is_refused_and_a_dead_one_is_not_in_the_way(tmp_path):
         RunFolder(tmp_path, "other").lock()
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="a look takes no lock of this kind there")
+def test_a_look_from_elsewhere_keeps_no_trainer_out(tmp_path):
+    import fcntl
+
+    run = RunFolder(tmp_path, "run")
+    with open(tmp_path / "run" / ".lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_SH)  # as `run_state` does, for a moment
+        threading.Timer(0.1, fcntl.flock, (file.fileno(), fcntl.LOCK_UN)).start()
+        run.lock()
+    assert run_state(tmp_path / "run")["status"] == "running"
+    run.unlock()
+
+
 def test_changed_configs_are_told_and_what_does_not_fit_is_refused(tmp_path, capsys):
     open_folder(tmp_path, config={"n_layer": 2, "max_steps": 10, "source": "/home/me/texts/*.txt"}).unlock()
     run = RunFolder(tmp_path, "run")
