@@ -122,7 +122,7 @@ def parse_overrides(overrides) -> dict:
             ) from None
         require(not again, f"overrides {text!r} refer to a value by *; write it out, and a pattern in quotes: '*.txt'")
         twice = isinstance(overrides, dict) and root and len(root.value) > len(overrides)
-        require(not twice, f"overrides {text!r} hold a name twice; write each once")
+        require(not twice, f"overrides {text!r} hold a name twice; write each once, and no comma in a number")
         for name, value in root.value if isinstance(root, yaml.MappingNode) else ():
             empty = isinstance(value, yaml.ScalarNode) and value.style is None and value.value.lower() in ("null", "~")
             require(not empty, f"{name.value} is {value.value} in overrides {text!r}; to leave it empty, write ''")

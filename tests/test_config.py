@@ -173,6 +173,7 @@ def test_values_that_cannot_work_are_refused(lm, overrides):
     [
         ("{n_layer: 2, n_layer: 3}", "a name twice"), ("{n_layer:3}", "'n_layer:3' as a name"),
         ("{batch_tokens: 16,384}", "no comma in a number"), ("{preset: demo}", "preset is a knob of its own"),
+        ("{max_tokens: 10,000,000}", "no comma in a number"),
         ("{source: *.txt}", "source: '*.txt'"), ("{source: &a [x, x], prompt: [*a, *a]}", "refer to a value by *"),
         ("[&a [x], *a]", "refer to a value by *"), ("[" * 2000, "recursion"), ("{1: 2}", "'1' as a name"),
     ],
