@@ -149,8 +149,10 @@ class TokenData:
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Inputs and targets (B, T) of about `tokens` held-out tokens, or with inf all, windows spread evenly.
 
-        Each process gets as many batches as the others; rows that only fill up have targets of -100.
+        Each process gets as many batches as the others; rows that only fill up have targets of -100. Raises `DataError`
+        at the end where none of it has bytes to score.
         """
+        has_text = False
         if not (isinstance(micro_batch, int) and micro_batch > 0 and tokens > 0):
             raise UserError(f"micro_batch is {micro_batch!r} and tokens {tokens!r}; both must be above 0")
         windows = self.windows("val", self.block_size)
@@ -163,9 +165,12 @@ class TokenData:
             rows = torch.zeros(micro_batch, self.block_size + 1, dtype=torch.long)  # one shape for the compiled model
             for row, i in zip(rows, part):
                 row[:] = torch.from_numpy(windows.read(int(i), 1)[0])
+            has_text |= bool((rows[: len(part), 1:] != self.encoding.eot_token).any())
             inputs, targets = _inputs_and_targets(rows, machine.device)
             targets[len(part) :] = -100
             yield inputs, targets
+        if not machine.maximum(has_text)[0]:
+            raise DataError(f"all {count * self.block_size} tokens to score are ends of texts; use a larger block_size")
 
     def bytes_of(self, targets: torch.Tensor) -> int:
         """UTF-8 bytes of the text that targets stand for; an end-of-text token has none."""

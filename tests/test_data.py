@@ -478,6 +478,16 @@ def test_an_evaluation_of_nothing_is_one_line(texts, tmp_path, tokens, micro_bat
         next(prepare_data(config).held_out(tokens, micro_batch, Machine.find("cpu")))
 
 
+def test_held_out_tokens_that_stand_for_no_text_are_one_line(tmp_path):
+    for number in range(60):
+        (tmp_path / f"{number}.txt").write_text(chr(33 + number))  # each token that follows one is an end of text
+    config = TextConfig(source=str(tmp_path / "*.txt"), data_dir=str(tmp_path / "data"), block_size=1)
+    data = prepare_data(config)
+    with pytest.raises(DataError, match="all 1 tokens to score are ends of texts; use a larger block_size"):
+        list(data.held_out(1, 4, Machine.find("cpu")))
+    assert len(list(data.held_out(8, 4, Machine.find("cpu")))) == 2
+
+
 def test_too_little_text_for_a_window(tmp_path):
     (tmp_path / "short.txt").write_text("one\ntwo\n")
     data = prepare(str(tmp_path / "short.txt"), tmp_path)
