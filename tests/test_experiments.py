@@ -46,6 +46,9 @@ def test_sweep_makes_a_tidy_table_reuses_what_is_finished_and_reports_what_fails
     assert summary.stat().st_mtime_ns == written and (again.val_loss == good.val_loss).all()
     assert json.loads(summary.read_text())["val_loss"] == good.val_loss
 
+    summary.write_bytes(b"")  # cut off by a power cut: the run goes on at its end, and the sweep with it
+    assert sweep({"shallow": {"n_layer": 1}}, **common).val_loss[0] == pytest.approx(good.val_loss)
+
     sweep({"shallow": {"n_layer": 1}}, then=(folders := []).append, **common)
     assert folders == [Path(good.run)]
 
@@ -78,6 +81,12 @@ def test_odd_arguments_are_one_line(odd):
     if name == "variants":
         with pytest.raises(UserError, match="^variants are "):
             equal_size(value)
+
+
+@pytest.mark.parametrize("options", [{"seed": 5}, {"run_name": "mine"}, {"variants": {"a": {"seed": 1}}}], ids=str)
+def test_what_a_sweep_would_overrule_is_refused(options):
+    with pytest.raises(UserError, match="^(seed|run_name) of 'a' would not count: "):
+        sweep(**{"variants": {"a": {}}} | options)
 
 
 def test_every_variant_is_trained_with_all_seeds_of_an_iterator(common, monkeypatch):

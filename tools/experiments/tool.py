@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from machinery.budget import settle_batch
 from machinery.errors import UserError
-from machinery.files import free_bytes, json_digest, read_json, read_jsonl
+from machinery.files import free_bytes, json_digest, read_jsonl, read_note
 from machinery.machine import Machine
 from machinery.notebook import defining_cells, load_definitions
 from model_utils import count_parameters, flops_per_token, predict
@@ -60,6 +60,8 @@ def sweep(
     lm, source = load_definitions(), "\n".join(source for _, source in defining_cells())
     runs = []
     for label, values in variants.items():
+        if given := {"seed", "run_name"} & (common.keys() | values.keys()):
+            raise UserError(f"{min(given)} of {label!r} would not count: seeds=(…) gives seeds, a sweep names")
         for seed in seeds:
             config = lm.Config.from_preset(preset, **(PLAIN | common | values | {"seed": seed, "run_name": ""}))
             config = _named(settle_batch(config, Machine.find(config.device, config.dtype)), source)
@@ -206,7 +208,7 @@ def _named(config, source: str):
 
 
 def _is_finished(config) -> bool:
-    summary = read_json(Path(config.runs_dir) / config.run_name / "summary.json", missing={})
+    summary = read_note(Path(config.runs_dir) / config.run_name / "summary.json")
     return summary.get("status") == "finished"
 
 
@@ -214,7 +216,7 @@ def _row(label: str, variants: dict, config, model, error: str) -> dict:
     """One line of the table."""
     varied = dict.fromkeys(name for values in variants.values() for name in values)
     folder = Path(config.runs_dir) / config.run_name
-    summary = read_json(folder / "summary.json", missing={})
+    summary = read_note(folder / "summary.json")
     tokens = summary.get("tokens", 0)
     return {
         "label": label, "seed": config.seed, **{name: getattr(config, name) for name in varied},
