@@ -107,9 +107,9 @@ def settle_batch(config, machine: Machine):
     if type(batch) is not int or not 1 <= batch <= 1 << 40:
         tokens = machine.maximum(tokens_within(config, machine))[0]  # all processes agree
         best = best_batch(tokens, min(LEAST_STEPS, config.max_steps or LEAST_STEPS))
-        batch, why = power_of_two(best, unit), f"for a run of about {tokens:.2g}"
+        batch, why = power_of_two(best, unit), f"for a run of about {float(f'{tokens:.2g}'):,.0f}"
     factor = math.sqrt(batch / DAY_BATCH)
     rates = {name: getattr(config, name) * factor for name in RATES}
     listed = ", ".join(f"{name} {getattr(config, name):.3g} → {rate:.3g}" for name, rate in rates.items())
-    print(f"batch_tokens 'auto': {batch:,} tokens a step {why}; from {DAY_BATCH:,}, {listed}")
+    print(f"batch_tokens 'auto': {batch:,} tokens a step {why}; rates of {DAY_BATCH:,} tokens move with it: {listed}")
     return replace(config, batch_tokens=batch, **rates)

@@ -35,7 +35,10 @@ def test_auto_follows_the_budget_and_moves_the_rates(lm, capsys, monkeypatch, tm
     assert [config.batch_tokens for config in settled.values()] == [131072, 524288, 2097152]
     assert settled[24].lr == 0.02 and settled[1].lr == pytest.approx(0.02 / 2)
     assert settled[1].embedding_lr == pytest.approx(settled[24].embedding_lr / 2)
-    assert "131,072 tokens a step for a run of about 1.5e+08; from 524,288, lr 0.02 → 0.01," in capsys.readouterr().out
+    assert (
+        "131,072 tokens a step for a run of about 150,000,000; rates of 524,288 tokens move with it: lr 0.02 → 0.01,"
+        in capsys.readouterr().out
+    )
     limited = settle_batch(lm.Config.from_preset("day", max_tokens=10**8), CPU)  # the limit that is reached first
     assert limited.batch_tokens == 131072
     odd = tmp_path / "odd" / "config.json"  # of a run that somebody wrote by hand
