@@ -289,6 +289,9 @@ class HubSource(Source):
         split = self.split(split)
         where = f"{self.name} ({split})"
         builder = datasets.load_dataset_builder(*self._address())
+        # Of text files, each line would be a row; of CSV, "5" a number and "None" no text
+        as_it_is = {"sample_by": "document", "converters": {self.text_column: str}, "keep_default_na": False}
+        vars(builder.config).update({name: as_it_is[name] for name in as_it_is.keys() & vars(builder.config).keys()})
         rows = builder.as_streaming_dataset(split=split)
         if type(builder).__module__.startswith("datasets.packaged_modules.json"):
             # `datasets` gives each column the type that its first rows have, and fails where later ones differ

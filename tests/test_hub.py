@@ -1,5 +1,6 @@
 """Streaming from a hub: the real `datasets` against a local server that refuses, stalls and drops connections."""
 
+import csv
 import json
 import os
 import subprocess
@@ -218,3 +219,22 @@ def test_parquet_of_a_hub_is_read_by_its_text_column_alone(tmp_path):
         hub.files = {"test.jsonl": b'{"text": "a"}\n'}
         (message,) = run(hub, tmp_path, program, HF_HOME=str(tmp_path / "other"))
         assert "train" in message and "['test']" in message
+
+
+@pytest.mark.parametrize("suffix", ["txt", "csv", "tsv"])
+def test_text_and_tables_of_a_hub_are_read_as_they_are(tmp_path, suffix):
+    """`datasets` makes a row of each line of a text, numbers of digits, and nothing of a few words."""
+    served, texts = (
+        tmp_path / "served",
+        ["one line\nof two\n\nparts\n", "another, \tfile", "5", "None", "NA", "2024-01-01"],
+    )
+    served.mkdir()
+    if suffix == "txt":
+        for number, text in enumerate(texts):
+            (served / f"train-{number}.txt").write_text(text)
+    else:
+        with open(served / f"train.{suffix}", "w", newline="") as file:
+            rows = csv.writer(file, delimiter="," if suffix == "csv" else "\t")
+            rows.writerows([["n", "text"], *enumerate(texts)])
+    with Hub(served) as hub:
+        assert run(hub, tmp_path, READ) == texts
