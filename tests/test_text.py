@@ -623,6 +623,16 @@ OTHER_ENDS = [
     "<|END_OF_TURN_TOKEN|>",
     "<|file_sep|>",
     "<|eom|>",
+    "<|end_of_sequence|>",
+    "<end_of_document>",
+    "<|endoffile|>",
+    "<end-of-text>",
+    "<|document_end|>",
+    "<eos_token>",
+    "<|docsep|>",
+    "[EOT]",
+    "[END]",
+    "</document>",
 ]
 
 
