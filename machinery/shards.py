@@ -21,7 +21,7 @@ from machinery.sources import NOT_UTF8, Position, Source
 from machinery.text_files import in_parts
 from machinery.tokenizers import tokenizer_from_dict, tokenizer_hash
 
-MANIFEST_VERSION = 7  # part of the settings: shards of an earlier way are not mistaken for those of this one
+MANIFEST_VERSION = 8  # part of the settings: shards of an earlier way are not mistaken for those of this one
 FEW_BYTES = 10_000  # of held-out text, about 3,000 tokens
 FEWEST, MOST = 0.25, 2.0  # of the wanted held-out text: with less or more, ends of documents are held out instead
 
@@ -67,6 +67,7 @@ def new_manifest(settings: dict, encoding: tiktoken.Encoding, held_out: str, spa
         "set_aside": {"documents": 0, "bytes": 0},  # in neither split, for a near-copy in the other
         "end_of_text_spelt": {},  # spellings of it in the texts, and how often: text like any other
         "is_split": False,  # whether split_on was found
+        "val_source_cut": False,  # whether val_source holds more than a shard, of which the rest is not read
         "passed_over": {},  # beside the text: kinds of files, and how many
         "trained_lines": "",  # of the held-out ones: which stand in the training text so far (`HeldOutLines`)
         "position": 0,  # in the source, after the last closed shard: where an interrupted preparation goes on
@@ -102,6 +103,8 @@ def report(manifest: dict) -> list[str]:
             "half of its lines or more stand in the training text too, since the texts repeat each other: its loss says"
             " how well they are remembered; for another, name a val_source"
         )
+    if manifest["val_source_cut"]:
+        lines.append("val_source holds more than that: it is read until its tokens fill a shard")
     if size["val"] < FEW_BYTES:
         advice = (
             "name more in val_source"
@@ -334,10 +337,11 @@ def write_shards(
     if val_source and held_out.is_open:
         documents = (("val", *document) for document in val_source.read("validation"))
         for document in encode_all(encoding, documents, train.dtype):
+            if held_out.documents.tokens >= settings["shard_tokens"]:
+                manifest["val_source_cut"] = True
+                break
             held_out.documents.add(document)
             manifest["is_split"] |= val_source.is_split
-            if held_out.documents.tokens >= settings["shard_tokens"]:
-                break
     position = manifest["position"]
     documents = with_sides(source, position, manifest["held_out"], settings["val_fraction"])
     for document in encode_all(encoding, documents, train.dtype):

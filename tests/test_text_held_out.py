@@ -191,6 +191,16 @@ def test_what_stands_in_val_source_too_is_set_aside(tmp_path):
     assert len(texts_of(data, "train")) == 30 and data.manifest["set_aside"]["documents"] == 1
 
 
+@pytest.mark.parametrize(("texts", "is_cut"), [(3, False), (9, True)])
+def test_a_val_source_that_is_not_read_to_its_end_is_said(tmp_path, monkeypatch, capsys, texts, is_cut):
+    root = write(tmp_path / "t", {f"{i}.txt": prose(i) for i in range(9)})
+    val_source = write(tmp_path / "v", {f"{i}.txt": prose(f"held out {i}") for i in range(texts)})
+    monkeypatch.setattr(data_utils, "SHARD_TOKENS", 3 * len(prose("held out")) - 500)
+    data = prepare(tmp_path, root, val_source=val_source)
+    assert len(texts_of(data, "val")) == 3
+    assert ("val_source holds more than that: " in capsys.readouterr().out) == is_cut
+
+
 # --------------------------------------------------------------------------------------- handfuls, long texts
 
 SHORT_OF_DOCUMENTS = {
