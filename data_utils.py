@@ -33,7 +33,7 @@ from machinery.preparation import ADVICE, is_known, open_sources, tokenize, toke
 from machinery.shards import MANIFEST_VERSION, is_enough, load_tokenizer, read_manifest, report, split_documents
 from machinery.sources import refuse_overlap
 from machinery.tokenizers import token_byte_counts
-from machinery.vocabularies import get_tokenizer
+from machinery.vocabularies import get_tokenizer, tokenizer_notes
 
 __all__ = ["Batches", "TokenData", "TokenWindows", "get_tokenizer", "prepare_data", "tokens_needed", "work"]
 
@@ -71,7 +71,7 @@ def prepare_data(config, progress: bool = True) -> TokenData:
     data = TokenData(data_dir / f"{slug}-{json_digest(settings)[:8]}", task, config.block_size)
     encoding = None
     if not is_enough(data.manifest, task["train_tokens"]):
-        for note in source.notes() + (val_source.notes() if val_source else []):
+        for note in source.notes() + (val_source.notes() if val_source else []) + tokenizer_notes(config.tokenizer):
             print(note)
         if val_source:
             refuse_overlap(source, val_source)

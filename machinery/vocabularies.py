@@ -44,7 +44,7 @@ def get_tokenizer(name: str, vocab_size: int, documents: Iterable[str] = ()) -> 
         own = "special_tokens" in fields  # of a run of this project
         encoding = tokenizer_from_dict(fields, path) if own else read_tokenizer(path.parent)
     else:
-        names = ", ".join(["bytes", "bpe", *tiktoken.list_encoding_names()])
+        names = ", ".join(built_in())
         raise DataError(f"tokenizer {name!r} is not known; there are {names}, or the folder of a tokenizer.json")
     if encoding.n_vocab > vocab_size:
         raise DataError(
@@ -52,6 +52,18 @@ def get_tokenizer(name: str, vocab_size: int, documents: Iterable[str] = ()) -> 
             f" set vocab_size to {-(-encoding.n_vocab // 64) * 64} (a multiple of 64 suits GPUs)"
         )
     return encoding
+
+
+def built_in() -> list[str]:
+    """The tokenizers that have a name of their own."""
+    return ["bytes", "bpe", *tiktoken.list_encoding_names()]
+
+
+def tokenizer_notes(name: str) -> list[str]:
+    """Lines that a user should see before a tokenizer is used."""
+    if name in built_in() and tokenizer_file(name):
+        return [f"tokenizer {name!r} is built in; for the folder of that name here, write './{name}'"]
+    return []
 
 
 def tokenizer_file(name: str) -> Path | None:

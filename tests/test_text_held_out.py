@@ -1,5 +1,6 @@
 """Held-out text is held out: no near-copy of it is trained on, and the split is a function of content."""
 
+import json
 import os
 import random
 import re
@@ -16,6 +17,7 @@ from machinery.encoding import encode_all
 from machinery.errors import DataError, UserError
 from machinery.held_out import common_lines, cut_tail, smallest_of_text
 from machinery.preparation import open_sources, tokenize
+from machinery.tokenizers import tokenizer_to_dict
 from tests.test_text import prepare, texts_of, told, write
 
 WORDS = ["time", "way", "year", "work", "day", "part", "place", "case", "week", "system", "program", "question"]
@@ -341,6 +343,16 @@ def test_other_text_is_read_with_the_tokenizer_of_a_run(tmp_path):
     again = prepare(tmp_path, str(tmp_path / "u"), tokenizer=str(first.folder), vocab_size=512)
     assert again.manifest["tokenizer"]["sha256"] == first.manifest["tokenizer"]["sha256"]
     assert texts_of(again, "train") == texts_of(other, "train")
+
+
+def test_a_tokenizer_that_is_built_in_and_a_folder_here_is_said(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    source = write(tmp_path / "t", {f"{i}.txt": prose(i) for i in range(20)})
+    for name, is_said in (("bytes", False), ("bytes", True), ("./bytes", False)):
+        prepare(tmp_path, source, tokenizer=name, vocab_size=320, val_fraction=0.2 + 0.01 * is_said)
+        said = "tokenizer 'bytes' is built in; for the folder of that name here, write './bytes'"
+        assert (said in capsys.readouterr().out) == is_said
+        write(tmp_path, {"bytes/tokenizer.json": json.dumps(tokenizer_to_dict(get_tokenizer("bytes", 257)))})
 
 
 def test_another_tokenizer_beside_the_shards_is_always_refused(tmp_path):
