@@ -59,6 +59,10 @@ FORMATS = {  # first bytes, what they are of, and how to get at the text
     b"\x04\x22\x4d\x18": ("lz4", "unpack it with unlz4"),
     b"\x78\x9c": ("zlib", "unpack it with pigz -dz"),
     b"\x78\xda": ("zlib", "unpack it with pigz -dz"),
+    b"LZIP": ("lzip", "unpack it with lzip -d"),
+    b"\x89LZO": ("lzop", "unpack it with lzop -d"),
+    b"\xff\x06\0\0sNaPpY": ("snappy", "unpack it with snzip -d"),
+    b"Salted__": ("a file that OpenSSL has encrypted", "decrypt it"),
     b"7z\xbc\xaf\x27\x1c": ("7-Zip", "unpack it with 7z x"),
     b"Rar!": ("RAR", "unpack it with unrar x"),
     b"PK\x03\x04": ("zip (or a .docx, .xlsx, .epub)", "unpack it or export its text"),
@@ -67,10 +71,14 @@ FORMATS = {  # first bytes, what they are of, and how to get at the text
     b"{\\rtf": ("RTF", "export its text"),
     b"\xd0\xcf\x11\xe0": ("an old Office document", "export its text"),
     b"version https://git-lfs": ("a pointer of Git LFS and not the file itself", "fetch it with git lfs pull"),
+    b"/annex/objects/": ("a pointer of git-annex and not the file itself", "fetch it with git annex get"),
     b"PAR1": ("Parquet", "give it the suffix .parquet"),
     b"ARROW1": ("Arrow", "convert it to Parquet"),
     b"Obj\x01": ("Avro", "convert it to Parquet"),
-    b"\x80\x04\x95": ("a Python pickle", "export its text"),
+    b"\x80\x02": ("a Python pickle", "export its text"),
+    b"\x80\x03": ("a Python pickle", "export its text"),
+    b"\x80\x04": ("a Python pickle", "export its text"),
+    b"\x80\x05": ("a Python pickle", "export its text"),
     b"\x93NUMPY": ("a NumPy array", "export its text"),
     b"\x89HDF": ("HDF5", "export its text"),
     b"\x89PNG": ("PNG", "remove it"),
@@ -83,7 +91,12 @@ FORMATS = {  # first bytes, what they are of, and how to get at the text
     codecs.BOM_UTF16_LE: ("UTF-16", "convert it, for example with iconv -f utf-16 -t utf-8"),
     codecs.BOM_UTF16_BE: ("UTF-16", "convert it, for example with iconv -f utf-16 -t utf-8"),
 }
-TEXT_FORMATS = {b"%PDF-", b"{\\rtf", b"version https://git-lfs"}  # which may hold nothing but characters
+TEXT_FORMATS = {
+    b"%PDF-",
+    b"{\\rtf",
+    b"version https://git-lfs",
+    b"/annex/objects/",
+}  # which may hold nothing but characters
 WIDE = ("utf-32-le", "utf-32-be", "utf-16-le", "utf-16-be")
 BETWEEN_WORDS = set(" \n、。，　")  # one of which any longer text holds, where its encoding is not mistaken
 CONTROLS = bytes(byte for byte in range(32) if byte not in b"\b\t\n\v\f\r\x1b")  # which text does not hold

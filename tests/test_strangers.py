@@ -5,6 +5,7 @@ import gzip
 import json
 import lzma
 import os
+import pickle
 import subprocess
 import sys
 import threading
@@ -46,6 +47,10 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\
         (b"Rar!\x1a\x07\x01\0" + bytes(range(200)), "holds RAR"),
         (b"{\\rtf1\\ansi hello}", "holds RTF"),
         (LFS, "holds a pointer of Git LFS"),
+        (b"/annex/objects/MD5E-s5--12.txt\n", "holds a pointer of git-annex"),
+        (b"\x89LZO\0\r\n\x1a\n", "holds lzop, not UTF-8 text; unpack it with lzop -d"),
+        (pickle.dumps("texts", 2), "holds a Python pickle"),
+        (pickle.dumps("texts", 5), "holds a Python pickle"),
     ],
 )
 def test_what_a_file_holds_is_named_and_no_other_thing(tmp_path, content, said):
