@@ -97,6 +97,7 @@ TEXT_FORMATS = {
     b"version https://git-lfs",
     b"/annex/objects/",
 }  # which may hold nothing but characters
+SHORT = 64  # bytes of a text that is too short to tell its encoding
 WIDE = ("utf-32-le", "utf-32-be", "utf-16-le", "utf-16-be")
 BETWEEN_WORDS = set(" \n、。，　")  # one of which any longer text holds, where its encoding is not mistaken
 CONTROLS = bytes(byte for byte in range(32) if byte not in b"\b\t\n\v\f\r\x1b")  # which text does not hold
@@ -146,7 +147,7 @@ def _wide_encoding(head: bytes) -> str | None:
     words, other text is mostly ASCII. In the wrong order of bytes, text has more different high bytes, which name the
     script.
     """
-    if len(head) < (2 if _controls(head) else 64):  # too short to tell
+    if len(head) < (2 if _controls(head) else SHORT):
         return None
     ascii_share = sum(32 <= byte < 127 for byte in head) / len(head)
     if ascii_share > 0.7 and sum(byte in b" \n" for byte in head) > 0.05 * len(head):  # words, with an odd byte or two
@@ -201,6 +202,8 @@ def texts(path: Path, separator: re.Pattern | None) -> Iterator[str]:
                 else "convert it from the encoding that it is in, for example with iconv -f latin1 -t utf-8, or"
                 " cp1251 for Russian, gb18030 for Chinese, shift_jis for Japanese"
             )
+            if file.tell() < SHORT and file.tell() % 2 == 0:
+                advice += "; or it is UTF-16, in so few bytes hard to tell: iconv -f utf-16-le -t utf-8"
             raise DataError(f"{path}: not UTF-8 at byte {at} (0x{error.object[error.start]:02x}); {advice}") from None
 
 

@@ -295,6 +295,13 @@ def test_odd_text_is_text(tmp_path, text):
     assert list(iter_documents(write(tmp_path, {"a.txt": text}))) == [text]
 
 
+@pytest.mark.parametrize("text", ["你好，", "ひらがな", "안녕하세요", "🙂🙃"])
+def test_a_short_text_that_may_be_utf16_is_said_to(tmp_path, text):
+    """Without a line end, such bytes could be of other encodings too."""
+    message = refused(write(tmp_path, {"a.txt": text.encode("utf-16-le")}))
+    assert "not UTF-8 at byte" in message and "UTF-16" in message and "iconv -f utf-16-le" in message
+
+
 def test_latin1_is_not_taken_for_a_wide_encoding(tmp_path):
     for text in ("café", "Größe und Maß, für alle Fälle. " * 40, "élève" * 3, "naïve façade\n" * 5):
         message = refused(write(tmp_path, {"a.txt": text.encode("latin1")}))
