@@ -88,7 +88,10 @@ def best_shape(config, machine: Machine, hours: float, channels: int = 64) -> di
             rows.append((expected_loss(parameters, tokens), "nats per token", shape, parameters, tokens))
     best = min(rows, key=lambda row: row[0], default=None)
     if not rows or best in (rows[0], rows[-1]):
-        why = "beyond the sizes tried" if rows else "laws are for 'demo' on 'python' or 'english', and for the hub"
+        why = "laws are for 'demo' on 'python' or 'english', and for the hub"
+        if rows:
+            side, change = ("smaller", "more") if best == rows[0] else ("larger", "fewer")
+            why = f"it is {side} than those that are known; try {change} hours"
         raise UserError(f"no law covers the best size for {sized.max_hours:g} hours of {config.source!r}: {why}")
     for loss, unit, shape, parameters, tokens in rows[max(0, rows.index(best) - 2) : rows.index(best) + 3]:
         sizes = f"{shape['n_layer']:3d} × {shape['n_embd']:<5d}{parameters:14,.0f} weights {tokens:16,.0f} tokens"

@@ -187,8 +187,10 @@ def test_the_best_shape_is_inside_of_what_was_tried_or_not_known(lm, monkeypatch
     assert shape["n_embd"] % 128 == 0 and abs(shape["n_embd"] - 64 * shape["n_layer"]) <= 64
     assert 10 <= shape["n_layer"] <= 20 and capsys.readouterr().out.count("<- best") == 1
     settle_batch(lm.replace(day, **shape), CPU)  # it is a configuration
-    for config, hours in ((lm.replace(day, source="texts/*.txt"), 24), (day, 0.001)):
-        with pytest.raises(UserError, match="no law covers the best size for"):
+    own = lm.replace(day, source="texts/*.txt")
+    refused = [(own, 24, "laws are for"), (day, 0.001, "smaller .* more"), (day, 1e6, "larger .* fewer")]
+    for config, hours, why in refused:
+        with pytest.raises(UserError, match=f"no law covers the best size for .*{why}"):
             best_shape(config, CPU, hours=hours)
     assert best_shape(day, CPU, hours="24") == shape
     for channels in ("64", None, math.nan, math.inf, 0):

@@ -112,8 +112,7 @@ QUOTES = [
         )
         for unseen, inside in ("#*", "*#")
     ),
-    (TEXT, "0.1 ended # bits per byte lower", RECIPE, "| weight_decay 0.1 | # |", -1),
-    (TEXT, "With AdamW for the matrices too, `demo` ended # higher", RECIPE, "| AdamW for all | # |", 1),
+    (TEXT, "With AdamW for the matrices too, `demo` ended # bits per byte higher", RECIPE, "| AdamW for all | # |", 1),
     *(
         (where, sentence, f"{RECIPE}#{text}", f"| {PLAIN} | 1,000,000 | * | * | * | * | # |", 1)
         for where, sentence, text in [
@@ -159,6 +158,8 @@ def day_on(lm, card: str, hours: float) -> tuple[float, ...]:
 
 # A text and its sentence, and how to compute its numbers
 COMPUTED = [
+    (TEXT, "`day` would have #M parameters in place of #M",
+     lambda lm: [count_parameters(sized(lm, "day", attention=name)[1])["total"] / 1e6 for name in ("value", "gqa")]),
     (README, "`day`: #M parameters, # hours", lambda lm: [_millions(lm, "day"), lm.Config.max_hours]),
     (README, "`demo`: #M, three minutes", lambda lm: [_millions(lm, "demo")]),
     (TEXT, "about # million parameters for a day", lambda lm: [round(_millions(lm, "day"), -1)]),
