@@ -487,7 +487,10 @@ def test_little_held_out_text_is_said(tmp_path, capsys):
     for rows, said in ((100, True), (4000, False)):
         root = write(tmp_path / f"{rows}", {"a.jsonl": [{"text": prose(i, 1)} for i in range(rows)]})
         prepare(tmp_path, root, val_fraction=0.2)
-        assert (" bytes are held out; a loss on so few says little: " in capsys.readouterr().out) == said
+        assert (" bytes are held out; a loss on so few says little: raise " in capsys.readouterr().out) == said
+    own = write(tmp_path / "own", {"a.txt": prose("own", 1)})
+    prepare(tmp_path, root, val_source=own)
+    assert " says little: name more in val_source\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("rows", "fraction"), [(300, 0.01), (60, 0.02), (2000, 1e-6)])
