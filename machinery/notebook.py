@@ -9,11 +9,13 @@ nothing is written twice:
 
 from __future__ import annotations
 
+import io
 import json
 import linecache
 import os
 import subprocess
 import sys
+import tokenize
 import types
 from pathlib import Path
 
@@ -67,9 +69,18 @@ def start_python(program: str, *arguments: str, env: dict[str, str] | None = Non
 
 
 def source_digest(notebook: str | Path = NOTEBOOK) -> str:
-    """A hash of the text of all code cells, whatever their outputs are."""
+    """A hash of the code of all cells, whatever their outputs and comments are."""
     cells = json.loads(Path(notebook).read_text("utf-8"))["cells"]
-    return json_digest(["".join(c["source"]) for c in cells if c["cell_type"] == "code"])
+    return json_digest([_without_comments("".join(c["source"])) for c in cells if c["cell_type"] == "code"])
+
+
+def _without_comments(source: str) -> str:
+    lines = source.splitlines()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            row, column = token.start
+            lines[row - 1] = lines[row - 1][:column].rstrip()
+    return "\n".join(lines)
 
 
 def mark_executed(notebook: str | Path = NOTEBOOK) -> None:

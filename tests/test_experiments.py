@@ -14,7 +14,18 @@ import torch
 from machinery.errors import UserError
 from machinery.machine import Machine
 from model_utils import count_parameters, flops_per_token, predict
-from tools.experiments import choices, curves, equal_size, frontier, induction, lengths, plot_sweep, shape, sweep
+from tools.experiments import (
+    choices,
+    compare,
+    curves,
+    equal_size,
+    frontier,
+    induction,
+    lengths,
+    plot_sweep,
+    shape,
+    sweep,
+)
 from tools.experiments.__main__ import FINDINGS, RESULTS, measured_at, repeat
 from tools.experiments.tool import places, runs_that_fit
 
@@ -65,6 +76,24 @@ def test_sweep_makes_a_tidy_table_reuses_what_is_finished_and_reports_what_fails
 
     losses = lengths.measure_length(good.run, 64, windows=3, **where)  # four times the trained 16
     assert losses.shape == (64,) and losses.isfinite().all()
+
+
+def test_runs_of_one_seed_are_compared_in_pairs():
+    runs = [
+        ("base", 0, 2.0),
+        ("base", 1, 3.0),
+        ("better", 0, 1.8),
+        ("better", 1, 2.9),
+        ("alone", 1, 3.2),
+        ("new", 2, 1),
+    ]
+    table = pd.DataFrame(runs, columns=["label", "seed", "val_bpb"]).assign(status="finished")
+    found = compare(table).set_index("label")
+    assert list(found.index) == ["better", "alone"], "without a pair there is nothing to say"
+    assert found.loc["better", "difference in val_bpb"] == pytest.approx(-0.15)
+    assert found.loc["better", "standard error"] == pytest.approx(0.05)
+    assert (found.loc["better", "verdict"], found.loc["alone", "verdict"]) == ("better", "one run")
+    assert compare(table.assign(status="failed")).empty
 
 
 ODD = [

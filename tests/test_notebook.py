@@ -183,16 +183,17 @@ def test_figures_of_the_committed_notebook_are_told_in_words_and_no_output_needs
     assert not any("application/vnd.jupyter.widget-view+json" in output.data for output in outputs)
 
 
-def test_changed_code_is_no_longer_the_executed_one_and_changed_prose_is(tmp_path):
+def test_changed_code_is_no_longer_the_executed_one_and_changed_prose_and_comments_are(tmp_path):
     copy = tmp_path / "copy.ipynb"
     copy.write_bytes(NOTEBOOK.read_bytes())
     mark_executed(copy)
     notebook = nbformat.read(copy, as_version=4)
     assert notebook.metadata.executed_source == source_digest(copy) == source_digest()
     notebook.cells[0].source += " "
+    notebook.cells[-1].source += "  # a comment"
     nbformat.write(notebook, copy)
     assert notebook.metadata.executed_source == source_digest(copy)
-    notebook.cells[-1].source += " "
+    notebook.cells[-1].source += "\nlen('#')"
     nbformat.write(notebook, copy)
     assert notebook.metadata.executed_source != source_digest(copy)
 

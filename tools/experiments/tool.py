@@ -1,8 +1,9 @@
 """A question to the machine in a few lines: overrides in, runs in processes of their own, one table and one figure out.
 
-    from tools.experiments import plot_sweep, sweep
+    from tools.experiments import compare, plot_sweep, sweep
 
-    table = sweep({"wide": {"n_layer": 1}, "deep": {"n_layer": 4}}, seeds=(0, 1, 2), preset="smoke", max_steps=200)
+    table = sweep({"wide": {"n_layer": 1}, "deep": {"n_layer": 4}}, seeds=range(5), preset="smoke", max_steps=200)
+    compare(table)
     plot_sweep(table, x="parameters", y="val_loss")
 
 A table is a pandas DataFrame with a row per run: `table.to_csv("answer.csv")` keeps it.
@@ -29,6 +30,7 @@ from machinery.machine import Machine
 from machinery.notebook import defining_cells, load_definitions
 from model_utils import count_parameters, flops_per_token, predict
 from tools.common import train_apart
+from tools.runs import paired_effect, verdict
 
 # What a run of a sweep does without, unless it is asked for
 PLAIN = {"sample_every": 10**9, "sample_tokens": 1, "compile": False, "keep_checkpoints": 1}
@@ -160,6 +162,20 @@ def curves(table: pd.DataFrame) -> pd.DataFrame:
         steps["flops"] = steps.tokens * (run.flops / run.tokens)
         parts.append(steps.assign(label=run.label, seed=run.seed))
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
+
+
+def compare(table: pd.DataFrame, y: str = "val_bpb") -> pd.DataFrame:
+    """What each label gains over the first, lower being better: a row with the mean difference of runs of one seed,
+    which read the same batches, its standard error, the number of such pairs, and whether it is more than two errors.
+    """
+    finished = table[table.status == "finished"].groupby("label", sort=False)
+    losses = {label: runs.set_index("seed")[y].to_dict() for label, runs in finished}
+    rows, first = [], next(iter(losses), None)
+    for label in [label for label in losses if label != first and losses[label].keys() & losses[first].keys()]:
+        effect, error, pairs = paired_effect(losses[label], losses[first])
+        row = {"label": label, "against": first, f"difference in {y}": effect, "standard error": error, "pairs": pairs}
+        rows.append(row | {"verdict": verdict(effect, error)})
+    return pd.DataFrame(rows)
 
 
 def plot_sweep(table: pd.DataFrame, x="tokens", y="val_loss", ax=None, band=True, **style) -> plt.Axes:
