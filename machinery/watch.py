@@ -10,6 +10,7 @@ from collections import deque
 from pathlib import Path
 
 from machinery.budget import multiplying_and_flops
+from machinery.checkpoints import checkpoint_folders
 from machinery.errors import UserError
 from machinery.files import free_bytes
 from machinery.forecast import Forecast, forecast
@@ -149,7 +150,9 @@ def print_preflight(
         "forecast": f"{expected.low:.3f} to {expected.high:.3f} bits per byte held out" if expected else "",
     }  # fmt: skip
     print("\n".join(f"  {name:12s} {text}" for name, text in rows.items() if text))
-    print("  go")
+    to_come = keep + 2 - len(checkpoint_folders(folder))
+    is_full = p["checkpoint (GB)"] * to_come > free_bytes(folder) / 1e9
+    print("  go" + (", but make room on the disk, or set runs_dir: not all checkpoints will fit" if is_full else ""))
     return expected
 
 

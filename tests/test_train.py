@@ -28,7 +28,7 @@ from machinery.checkpoints import (
 )
 from machinery.errors import UserError
 from machinery.figures import plot_runs, show_run
-from machinery.files import read_jsonl
+from machinery.files import free_bytes, read_jsonl
 from machinery.huggingface import config_from_hf, export_hf, import_hf
 from machinery.interrupts import StopRequest
 from machinery.loggers import LOGGERS, Logger, Loggers
@@ -835,6 +835,10 @@ def test_preflight_says_no_before_anything_is_made(lm, settings, tmp_path, capsy
     print_preflight(prediction, config, machine, "eager", tmp_path, 0.0, {"max_steps": prediction["tokens"]})
     printed = capsys.readouterr().out
     assert "then 0:01:30 to score all held-out text" in printed and "GB predicted" in printed and "limit" not in printed
+    assert printed.endswith("  go\n")
+    few = prediction | {"checkpoint (GB)": free_bytes(tmp_path) / 2e9}  # of four, one fits
+    print_preflight(few, config, machine, "eager", tmp_path, 0.0, {"max_steps": prediction["tokens"]})
+    assert "go, but make room on the disk" in capsys.readouterr().out
     with pytest.raises(UserError, match="no go: one sequence .* 99999.0 GB"):
         refuse_what_does_not_fit(prediction | {"peak memory (GB)": 99999.0}, machine, tmp_path)
     with pytest.raises(UserError, match="no go: a checkpoint takes"):
