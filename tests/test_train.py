@@ -1035,6 +1035,19 @@ def test_any_prompt_gets_text(lm, settings, prompt):
     assert sample["prompt"] == prompt and sample["text"]
 
 
+def test_samples_are_drawn_at_the_temperature_of_the_configuration(lm, settings):
+    config = settings(max_steps=1, sample_temperature=0)
+    lm.train(config)
+    run = Path(config.runs_dir) / config.run_name
+    _, model, encoding = lm.load_run(run)
+    machine = Machine.find("cpu", config.dtype)
+    cold, warm = (
+        [lm.write_text(model, encoding, machine, config.prompt, config.sample_tokens, t, seed=s) for s in range(5)]
+        for t in (0, 0.8)
+    )
+    assert {read_jsonl(run / "samples.jsonl")[-1]["text"]} == set(cold) and len(set(warm)) > 1
+
+
 def test_time_left_and_progress_of_a_resumed_run_are_those_of_its_budget(lm, settings, capsys):
     """A run of an hour, stopped after a moment and resumed at its half."""
     config = settings(max_steps=0, max_hours=1 / 3600, eval_every=10**6)
