@@ -16,7 +16,7 @@ from machinery.machine import Machine
 from model_utils import count_parameters, flops_per_token, predict
 from tools.experiments import (
     choices,
-    compare,
+    compare_sweep,
     curves,
     equal_size,
     frontier,
@@ -88,12 +88,12 @@ def test_runs_of_one_seed_are_compared_in_pairs():
         ("new", 2, 1),
     ]
     table = pd.DataFrame(runs, columns=["label", "seed", "val_bpb"]).assign(status="finished")
-    found = compare(table).set_index("label")
+    found = compare_sweep(table).set_index("label")
     assert list(found.index) == ["better", "alone"], "without a pair there is nothing to say"
     assert found.loc["better", "difference in val_bpb"] == pytest.approx(-0.15)
     assert found.loc["better", "standard error"] == pytest.approx(0.05)
     assert (found.loc["better", "verdict"], found.loc["alone", "verdict"]) == ("better", "one run")
-    assert compare(table.assign(status="failed")).empty
+    assert compare_sweep(table.assign(status="failed")).empty
 
 
 ODD = [

@@ -1,9 +1,9 @@
 """A question to the machine in a few lines: overrides in, runs in processes of their own, one table and one figure out.
 
-    from tools.experiments import compare, plot_sweep, sweep
+    from tools.experiments import compare_sweep, plot_sweep, sweep
 
     table = sweep({"wide": {"n_layer": 1}, "deep": {"n_layer": 4}}, seeds=range(5), preset="smoke", max_steps=200)
-    compare(table)
+    compare_sweep(table)
     plot_sweep(table, x="parameters", y="val_loss")
 
 A table is a pandas DataFrame with a row per run: `table.to_csv("answer.csv")` keeps it.
@@ -164,7 +164,7 @@ def curves(table: pd.DataFrame) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
 
 
-def compare(table: pd.DataFrame, y: str = "val_bpb") -> pd.DataFrame:
+def compare_sweep(table: pd.DataFrame, y: str = "val_bpb") -> pd.DataFrame:
     """What each label gains over the first, lower being better: a row with the mean difference of runs of one seed,
     which read the same batches, its standard error, the number of such pairs, and whether it is more than two errors.
     """
