@@ -94,7 +94,7 @@ def interrupt_kernel(folder: Path, times: int) -> Result:
     try:
 
         def execute(code: str) -> dict:
-            return client.execute_interactive(code, output_hook=lambda message: None, timeout=120)["content"]
+            return client.execute_interactive(code, output_hook=lambda message: None, timeout=600)["content"]
 
         for _, source in defining_cells():
             execute(source)
