@@ -167,7 +167,8 @@ def _wide_encoding(head: bytes) -> str | None:
 def separator_pattern(split_on: str) -> re.Pattern | None:
     """What is looked for between documents: line ends in it stand for those of any system. None for nothing."""
     parts = re.split(r"\r\n|\n|\r", split_on)
-    return re.compile(r"(?:\r\n|\n|\r)".join(map(re.escape, parts))) if split_on else None
+    # As one: else "\r\n" would also be two line ends, as in "\n\n"
+    return re.compile(r"(?>\r\n|\n|\r)".join(map(re.escape, parts))) if split_on else None
 
 
 def texts(path: Path, separator: re.Pattern | None) -> Iterator[str]:
@@ -179,16 +180,19 @@ def texts(path: Path, separator: re.Pattern | None) -> Iterator[str]:
         try:
             while block := file.read(MAX_DOCUMENT_BYTES):
                 block += file.readline(MAX_LINE_BYTES)
+                block += file.read(1) if block.endswith(b"\r") else b""
                 if found := NO_TEXT.search(block):
                     at = file.tell() - len(block) + found.start()
                     raise DataError(f"{path}: holds binary data or UTF-16 from byte {at} on; cut or convert it there")
                 rest += decoder.decode(block)
                 del block
                 is_utf8 = is_utf8 or not rest.isascii()
-                if separator and len(rest) < 4 * MAX_DOCUMENT_BYTES:  # what comes after the last one may go on
-                    cut = max((found.end() for found in separator.finditer(rest)), default=0)
-                else:
-                    cut = len(rest)
+                cut = len(rest)
+                if separator:  # what comes after the last one may go on
+                    found = max((found.end() for found in separator.finditer(rest)), default=0)
+                    cut -= len(separator.pattern)  # where one begins, it may end in the next block
+                    cut = rest.rfind("\n", cut - MAX_LINE_BYTES, cut) + 1 or cut
+                    cut = cut if cut - found > 3 * MAX_DOCUMENT_BYTES else found
                 yield rest[:cut]
                 rest = rest[cut:]
             yield rest + decoder.decode(b"", final=True)

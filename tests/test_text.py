@@ -611,6 +611,28 @@ def test_line_ends_in_a_separator_are_those_of_any_system(tmp_path, capsys, spli
     assert sum(data.manifest["documents"].values()) == 30 and "stands" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("split_on", ["\n\n", "\r\n\r\n", "\n\n\n"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_a_line_end_of_two_characters_is_one(tmp_path, split_on, end):
+    blank = end * split_on.count("\n")
+    write(tmp_path, {"a.txt": f"one{end}two{blank}three{end}four".encode()})
+    documents = [text for text, _ in open_source(str(tmp_path), split_on=split_on).read()]
+    assert documents == [f"one{end}two", f"three{end}four"]
+
+
+@pytest.mark.parametrize("lines", [1, 9])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_a_separator_is_found_wherever_the_parts_of_a_long_text_meet(tmp_path, monkeypatch, end, lines):
+    """Also one of several lines, and after a text longer than what is kept to look for it."""
+    monkeypatch.setattr(text_files, "MAX_DOCUMENT_BYTES", 100)
+    monkeypatch.setattr(text_files, "MAX_LINE_BYTES", 10)
+    for size in range(280, 520):
+        first = ("x" * (size // lines) + end) * lines + "x" * (size % lines)
+        write(tmp_path, {"a.txt": f"{first}{end}---{end}{end}second".encode()})
+        documents = [text for text, _ in open_source(str(tmp_path), split_on="\n---\n\n").read()]
+        assert "".join(documents) == first + "second" and documents[-1] == "second", size
+
+
 OTHER_ENDS = [
     "<endoftext>",
     "</doc>",
