@@ -22,12 +22,15 @@ import numpy as np
 from machinery.text_files import in_parts
 
 PIECE = 1 << 18  # characters of a text that are encoded and looked at together; more at once is not faster
-LINE_ENDS = bytes.maketrans(b"\v\f\x1c\x1d\x1e", b"\n" * 5)  # as `str.splitlines` sees them
+LINE_ENDS = bytes.maketrans(b"\v\f\x1c\x1d\x1e\x1f", b"\n" * 5 + b" ")  # as `str.splitlines` sees them
 ODD_BLANKS = re.compile(
     rb"\xc2[\x85\xa0]|\xe1\x9a\x80|\xe2(?:\x80[\x80-\x8b\xa8\xa9\xaf]|\x81[\x9f\xa0])|\xe3\x80\x80|\xef\xbb\xbf"
 )
 ODD_LINE_ENDS = {end.encode() for end in "\x85\u2028\u2029"}  # among those blanks: U+00A0, U+2003, U+3000, …
-LONG_LINE = 16  # bytes of a line that tells one document from another, blank space aside: some 20 with it
+NO_WIDTH = {blank.encode() for blank in "\u200b\ufeff"}
+LONG_LINE, SPACED_LINE = 16, 20  # characters of a line that tells one document from another, without and with blanks
+FOLLOWING = 32  # bytes of a short line with what follows
+CONTINUED = bytes(range(0x80, 0xC0))  # what follows the first byte of a character
 FEW = 0.25  # share of a text in such lines, under which its short lines count too
 LONGEST_LINE = 1 << 16  # bytes of a line that counts as one
 CUT = re.compile(rb"(?<=[%b]{2})" % re.escape(bytes(range(5, 256, 16))))  # of a longer one: between some pairs of bytes
@@ -41,15 +44,16 @@ def long_lines(content: bytes) -> list[bytes]:
     """The longer lines of a text, without blank space; where it has few, also each line with what follows, in equal
     lengths, after a line end. Of a text too short for that, all of it.
     """
-    lines = _dense(content).splitlines()
-    found = [line for line in lines if LONG_LINE <= len(line) <= LONGEST_LINE]
+    spaced = _plain(content).splitlines()
+    lines = [line.translate(None, b" \t") for line in spaced]
+    found = [line for line, whole in zip(lines, spaced) if len(line) <= LONGEST_LINE and _is_long(line, whole)]
     for line in lines:
         if len(line) > LONGEST_LINE:
             found += [part for part in CUT.split(line) if len(part) >= LONG_LINE]
     whole = b"".join(lines)
     if sum(map(len, found)) < FEW * len(whole):
-        starts, length = accumulate(map(len, lines), initial=0), 2 * LONG_LINE
-        found += [b"\n" + whole[start : start + length] for start in starts if start + length <= len(whole)]
+        starts = accumulate(map(len, lines), initial=0)
+        found += [b"\n" + whole[start : start + FOLLOWING] for start in starts if start + FOLLOWING <= len(whole)]
     return found or [whole]
 
 
@@ -69,11 +73,21 @@ def comparable(lines: Iterable[int]) -> list[list[int]]:
     return [kind for kind in kinds if kind]
 
 
-def _dense(content: bytes) -> bytes:
-    """A text without blank space, and with plain line ends."""
+def _plain(content: bytes) -> bytes:
+    """A text with plain line ends and blank space."""
     if not content.isascii():
-        content = ODD_BLANKS.sub(lambda found: b"\n" if found[0] in ODD_LINE_ENDS else b"", content)
-    return content.translate(LINE_ENDS, b" \t\x1f")
+        content = ODD_BLANKS.sub(lambda found: _plain_blank(found[0]), content)
+    return content.translate(LINE_ENDS)
+
+
+def _plain_blank(blank: bytes) -> bytes:
+    return b"\n" if blank in ODD_LINE_ENDS else b"" if blank in NO_WIDTH else b" "
+
+
+def _is_long(line: bytes, spaced: bytes) -> bool:
+    """Whether a line tells one document from another; a row of a table may be little more than its blanks."""
+    size = len(line) if line.isascii() else len(line.translate(None, CONTINUED))
+    return size >= LONG_LINE or (2 * size > SPACED_LINE and size + len(spaced.split()) > SPACED_LINE)
 
 
 def smallest_line(lines: Iterable[bytes]) -> bytes:
@@ -156,10 +170,11 @@ def _before_footer(text: str, common: Container[bytes]) -> int:
     end = start = len(text)
     for line in reversed(text[-FOOTER:].splitlines(keepends=True)):
         start -= len(line)
-        dense = _dense(line.encode("utf-8", "surrogatepass")).translate(None, b"\r\n")
+        spaced = _plain(line.encode("utf-8", "surrogatepass"))
+        dense = spaced.translate(None, b" \t\r\n")
         if dense in common:
             end = start
-        elif len(dense) >= LONG_LINE:
+        elif _is_long(dense, spaced):
             return end
     return len(text)
 

@@ -483,6 +483,42 @@ def test_texts_of_which_few_lines_are_long_have_no_copy_in_the_training_text(tmp
     assert leaked(data) == 0 and data.manifest["held_out"] == "documents"
 
 
+def spaced(seed, lines=60):
+    """Rows that are blanks by half."""
+    chance = random.Random(seed)
+    return "".join(" ".join(chance.choices("abcdefghijklmnop", k=11)) + "\n" for _ in range(lines))
+
+
+def numbers(seed):
+    chance = random.Random(seed)
+    return "".join("\t".join(str(chance.randrange(100)) for _ in range(8)) + "\n" for _ in range(60))
+
+
+@pytest.mark.parametrize("make", [hex_dump, spaced, numbers])
+@pytest.mark.parametrize("variant", ["a third changed", "inside a longer text", "lines in another order"])
+def test_tables_have_no_near_copy_in_the_training_text(tmp_path, make, variant):
+    originals = [make(seed) for seed in range(60)]
+    texts = originals + [VARIANTS[variant](text, i) for i, text in enumerate(originals)]
+    data = prepare(tmp_path, write(tmp_path / "t", {f"{i}.txt": text for i, text in enumerate(texts)}))
+    assert leaked(data) == 0 and data.manifest["held_out"] in ("documents", "ranked")
+
+
+@pytest.mark.parametrize("letters", ["абвгдежз", "时间方法年工作日部分地方"])
+def test_a_line_beyond_ascii_is_as_long_as_its_characters(tmp_path, letters):
+    """Copies with other short lines, each of more bytes than a long line of ASCII has."""
+
+    def line(seed, length):
+        return "".join(random.Random(seed).choices(letters, k=length)) + "\n"
+
+    texts = [
+        "".join(line(f"{i} {n}", 40) if n % 4 == 0 else line(f"{i} {n} {copy}", 12) for n in range(60))
+        for i in range(60)
+        for copy in range(2)
+    ]
+    data = prepare(tmp_path, write(tmp_path / "t", {f"{i}.txt": text for i, text in enumerate(texts)}))
+    assert leaked(data) == 0 and data.manifest["held_out"] == "documents"
+
+
 def test_little_held_out_text_is_said(tmp_path, capsys):
     for rows, said in ((100, True), (4000, False)):
         root = write(tmp_path / f"{rows}", {"a.jsonl": [{"text": prose(i, 1)} for i in range(rows)]})
