@@ -57,6 +57,8 @@ FORMATS = {  # first bytes, what they are of, and how to get at the text
     b"\x5d\0\0": ("lzma", "unpack it with unlzma"),
     b"\x28\xb5\x2f\xfd": ("zstd", "unpack it with unzstd"),
     b"\x04\x22\x4d\x18": ("lz4", "unpack it with unlz4"),
+    b"\x78\x01": ("zlib", "unpack it with pigz -dz"),
+    b"\x78\x5e": ("zlib", "unpack it with pigz -dz"),
     b"\x78\x9c": ("zlib", "unpack it with pigz -dz"),
     b"\x78\xda": ("zlib", "unpack it with pigz -dz"),
     b"LZIP": ("lzip", "unpack it with lzip -d"),
@@ -102,7 +104,7 @@ WIDE = ("utf-32-le", "utf-32-be", "utf-16-le", "utf-16-be")
 BETWEEN_WORDS = set(" \n、。，　")  # one of which any longer text holds, where its encoding is not mistaken
 CONTROLS = bytes(byte for byte in range(32) if byte not in b"\b\t\n\v\f\r\x1b")  # which text does not hold
 FEW_CONTROLS = 0.1  # share of them, beyond which a file is no text; a fifth of it where the file is not UTF-8
-NO_TEXT = re.compile(rb"\0(?:\0{15}|(?:[^\0]\0){15})")  # as binary data has it, or UTF-16
+NO_TEXT = re.compile(rb"[%b](?:[^%b]?[%b]){15}" % ((re.escape(CONTROLS),) * 3))  # as binary data has it, or UTF-16
 
 
 def _check_format(path: Path, head: bytes, expected: str = "UTF-8 text") -> None:
@@ -181,10 +183,9 @@ def texts(path: Path, separator: re.Pattern | None) -> Iterator[str]:
             while block := file.read(MAX_DOCUMENT_BYTES):
                 block += file.readline(MAX_LINE_BYTES)
                 block += file.read(1) if block.endswith(b"\r") else b""
-                if found := NO_TEXT.search(block):
-                    at = file.tell() - len(block) + found.start()
-                    raise DataError(f"{path}: holds binary data or UTF-16 from byte {at} on; cut or convert it there")
                 rest += decoder.decode(block)
+                if found := NO_TEXT.search(block):
+                    raise _no_text(path, file.tell() - len(block) + found.start())
                 del block
                 is_utf8 = is_utf8 or not rest.isascii()
                 cut = len(rest)
@@ -197,7 +198,12 @@ def texts(path: Path, separator: re.Pattern | None) -> Iterator[str]:
                 rest = rest[cut:]
             yield rest + decoder.decode(b"", final=True)
         except UnicodeDecodeError as error:
-            at = file.tell() - len(error.object) + error.start
+            before, found = file.tell() - len(error.object), NO_TEXT.search(error.object)
+            at, after = before + error.start, error.object[error.start :][:4096]
+            if found and found.start() <= error.start + len(codecs.BOM_UTF16):
+                raise _no_text(path, min(at, before + found.start())) from None
+            if len(after) >= SHORT and _controls(after) > len(after) * FEW_CONTROLS / 5:
+                raise _no_text(path, at) from None
             text = error.object.decode(errors="replace")  # in other encodings, few bytes happen to be UTF-8
             wrong, beyond_ascii = text.count("\ufffd"), len(text) - len(text.encode("ascii", "ignore"))
             advice = (
@@ -209,6 +215,10 @@ def texts(path: Path, separator: re.Pattern | None) -> Iterator[str]:
             if file.tell() < SHORT and file.tell() % 2 == 0:
                 advice += "; or it is UTF-16, in so few bytes hard to tell: iconv -f utf-16-le -t utf-8"
             raise DataError(f"{path}: not UTF-8 at byte {at} (0x{error.object[error.start]:02x}); {advice}") from None
+
+
+def _no_text(path: Path, at: int) -> DataError:
+    return DataError(f"{path}: holds binary data or UTF-16 from byte {at} on; cut or convert it there")
 
 
 _DECODER = json.JSONDecoder(parse_int=float)  # numbers are never text; of int, only so many digits are read

@@ -317,6 +317,12 @@ PARTS = {  # what begins as UTF-8 and goes on otherwise
     "a character cut off": (RUSSIAN[:-2], "byte 49 (0xd0); before that it is; mend these bytes"),
     "UTF-16": (RUSSIAN * 99 + "a line\n".encode("utf-16-be") * 9, "binary data or UTF-16 from byte 5148 on"),
     "binary data": (ASCII + b"\0" * 99, "binary data or UTF-16 from byte 6993 on"),
+    "UTF-16 in which no byte is above 127": (
+        ASCII + RUSSIAN.decode().encode("utf-16-le"),
+        "binary data or UTF-16 from byte 6993 on",
+    ),
+    "UTF-16 with a mark": (ASCII + RUSSIAN.decode().encode("utf-16"), "binary data or UTF-16 from byte 6993 on"),
+    "a packed end": (ASCII + b"\xfd" + gzip.compress(RUSSIAN * 9), "binary data or UTF-16 from byte 6993 on"),
     "a tape archive": (
         b"a.txt".ljust(257, b"\0") + b"ustar" + b"\0" * 250 + ASCII,
         "holds tar, not UTF-8 text; unpack",
@@ -358,6 +364,7 @@ def test_packed_files_under_a_wrong_name_are_named(tmp_path, suffix):
         "zip": (tmp_path / "x.zip").read_bytes(),
         "tar": (tmp_path / "x.tar").read_bytes(),
         "zlib": zlib.compress(b"a"),
+        "zlib ": zlib.compress(b"a", 1),
         "PDF": b"%PDF-1.7\n",
         "zstd": b"\x28\xb5\x2f\xfd\x00",
         "Parquet": b"PAR1\x15",
@@ -365,7 +372,7 @@ def test_packed_files_under_a_wrong_name_are_named(tmp_path, suffix):
     for name, content in packed.items():
         write(tmp_path, {f"a.{suffix}": content})
         message = refused(str(tmp_path / f"a.{suffix}"))
-        assert f"a.{suffix}: holds {name}" in message
+        assert f"a.{suffix}: holds {name.strip()}, " in message or name == "zip" and "holds zip (or" in message
 
 
 @pytest.mark.parametrize(
