@@ -352,7 +352,8 @@ def parquet_texts(path: Path, text_column: str) -> Iterator[str]:
     try:
         with path.open("rb") as content:
             _check_format(path, content.read(4096), "Parquet")
-        with path.open("rb") as content, ParquetFile(content, buffer_size=1 << 20) as file:
+        options = {"buffer_size": 1 << 20, "page_checksum_verification": True}
+        with path.open("rb") as content, ParquetFile(content, **options) as file:
             if file.metadata.num_rows:
                 _check_column(file.schema_arrow, text_column, path)
                 yield from _parquet_column(file, text_column, path)

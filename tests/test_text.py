@@ -525,6 +525,15 @@ def test_wrong_parquet_is_named_and_empty_files_are_passed_over(tmp_path):
     assert list(iter_documents(str(tmp_path))) == ["text"]
 
 
+def test_parquet_that_differs_from_its_checksums_is_refused(tmp_path):
+    table, path = pyarrow.table({"text": [f"row {i} of the table" for i in range(99)]}), tmp_path / "a.parquet"
+    options = {"write_page_checksum": True, "compression": "none", "use_dictionary": False}
+    pyarrow.parquet.write_table(table, path, **options)
+    assert len(list(iter_documents(str(path)))) == 99
+    path.write_bytes(path.read_bytes().replace(b"row 50", b"row 5x"))
+    assert "a.parquet: not readable as parquet" in refused(str(path))
+
+
 def test_a_text_that_stands_in_many_rows_is_read_in_few_at_a_time(tmp_path):
     """Parquet writes it once: what 9 kB hold may be gigabytes."""
     row = pyarrow.table({"text": ["a long text\n" * 1000] * 3000})
