@@ -44,9 +44,14 @@ def long_lines(content: bytes) -> list[bytes]:
     """The longer lines of a text, without blank space; where it has few, also each line with what follows, in equal
     lengths, after a line end. Of a text too short for that, all of it.
     """
-    spaced = _plain(content).splitlines()
-    lines = [line.translate(None, b" \t") for line in spaced]
-    found = [line for line, whole in zip(lines, spaced) if len(line) <= LONGEST_LINE and _is_long(line, whole)]
+    plain = _plain(content)
+    lines, spaced = plain.translate(None, b" \t").splitlines(), plain.splitlines()
+    surely = LONG_LINE if plain.isascii() else 4 * LONG_LINE  # bytes of so many characters
+    found = [
+        line
+        for line, whole in zip(lines, spaced)
+        if surely <= len(line) <= LONGEST_LINE or (SPACED_LINE < 2 * len(line) < 2 * surely and _is_long(line, whole))
+    ]
     for line in lines:
         if len(line) > LONGEST_LINE:
             found += [part for part in CUT.split(line) if len(part) >= LONG_LINE]
