@@ -75,8 +75,8 @@ def take_checkpoint(
         except Exception as error:  # each library reports a full disk in its own way
             needed, free = _bytes_needed(weights, training), free_bytes(run)
             raise CheckpointError(
-                f"{target} was not written ({first_line(error)}): it takes {needed / 1e9:,.4f} GB and"
-                f" {free / 1e9:,.4f} GB are free there; earlier checkpoints are kept, and a run goes on from them"
+                f"{target} was not written ({first_line(error)}): it takes {needed / 1e9:,.4f} GB and {free / 1e9:,.4f}"
+                f" GB are free there; earlier checkpoints, if any, are kept, and a run goes on from them"
             ) from None
         _remove_older(target, keep, keep_step)
         return target
@@ -157,7 +157,7 @@ def checkpoint_folders(run: Path) -> list[Path]:
     with told(folder, CheckpointError, "cannot be read", "is it a folder that you may read?"):
         refuse_link(folder)
         found = [folder / name for name in os.listdir(folder)] if os.path.lexists(folder) else []
-        named = [(NAME.fullmatch(path.name), path) for path in found if path.is_symlink() or path.is_dir()]
+        named = [(NAME.fullmatch(path.name), path) for path in found]  # also a file or a link: it is not a whole one
     ages = {path: (int(match[1]), int(match[2] or 1 << 62)) for match, path in named if match}
     return sorted(ages, key=ages.get)
 

@@ -232,6 +232,20 @@ def test_where_none_is_whole_it_is_said(tmp_path, capsys):
     assert "model.safetensors: content does not match its checksum" in capsys.readouterr().out
 
 
+def test_a_file_in_the_place_of_a_checkpoint_is_told_and_not_passed_over(tmp_path, capsys):
+    first, second = save(tmp_path, 1), save(tmp_path, 2)
+    for path, left in ((second, first), (first, None)):
+        shutil.rmtree(path)
+        path.write_text("somebody's")
+        if left:
+            assert newest_checkpoint(tmp_path) == left
+            assert f"{path.name}{os.sep}state.json" in (said := capsys.readouterr().out) and "before it" in said
+    with pytest.raises(CheckpointError, match="none of its 2 checkpoints can be read"):
+        newest_checkpoint(tmp_path)
+    save(tmp_path, 2)
+    assert (tmp_path / "checkpoints" / "step_00000002.1").read_text() == first.read_text() == "somebody's"
+
+
 def test_a_step_that_is_none_is_one_line(tmp_path):
     path = save(tmp_path, 1)
     assert read_newest(tmp_path, str, 1) == read_newest(tmp_path, str, "1") == str(path)
