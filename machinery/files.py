@@ -38,7 +38,7 @@ def folder_path(value: object, what: str = "the folder of a run") -> Path:
 def free_bytes(path: str | Path) -> int:
     """Free bytes on the disk where `path` is, or would be made."""
     path = Path(path).absolute()
-    return shutil.disk_usage(next(place for place in (path, *path.parents) if place.exists())).free
+    return shutil.disk_usage(next(place for place in (path, *path.parents) if os.path.exists(place))).free
 
 
 def regular_file(path: Path) -> Path:

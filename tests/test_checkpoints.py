@@ -485,6 +485,11 @@ def test_names_that_cannot_be_are_one_line(tmp_path, name):
         assert "\n" not in str(caught.value) and "\0" not in str(caught.value)
 
 
+def test_free_space_is_that_of_the_nearest_folder_whatever_the_name(tmp_path):
+    for name in ("absent/a", "a" * 300, "a\0b"):
+        assert files.free_bytes(tmp_path / name) > 0
+
+
 def test_an_interrupted_write_leaves_the_old_file(tmp_path):
     write_atomic(tmp_path / "a", "old")
     with pytest.raises(UserError, match="not written"):
