@@ -406,6 +406,7 @@ FOREIGN = [
     ({"auto_map": {"AutoModel": "evil.py"}}, "auto_map"),
     ({"hidden_size": 1 << 40}, "hidden_size is 1099511627776"),
     ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000"),
+    ({"num_labels": 10**6}, "num_labels is 1000000"),
     ({"num_attention_heads": 3}, "refused by transformers"),
     ({"num_hidden_layers": 3}, r"model.layers.2.* is missing there, \("),
     ({"num_hidden_layers": 1}, r"model.layers.1.* there, not here"),

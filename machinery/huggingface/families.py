@@ -212,7 +212,8 @@ def _model_fields(folder: Path, raw: dict) -> dict:
     if family is None:
         advice = "" if "model_type" in raw else "; export_hf makes such a checkpoint of a run"
         raise ExportError(f"model_type {raw.get('model_type')!r} is not one of {', '.join(types)}{advice}")
-    for ours, theirs in family.fields.items():  # before anything is made that is as large as they say
+    sizes = [*family.fields.items(), ("n_layer", "num_labels")]  # transformers makes a name for each label
+    for ours, theirs in sizes:  # before anything is made that is as large as they say
         if ours in SIZES and raw.get(theirs) is not None:
             _check_size(ours, raw[theirs], theirs)
     for part in ("auto_map", "quantization_config"):
