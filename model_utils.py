@@ -256,6 +256,9 @@ def attention_maps(model: nn.Module, tokens: Tensor) -> Tensor:
     if not (whole and tokens.dim() == 1 and 0 < len(tokens) <= model.max_length):
         given = f"{tuple(tokens.shape)} of {tokens.dtype}" if isinstance(tokens, Tensor) else type(tokens).__name__
         raise UserError(f"tokens are {given}; give a tensor (T,) of whole numbers, T at most {model.max_length}")
+    least, most, rows = int(tokens.min()), int(tokens.max()), model.embedding.num_embeddings
+    if least < 0 or most >= rows:
+        raise UserError(f"tokens are numbers from {least} to {most} and the model has rows for 0 to {rows - 1}")
     maps, layers = [], [block.attention for block in model.blocks if hasattr(block.attention, "attend")]
 
     def looking(attend):

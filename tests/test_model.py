@@ -348,6 +348,12 @@ def test_copied_keys_give_the_same_as_shared_ones(lm, tiny, monkeypatch):
     assert torch.allclose(model(tokens), expected, atol=1e-5) and torch.allclose(cached, expected, atol=1e-4)
 
 
+@pytest.mark.parametrize("token", [-1, 257])
+def test_tokens_that_a_model_does_not_have_are_one_line(lm, tiny, token):
+    with pytest.raises(lm.UserError, match=f"tokens are numbers from .*{token}.* and the model has rows for 0 to 256"):
+        attention_maps(lm.build_model(tiny()), torch.tensor([5, token]))
+
+
 def test_grouped_attention_maps_have_every_query_head(lm, tiny):
     config = tiny(n_kv_head=2)
     maps = attention_maps(lm.build_model(config), random_batch(config)[0][0])
