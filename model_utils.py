@@ -246,19 +246,42 @@ def cross_entropy(x: Tensor, table: Tensor, targets: Tensor) -> Tensor:
 # ----------------------------------------------------------------------------------------- looking in
 
 
+def check_tokens(model: nn.Module, tokens: Tensor, *dimensions: str) -> None:
+    """Raise `UserError` unless tokens are ids that the model has, of dimensions such as "B", "T"."""
+    whole = isinstance(tokens, Tensor) and tokens.dtype in (torch.int32, torch.int64)
+    if not (whole and tokens.dim() == len(dimensions) and tokens.numel()):
+        given = f"{tuple(tokens.shape)} of {tokens.dtype}" if isinstance(tokens, Tensor) else type(tokens).__name__
+        raise UserError(f"tokens are {given}; give a tensor ({', '.join(dimensions)}) of whole numbers")
+    least, most, rows = int(tokens.min()), int(tokens.max()), model.embedding.num_embeddings
+    if least < 0 or most >= rows:
+        raise UserError(f"tokens are numbers from {least} to {most} and the model has rows for 0 to {rows - 1}")
+
+
+def check_sampling(
+    n_new: int, temperature: float, top_k: int, top_p: float, seed: int, n_vocab: int | None = None
+) -> None:
+    """Raise `UserError` for a way to draw tokens that cannot work."""
+    kept = 1 if n_vocab is None else n_vocab
+    whole = all(type(value) is int for value in (n_new, top_k, seed, kept))
+    numbers = whole and all(isinstance(value, int | float) for value in (temperature, top_p))
+    if not (
+        numbers and temperature >= 0 and min(n_new, top_k, kept - 1) >= 0 and 0 < top_p <= 1 and abs(seed) < 1 << 63
+    ):
+        raise UserError(
+            f"temperature {temperature!r}, top_p {top_p!r}, top_k {top_k!r}, n_new {n_new!r}, seed {seed!r}, n_vocab"
+            f" {n_vocab!r}: use 0 or more, 0 to 1, and whole numbers"
+        )
+
+
 @torch.no_grad()
 def attention_maps(model: nn.Module, tokens: Tensor) -> Tensor:
     """(n_layer, H, T, T): where every head of every layer looks, for one sequence of tokens (T,); rows are queries.
 
     `attend` takes weighted means of values, so with the rows of a unit matrix as values, it gives the weights.
     """
-    whole = isinstance(tokens, Tensor) and tokens.dtype in (torch.int32, torch.int64)
-    if not (whole and tokens.dim() == 1 and 0 < len(tokens) <= model.max_length):
-        given = f"{tuple(tokens.shape)} of {tokens.dtype}" if isinstance(tokens, Tensor) else type(tokens).__name__
-        raise UserError(f"tokens are {given}; give a tensor (T,) of whole numbers, T at most {model.max_length}")
-    least, most, rows = int(tokens.min()), int(tokens.max()), model.embedding.num_embeddings
-    if least < 0 or most >= rows:
-        raise UserError(f"tokens are numbers from {least} to {most} and the model has rows for 0 to {rows - 1}")
+    check_tokens(model, tokens, "T")
+    if len(tokens) > model.max_length:
+        raise UserError(f"{len(tokens)} tokens, and the model counts to {model.max_length}; give the last of them")
     maps, layers = [], [block.attention for block in model.blocks if hasattr(block.attention, "attend")]
 
     def looking(attend):

@@ -350,8 +350,16 @@ def test_copied_keys_give_the_same_as_shared_ones(lm, tiny, monkeypatch):
 
 @pytest.mark.parametrize("token", [-1, 257])
 def test_tokens_that_a_model_does_not_have_are_one_line(lm, tiny, token):
-    with pytest.raises(lm.UserError, match=f"tokens are numbers from .*{token}.* and the model has rows for 0 to 256"):
-        attention_maps(lm.build_model(tiny()), torch.tensor([5, token]))
+    model, tokens = lm.build_model(tiny()), torch.tensor([5, token])
+    for call in (lambda: attention_maps(model, tokens), lambda: lm.generate(model, tokens[None], 2)):
+        with pytest.raises(UserError, match=f"tokens are numbers from .*{token}.* and the model has rows for 0 to 256"):
+            call()
+
+
+@pytest.mark.parametrize("odd", [None, [[1, 2]], torch.zeros(1, 2), torch.zeros(2, dtype=torch.long), torch.ones(1, 0)])
+def test_what_are_no_tokens_is_one_line(lm, tiny, odd):
+    with pytest.raises(UserError, match=r"tokens are .*; give a tensor \(B, T\) of whole numbers"):
+        lm.generate(lm.build_model(tiny()), odd, 2)
 
 
 def test_grouped_attention_maps_have_every_query_head(lm, tiny):
@@ -570,6 +578,8 @@ def test_tokens_that_no_text_has_are_not_drawn(lm, tiny):
         {"temperature": -0.1},
         {"seed": True},
         {"n_new": -1},
+        {"n_vocab": 0},
+        {"n_vocab": 1.5},
     ],
 )
 def test_ways_to_draw_that_cannot_work_are_one_line(lm, tiny, options):
@@ -580,8 +590,8 @@ def test_ways_to_draw_that_cannot_work_are_one_line(lm, tiny, options):
 def test_a_temperature_of_any_size_is_one_and_a_length_that_is_none_is_one_line(lm, tiny):
     model, machine = lm.build_model(tiny()), Machine.find("cpu")
     tokens = torch.zeros(1, 4, dtype=torch.long)
-    drawn = [lm.generate(model, tokens, 8, temperature=size).tolist() for size in (10**400, math.inf)]
-    assert drawn[0] == drawn[1]
+    drawn = [lm.generate(model, tokens, 8, temperature=size).tolist() for size in (10**30, 10**400, math.inf)]
+    assert drawn[0] == drawn[1] == drawn[2]
     for odd in (None, "5", 2.5, []):
         with pytest.raises(UserError, match=f"n_new {re.escape(repr(odd))}"):
             lm.write_text(model, get_tokenizer("bytes", 257), machine, "a", odd)
