@@ -257,16 +257,23 @@ def check_tokens(model: nn.Module, tokens: Tensor, *dimensions: str) -> None:
         raise UserError(f"tokens are numbers from {least} to {most} and the model has rows for 0 to {rows - 1}")
 
 
-def check_sampling(
-    n_new: int, temperature: float, top_k: int, top_p: float, seed: int, n_vocab: int | None = None
+def check_generation(
+    model: nn.Module,
+    tokens: Tensor,
+    n_new: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    seed: int,
+    n_vocab: int | None,
 ) -> None:
-    """Raise `UserError` for a way to draw tokens that cannot work."""
+    """Raise `UserError` for arguments of the notebook's `generate` that cannot work."""
+    check_tokens(model, tokens, "B", "T")
     kept = 1 if n_vocab is None else n_vocab
     whole = all(type(value) is int for value in (n_new, top_k, seed, kept))
     numbers = whole and all(isinstance(value, int | float) for value in (temperature, top_p))
-    if not (
-        numbers and temperature >= 0 and min(n_new, top_k, kept - 1) >= 0 and 0 < top_p <= 1 and abs(seed) < 1 << 63
-    ):
+    fits = numbers and temperature >= 0 and min(n_new, top_k, kept - 1) >= 0 and 0 < top_p <= 1
+    if not (fits and abs(seed) < 1 << 63):
         raise UserError(
             f"temperature {temperature!r}, top_p {top_p!r}, top_k {top_k!r}, n_new {n_new!r}, seed {seed!r}, n_vocab"
             f" {n_vocab!r}: use 0 or more, 0 to 1, and whole numbers"

@@ -69,7 +69,7 @@ def takes(method: Callable, arguments: str, who: str) -> None:
 class Settings:
     """Base of the notebook's Config: checked when it is made, whole in JSON."""
 
-    one_of, takes = staticmethod(one_of), staticmethod(takes)
+    require, one_of, takes = staticmethod(require), staticmethod(one_of), staticmethod(takes)
 
     def __post_init__(self) -> None:
         for rule in fields(self):
