@@ -247,11 +247,12 @@ def cross_entropy(x: Tensor, table: Tensor, targets: Tensor) -> Tensor:
 
 
 def check_tokens(model: nn.Module, tokens: Tensor, *dimensions: str) -> None:
-    """Raise `UserError` unless tokens are ids that the model has, of dimensions such as "B", "T"."""
+    """Raise `UserError` unless tokens are ids that the model has, no more than it takes, of dimensions ("B", "T")."""
     whole = isinstance(tokens, Tensor) and tokens.dtype in (torch.int32, torch.int64)
-    if not (whole and tokens.dim() == len(dimensions) and tokens.numel()):
+    if not (whole and tokens.dim() == len(dimensions) and tokens.numel() and tokens.size(-1) <= model.max_length):
         given = f"{tuple(tokens.shape)} of {tokens.dtype}" if isinstance(tokens, Tensor) else type(tokens).__name__
-        raise UserError(f"tokens are {given}; give a tensor ({', '.join(dimensions)}) of whole numbers")
+        shape = str(dimensions).replace("'", "")
+        raise UserError(f"tokens are {given}; give a tensor {shape} of whole numbers, T at most {model.max_length}")
     least, most, rows = int(tokens.min()), int(tokens.max()), model.embedding.num_embeddings
     if least < 0 or most >= rows:
         raise UserError(f"tokens are numbers from {least} to {most} and the model has rows for 0 to {rows - 1}")
@@ -287,8 +288,6 @@ def attention_maps(model: nn.Module, tokens: Tensor) -> Tensor:
     `attend` takes weighted means of values, so with the rows of a unit matrix as values, it gives the weights.
     """
     check_tokens(model, tokens, "T")
-    if len(tokens) > model.max_length:
-        raise UserError(f"{len(tokens)} tokens, and the model counts to {model.max_length}; give the last of them")
     maps, layers = [], [block.attention for block in model.blocks if hasattr(block.attention, "attend")]
 
     def looking(attend):

@@ -356,7 +356,17 @@ def test_tokens_that_a_model_does_not_have_are_one_line(lm, tiny, token):
             call()
 
 
-@pytest.mark.parametrize("odd", [None, [[1, 2]], torch.zeros(1, 2), torch.zeros(2, dtype=torch.long), torch.ones(1, 0)])
+@pytest.mark.parametrize(
+    "odd",
+    [
+        None,
+        [[1, 2]],
+        torch.zeros(1, 2),
+        torch.zeros(2, dtype=torch.long),
+        torch.ones(1, 0),
+        torch.zeros(1, 17, dtype=torch.long),
+    ],
+)
 def test_what_are_no_tokens_is_one_line(lm, tiny, odd):
     with pytest.raises(UserError, match=r"tokens are .*; give a tensor \(B, T\) of whole numbers"):
         lm.generate(lm.build_model(tiny()), odd, 2)
