@@ -184,7 +184,7 @@ def texts(path: Path, separator: re.Pattern | None) -> Iterator[str]:
                 block += file.readline(MAX_LINE_BYTES)
                 block += file.read(1) if block.endswith(b"\r") else b""
                 rest += decoder.decode(block)
-                if found := NO_TEXT.search(block):
+                if found := _controls(block) >= 16 and NO_TEXT.search(block):  # counting is six times as fast
                     raise _no_text(path, file.tell() - len(block) + found.start())
                 del block
                 is_utf8 = is_utf8 or not rest.isascii()
