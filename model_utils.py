@@ -247,7 +247,7 @@ def cross_entropy(x: Tensor, table: Tensor, targets: Tensor) -> Tensor:
 
 
 def check_tokens(model: nn.Module, tokens: Tensor, *dimensions: str) -> None:
-    """Raise `UserError` unless tokens are ids that the model has, no more than it takes, of dimensions ("B", "T")."""
+    """Raise `UserError` unless tokens are ids that the model has, in so many dimensions, T no more than it takes."""
     whole = isinstance(tokens, Tensor) and tokens.dtype in (torch.int32, torch.int64)
     if not (whole and tokens.dim() == len(dimensions) and tokens.numel() and tokens.size(-1) <= model.max_length):
         given = f"{tuple(tokens.shape)} of {tokens.dtype}" if isinstance(tokens, Tensor) else type(tokens).__name__

@@ -79,14 +79,9 @@ def test_sweep_makes_a_tidy_table_reuses_what_is_finished_and_reports_what_fails
 
 
 def test_runs_of_one_seed_are_compared_in_pairs():
-    runs = [
-        ("base", 0, 2.0),
-        ("base", 1, 3.0),
-        ("better", 0, 1.8),
-        ("better", 1, 2.9),
-        ("alone", 1, 3.2),
-        ("new", 2, 1),
-    ]
+    losses = {("base", 0): 2.0, ("base", 1): 3.0, ("better", 0): 1.8, ("better", 1): 2.9}
+    losses |= {("alone", 1): 3.2, ("new", 2): 1.0}
+    runs = [(*run, loss) for run, loss in losses.items()]
     table = pd.DataFrame(runs, columns=["label", "seed", "val_bpb"]).assign(status="finished")
     found = compare_sweep(table).set_index("label")
     assert list(found.index) == ["better", "alone"], "without a pair there is nothing to say"
