@@ -50,8 +50,8 @@ def encode_all(
     def start() -> None:
         own.encoding = copy.copy(encoding)
 
-    def encode(texts: list[str]) -> list[tuple[np.ndarray, int, array, bytes]]:
-        return [(encode_text(own.encoding, text).astype(dtype), *look_at_lines(text)) for text in texts]
+    def encode(texts: list[str]) -> list[tuple[list[np.ndarray], int, array, bytes]]:
+        return [([encode_text(own.encoding, text).astype(dtype)], *look_at_lines(text)) for text in texts]
 
     with ThreadPoolExecutor(os.cpu_count(), initializer=start) as pool:
         waiting: deque[tuple[list, list[Future], int]] = deque()
@@ -87,19 +87,20 @@ def _batches(documents: Iterable[tuple[str, str, Position]]) -> Iterator[list[tu
 def _finish(batch: list[tuple[str, str, Position]], futures: list[Future]) -> Iterator[Encoded]:
     parts = [part for future in futures for part in future.result()]
     futures.clear()
-    for document, own in zip(batch, [parts] if len(batch) == 1 else ([part] for part in parts)):
-        encoded = _put_together(*document, own)
-        own.clear()  # who takes the ids of a large document can free them
-        yield encoded
+    if len(batch) == 1:
+        parts = [_put_together(parts)]
+    for (side, text, position), (ids, size, lines, smallest) in zip(batch, parts):
+        ends = [found for pattern in ENDS_OF_TEXT for found in pattern.findall(text)]
+        yield Encoded(side, position, ids, size, lines, smallest, ends)  # who takes the ids can free them
 
 
-def _put_together(side: str, text: str, position: Position, parts: list[tuple]) -> Encoded:
+def _put_together(parts: list[tuple]) -> tuple[list[np.ndarray], int, array, bytes]:
+    """One document from its parts, whose ids stay in pieces."""
     ids, sizes, hashes, smallest = zip(*parts)
     lines = hashes[0]
     for more in hashes[1:]:
         lines.extend(more)
-    ends = [found for pattern in ENDS_OF_TEXT for found in pattern.findall(text)]
-    return Encoded(side, position, list(ids), sum(sizes), lines, smallest_line(smallest), ends)
+    return [piece for pieces in ids for piece in pieces], sum(sizes), lines, smallest_line(smallest)
 
 
 def encode_text(encoding: tiktoken.Encoding, text: str) -> np.ndarray:

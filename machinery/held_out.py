@@ -45,6 +45,8 @@ def long_lines(content: bytes) -> list[bytes]:
     lengths, after a line end. Of a text too short for that, all of it.
     """
     plain = _plain(content)
+    if len(plain) < LONG_LINE:
+        return [b"".join(plain.split())]
     lines, spaced = plain.translate(None, b" \t").splitlines(), plain.splitlines()
     surely = LONG_LINE if plain.isascii() else 4 * LONG_LINE  # bytes of so many characters
     found = [
@@ -64,7 +66,7 @@ def long_lines(content: bytes) -> list[bytes]:
 
 def line_hashes(lines: list[bytes]) -> array:
     """Hashes of lines, of this process: below 0 for a line with what follows."""
-    hashes = array("q", map(abs, map(hash, lines)))
+    hashes = array("q", [*map(abs, map(hash, lines))])  # from a list, which is faster
     if lines[-1].startswith(b"\n"):
         hashes = array("q", (-number if line.startswith(b"\n") else number for line, number in zip(lines, hashes)))
     return hashes
@@ -107,8 +109,8 @@ def is_held_out(text: str, span: Sequence[float]) -> bool:
 
 def smallest_of_text(text: str) -> bytes:
     """The line that stands for a text, which is looked at in pieces, as it is when it is encoded."""
-    pieces = (piece.encode("utf-8", "surrogatepass") for piece in in_parts(text, PIECE))
-    return smallest_line(smallest_line(long_lines(piece)) for piece in pieces)
+    pieces = [text] if len(text) <= PIECE else in_parts(text, PIECE)
+    return smallest_line([smallest_line(long_lines(piece.encode("utf-8", "surrogatepass"))) for piece in pieces])
 
 
 def falls_within(line: bytes, span: Sequence[float]) -> bool:
