@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 import os
+import stat
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable
@@ -26,7 +27,7 @@ def find_files(name: str, apart: Iterable[Path], passed_over: Counter[str]) -> d
     if parts or root.is_dir():
         return _walk(root, parts or ["**"], apart, passed_over)
     if root.is_file():
-        return {root.name: _to_read(root)} if _is_text(root, passed_over) else {}
+        return {root.name: _to_read(root)} if _text_file(root, passed_over) else {}
     raise DataError(f"source {name!r} is a device, a pipe or a socket; name a file or a folder")
 
 
@@ -34,7 +35,7 @@ def _walk(root: Path, parts: list[str], apart: Iterable[Path], passed_over: Coun
     """The files under `root` that fit a pattern, once each, whatever links lead to them."""
     set_apart = {found for folder in apart if (found := identity(folder))}
     start, end, seen = _skipping({0}, parts), len(parts), set()
-    files: dict[tuple[int, int] | None, tuple[str, Path]] = {}
+    files: dict[tuple[int, int], tuple[str, Path]] = {}
 
     def unreadable(error: OSError) -> None:
         passed_over["unreadable folders"] += not isinstance(error, NotADirectoryError)
@@ -55,8 +56,8 @@ def _walk(root: Path, parts: list[str], apart: Iterable[Path], passed_over: Coun
             passed_over["folders, read with /** after them"] += sum(end in after[name] for name in subfolders)
         subfolders[:] = sorted(name for name in subfolders if after[name] - {end})
         for name in sorted(names):
-            if end in after[name] and _is_text(path := Path(folder, name), passed_over):
-                _, known = files.get(found := identity(path), (None, None))
+            if end in after[name] and (found := _text_file(path := Path(folder, name), passed_over)):
+                _, known = files.get(found, (None, None))
                 if known is None or (known.is_symlink() and not path.is_symlink()):  # its own name says how to read
                     files[found] = "/".join((*place, name)), path
     return {name: _to_read(path) for name, path in files.values()}
@@ -67,17 +68,21 @@ def _to_read(path: Path) -> Path:
     return path.resolve() if path.suffix not in SUFFIXES and path.is_symlink() else path
 
 
-def _is_text(path: Path, passed_over: Counter[str]) -> bool:
-    """Whether a file is read; one that is not is noted as passed over."""
-    if not os.path.isfile(path):
+def _text_file(path: Path, passed_over: Counter[str]) -> tuple[int, int] | None:
+    """The identity of a file that is read; None for one that is not, which is noted as passed over.
+
+    The system is asked once: files come and go, and grow, while a folder is listed.
+    """
+    found = _stat(path)
+    if not (found and stat.S_ISREG(found.st_mode)):
         passed_over["broken links, devices, unreadable files"] += 1
     elif _to_read(path).suffix not in SUFFIXES:
         passed_over[path.suffix or "without a suffix"] += 1
-    elif not os.path.getsize(path):
+    elif not found.st_size:
         passed_over["empty files"] += 1
     else:
-        return True
-    return False
+        return found.st_dev, found.st_ino
+    return None
 
 
 def existing_part(pattern: str) -> tuple[Path, list[str]]:
@@ -132,6 +137,10 @@ def _skipping(reached: set[int], parts: list[str]) -> frozenset[int]:
 
 def identity(path: Path) -> tuple[int, int] | None:
     """What a file or folder is, under whatever name; None where there is none."""
+    found = _stat(path)
+    return (found.st_dev, found.st_ino) if found else None
+
+
+def _stat(path: Path) -> os.stat_result | None:
     with contextlib.suppress(OSError, ValueError):
-        stat = os.stat(path)
-        return stat.st_dev, stat.st_ino
+        return os.stat(path)

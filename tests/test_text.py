@@ -248,6 +248,19 @@ def test_a_name_taken_for_one_of_the_hub_is_said_before_the_network_is_asked(tmp
     assert "'my/texts': no file or folder here; read as a data set of the Hugging Face hub" in capsys.readouterr().out
 
 
+def test_a_file_that_vanishes_while_its_folder_is_listed_is_named(tmp_path, monkeypatch):
+    root, ask = write(tmp_path, {"a.txt": "a", "b.txt": "b"}), os.stat
+
+    def stat(path, *arguments, **options):
+        found = ask(path, *arguments, **options)
+        if str(path).endswith("b.txt"):
+            os.unlink(path)
+        return found
+
+    monkeypatch.setattr(os, "stat", stat)
+    assert "b.txt: is gone or was moved" in refused(root)
+
+
 def test_a_file_that_vanishes_is_named_and_the_system_is_not_blamed_on_the_text(tmp_path):
     source = open_source(write(tmp_path, {"a.txt": "a", "b.jsonl": [{"text": "b"}]}))
     (tmp_path / "a.txt").unlink()
