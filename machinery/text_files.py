@@ -109,7 +109,8 @@ NO_TEXT = re.compile(rb"[%b](?:[^%b]?[%b]){15}" % ((re.escape(CONTROLS),) * 3)) 
 
 def _check_format(path: Path, head: bytes, expected: str = "UTF-8 text") -> None:
     """Raise `DataError`, naming the format, where the first bytes of a file are of something else."""
-    mark, (name, advice) = next((known for known in FORMATS.items() if head.startswith(known[0])), (b"", (None, None)))
+    start = _start(head)
+    mark, (name, advice) = next((known for known in FORMATS.items() if start.startswith(known[0])), (b"", (None, None)))
     if name and mark not in TEXT_FORMATS and _is_plain(head):  # "Rar! Rar! said the lion."
         name = None
     if expected != "UTF-8 text":
@@ -229,7 +230,7 @@ ROW = "a row is one object on one line"
 
 def json_text(line: str | bytes, text_column: str, where: str) -> str:
     """The text of one row of JSON lines; "" for null. No other column is looked at. Raises `DataError`."""
-    row = _decode_json(line, text_column, where, ROW)
+    row = _decode_json(line, text_column, where, f"{ROW}, as from jq -c .")
     if not isinstance(row, dict):
         raise DataError(f"{where}: holds {_type_of(row)}, not an object; {ROW}")
     return row_text(row, text_column, where)
@@ -328,12 +329,18 @@ def _without_marks(line: bytes) -> bytes:
     return line
 
 
+def _start(head: bytes) -> bytes:
+    """The first bytes of a file that are neither marks nor blanks."""
+    return _without_marks(head.lstrip()).lstrip()
+
+
 def jsonl_texts(path: Path, text_column: str) -> Iterator[str]:
     """The text of every row of a JSON-lines file. Raises `DataError` naming the line."""
     with path.open("rb") as file:
         _check_format(path, head := file.read(4096))
-        if _without_marks(head).startswith(b"["):  # all of it may be one line
-            raise DataError(f"{path}, line 1: holds a list, not an object; {ROW}, as from jq -c '.[]'")
+        if (start := _start(head)).startswith(b"["):  # all of it may be one line
+            number = 1 + head.count(b"\n", 0, len(head) - len(start))
+            raise DataError(f"{path}, line {number}: holds a list, not an object; {ROW}, as from jq -c '.[]'")
         file.seek(0)
         for number, line in enumerate(file, 1):
             if line[0] == 0xEF:  # each of several files that were put together may have a mark

@@ -379,6 +379,8 @@ def test_packed_files_under_a_wrong_name_are_named(tmp_path, suffix):
         "zlib": zlib.compress(b"a"),
         "zlib ": zlib.compress(b"a", 1),
         "PDF": b"%PDF-1.7\n",
+        "PDF ": b"\r\n%PDF-1.7\n\xe2\xe3\xcf\xd3",
+        "RTF": b"\xef\xbb\xbf\n{\\rtf1\\ansi",
         "zstd": b"\x28\xb5\x2f\xfd\x00",
         "Parquet": b"PAR1\x15",
     }
@@ -481,9 +483,11 @@ def test_a_wrong_row_is_named_the_same_wherever_it_stands(tmp_path, row):
             assert f"a.jsonl, line {before + 1}: " in message and WRONG_ROWS[row] in message, message
 
 
-def test_an_array_is_told_before_it_is_read(tmp_path):
-    write(tmp_path, {"a.jsonl": '[\n{"text": "a"}\n]'})
-    assert "line 1: holds a list, not an object; a row is one object on one line, as from jq" in refused(str(tmp_path))
+@pytest.mark.parametrize(("before", "line"), [("", 1), ("\ufeff", 1), ("\r\n \ufeff\n", 3)])
+def test_an_array_is_told_before_it_is_read(tmp_path, before, line):
+    write(tmp_path, {"a.jsonl": before + '[\n{"text": "a"}\n]'})
+    said = f"line {line}: holds a list, not an object; a row is one object on one line, as from jq -c '.[]'"
+    assert said in refused(str(tmp_path))
 
 
 def test_latin1_in_a_row_is_named(tmp_path):
