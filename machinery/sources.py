@@ -45,6 +45,7 @@ from machinery.text_files import (
     separator_pattern,
     telling_os_errors,
     texts,
+    whole,
 )
 
 TEST_FOLDERS = {"test", "tests", "idle_test"}  # the standard library's own test suites
@@ -143,7 +144,7 @@ class FileSource(Source):
 
     def documents(self, split: str = "train") -> Iterator[str]:
         for path in self.files.values():
-            with telling_os_errors(path):
+            with telling_os_errors(path), whole(path):
                 if path.suffix == ".parquet":
                     yield from parquet_texts(path, self.text_column)
                 elif path.suffix == ".jsonl":

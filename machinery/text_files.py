@@ -32,6 +32,18 @@ def telling_os_errors(path: Path) -> Iterator[None]:
         raise DataError(f"{where}: cannot be read ({error.strerror}); check its permissions and the disk") from None
 
 
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[None]:
+    """Raise `DataError` where a file grows or is cut while it is read, as by a download or a log."""
+    before = path.stat().st_size
+    yield
+    if (now := path.stat().st_size) != before:
+        raise DataError(
+            f"{path}: had {before:,} bytes when its reading began and has {now:,} now; run this again when nothing"
+            " writes to it, or read a copy"
+        )
+
+
 def file_digest(path: Path, samples: bool = False) -> str:
     """sha256 of a file's content, or of its size and up to 64 samples of 64 kB, spread evenly, the ends among them."""
     with telling_os_errors(path), path.open("rb") as file:

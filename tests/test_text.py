@@ -272,6 +272,17 @@ def test_a_file_that_vanishes_is_named_and_the_system_is_not_blamed_on_the_text(
     assert "shards" in message and "cannot be written" in message
 
 
+@pytest.mark.parametrize("suffix", ["txt", "jsonl"])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_file_that_grows_or_is_cut_while_it_is_read_is_named(tmp_path, suffix, rows):
+    row = '{"text": "one"}\n'
+    documents = iter_documents(write(tmp_path, {f"a.{suffix}": row * 2}))
+    next(documents)
+    write(tmp_path, {f"a.{suffix}": row * rows})
+    message = told(lambda: list(documents))
+    assert f"a.{suffix}: had 32 bytes when its reading began and has {rows * 16} now" in message
+
+
 # ---------------------------------------------------------------------------------------------- content
 
 WORDS = {
