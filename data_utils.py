@@ -210,9 +210,10 @@ class TokenData:
                         tokenize(self.folder, self.task, progress, *open_sources(self.task))
                         continue
                     self.start_background()
-                elif running.poll():
-                    lines = (self.folder / "work.log").read_text("utf-8").strip().splitlines() or ["it was killed"]
-                    raise DataError(f"tokenization stopped: {lines[-1].removeprefix('DataError: ')}")
+                elif code := running.poll():
+                    said = (self.folder / "work.log").read_text("utf-8", "replace").strip() if code > 0 else ""
+                    last = (said or "it was killed, as where memory runs out").splitlines()[-1]
+                    raise DataError(f"tokenization stopped: {last.removeprefix('DataError: ')}")
                 bar.update(self._bytes_read() - bar.n)
                 time.sleep(0.1)
 

@@ -61,9 +61,12 @@ def train_elsewhere(config, **options) -> subprocess.Popen:
 
 
 def start_python(program: str, *arguments: str, env: dict[str, str] | None = None, **options) -> subprocess.Popen:
-    """A process of `program`, which finds this project's modules and prints nothing; `options` are those of Popen."""
+    """A process of `program`, which finds this project's modules; `options` are those of Popen.
+
+    It prints nothing, and its errors are UTF-8, whatever other programs here write.
+    """
     path = os.pathsep.join([str(NOTEBOOK.parent), os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | {"PYTHONPATH": path} | (env or {})
+    environment = os.environ | {"PYTHONPATH": path, "PYTHONIOENCODING": "utf-8"} | (env or {})
     command = [sys.executable, "-c", program, *arguments]
     return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, **options)
 

@@ -314,10 +314,22 @@ def test_several_processes_prepare_no_more_than_one(texts, tmp_path, monkeypatch
 
 
 def test_what_stops_a_background_tokenization_is_told(tmp_path, monkeypatch):
+    """In UTF-8, whatever the encoding of other programs' output here."""
     monkeypatch.setattr(data_utils, "BACKGROUND_BYTES", 0)
-    (tmp_path / "latin.txt").write_bytes("café\n".encode("latin1"))
-    with pytest.raises(DataError, match="tokenization stopped: .*latin.txt: not UTF-8 at byte 3"):
-        prepare(str(tmp_path / "latin.txt"), tmp_path)
+    monkeypatch.setenv("PYTHONIOENCODING", "latin1")
+    (tmp_path / "ünï.txt").write_bytes("café\n".encode("latin1"))
+    with pytest.raises(DataError, match="tokenization stopped: .*ünï.txt: not UTF-8 at byte 3"):
+        prepare(str(tmp_path / "ünï.txt"), tmp_path)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no signal that ends a process at once")
+def test_a_background_tokenization_that_was_killed_is_not_blamed_on_a_warning(texts, tmp_path, monkeypatch):
+    killed = "import os, sys; os.write(2, b'a warning \\xe9\\n'); os.kill(os.getpid(), 9)"
+    start = data_utils.start_python
+    monkeypatch.setattr(data_utils, "start_python", lambda _, *rest, **options: start(killed, *rest, **options))
+    monkeypatch.setattr(data_utils, "BACKGROUND_BYTES", 0)
+    with pytest.raises(DataError, match="tokenization stopped: it was killed"):
+        prepare(texts[0], tmp_path)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no process groups of this kind")
