@@ -116,6 +116,7 @@ WIDE = ("utf-32-le", "utf-32-be", "utf-16-le", "utf-16-be")
 BETWEEN_WORDS = set(" \n、。，　")  # one of which any longer text holds, where its encoding is not mistaken
 CONTROLS = bytes(byte for byte in range(32) if byte not in b"\b\t\n\v\f\r\x1b")  # which text does not hold
 FEW_CONTROLS = 0.1  # share of them, beyond which a file is no text; a fifth of it where the file is not UTF-8
+HALF = re.compile(rb"\xed[\xa0-\xbf][\x80-\xbf]")  # of a surrogate pair, as if it were a character in UTF-8
 NO_TEXT = re.compile(rb"[%b](?:[^%b]?[%b]){15}" % ((re.escape(CONTROLS),) * 3))  # as binary data has it, or UTF-16
 
 
@@ -217,7 +218,8 @@ def texts(path: Path, separator: re.Pattern | None) -> Iterator[str]:
                 raise _no_text(path, min(at, before + found.start())) from None
             if len(after) >= SHORT and _controls(after) > len(after) * FEW_CONTROLS / 5:
                 raise _no_text(path, at) from None
-            text = error.object.decode(errors="replace")  # in other encodings, few bytes happen to be UTF-8
+            # In other encodings, few bytes happen to be UTF-8; Java and Oracle write halves of characters so
+            text = HALF.sub("\u20ac".encode(), error.object).decode(errors="replace")
             wrong, beyond_ascii = text.count("\ufffd"), len(text) - len(text.encode("ascii", "ignore"))
             advice = (
                 "before that it is; mend these bytes, or leave such out with iconv -c -f utf-8 -t utf-8"

@@ -338,6 +338,7 @@ PARTS = {  # what begins as UTF-8 and goes on otherwise
     "latin1 after UTF-8": (RUSSIAN * 9 + b"\xe9\n", "byte 468 (0xe9); before that it is; mend"),
     "latin1 in UTF-8": (RUSSIAN * 9 + b"\xe9\n" + RUSSIAN * 999, "byte 468 (0xe9); before that it is; mend"),
     "latin1 far on": (RUSSIAN * 999 + b"\xe9\n" + RUSSIAN, "byte 51948 (0xe9); before that it is; mend"),
+    "halves of characters": (ASCII + b"\xed\xa0\xbd\xed\xb9\x82\n" * 9, "byte 6993 (0xed); before that it is; mend"),
     "a character cut off": (RUSSIAN[:-2], "byte 49 (0xd0); before that it is; mend these bytes"),
     "UTF-16": (RUSSIAN * 99 + "a line\n".encode("utf-16-be") * 9, "binary data or UTF-16 from byte 5148 on"),
     "binary data": (ASCII + b"\0" * 99, "binary data or UTF-16 from byte 6993 on"),
