@@ -147,6 +147,9 @@ def print_preflight(
         + ("" if math.isnan(loss) else " (best: about 20)"),
         "scaling law": ("loss n/a, too small" if math.isnan(loss) else f"loss {loss:.2f} on web text")
         + ("" if math.isnan(best) else f"; best size for so much compute {best:,.0f}"),
+        "induction": f"none: it is for position 'rope', not {config.position!r}; the heads begin with random weights"
+        if config.induction and config.position != "rope"
+        else "",
         "forecast": f"{expected.low:.3f} to {expected.high:.3f} bits per byte held out" if expected else "",
     }  # fmt: skip
     print("\n".join(f"  {name:12s} {text}" for name, text in rows.items() if text))

@@ -56,7 +56,7 @@ CHOICES: dict[str, dict] = {
     "head_lr × 3": {"head_lr": 0.03},
     "lr × 0.5": {"lr": 0.0075},
     "lr × 2": {"lr": 0.03},
-    "AdamW for all": {"optimizer": "adamw", "lr": 0.004},
+    **{f"AdamW for all, lr {rate:g}": {"optimizer": "adamw", "lr": rate} for rate in NANOGPT_RATES},
     "batch_tokens × 0.5": {"batch_tokens": 1024},
     "batch_tokens × 2": {"batch_tokens": 4096},
     "cosine": {"schedule": "cosine"},
@@ -69,7 +69,7 @@ CHOICES: dict[str, dict] = {
     "no warmup": {"warmup": 0.0},
     "MHA": {"attention": "mha", "n_ffn": 426},
     "LayerNorm": {"norm": "layer"},
-    "absolute positions": {"position": "absolute"},
+    "absolute positions, and so random weights at first": {"position": "absolute"},
 }
 
 # ------------------------------------------------------------------------------------------- contenders
