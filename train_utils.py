@@ -18,7 +18,7 @@ import torch
 from data_utils import Batches, TokenData
 from machinery.budget import budget_left, budget_used, seconds_between, settle_batch
 from machinery.checkpoints import MOVE_AWAY, CheckpointError, Saver, check_weights, load_checkpoint, newest_checkpoint
-from machinery.errors import told
+from machinery.errors import plain_errors, told
 from machinery.interrupts import StopRequest
 from machinery.loggers import Loggers
 from machinery.machine import Machine, compile_or_eager, left_as_it_was, measure_matmul_flops, time_per_call
@@ -81,6 +81,7 @@ class Run:
 
     def __enter__(self) -> Run:
         keep_printing()
+        plain_errors()
         self.folder.lock()
         self.machine.barrier()
         return self
@@ -121,12 +122,12 @@ class Run:
 
         Raises `UserError` when the run was begun with another tokenizer or other text.
         """
-        config, tokenizer = self.config, tokenizer_to_dict(data.encoding)
+        config, self._tokenizer = self.config, tokenizer_to_dict(data.encoding)
         self.at, self.data, self.model, self.optimizers, self.scaler = at, data, model, optimizers, scaler
         values = portable(config.to_dict())
         self._origin = {"text": data.key} | {name: values[name] for name in config.fixed}  # what a run cannot change
         if self.checkpoint:
-            self.folder.same_text(tokenizer, data.key, str(self.machine.dtype)[6:])
+            self.folder.same_text(self._tokenizer, data.key, str(self.machine.dtype)[6:])
             saved = load_checkpoint(self.checkpoint, model, optimizers, self._origin)
             with told(self.checkpoint, CheckpointError, "its state is odd", MOVE_AWAY):
                 if saved["scaler"]:  # empty unless it was saved in float16
@@ -145,9 +146,6 @@ class Run:
             self.folder.set_aside()
         self.machine.agree(at.step, "the step to go on from (is runs_dir one folder for all?)")
         self._begun_at, at.micro_batch = at.step, at.micro_batch or self._fitting_micro_batch(config)
-        environment, source = describe_environment(self.machine), {"key": data.key}
-        if self.progress() < 1:
-            self.folder.begin(config.to_dict(), at.step, tokenizer=tokenizer, environment=environment, data=source)
         return at
 
     def _fitting_micro_batch(self, config) -> int:
@@ -168,10 +166,10 @@ class Run:
         return runner
 
     def preflight(self, batches: Batches, gradient, update, evaluation, sample) -> None:
-        """Say what the rest of the run takes, by calls that are timed, and start its clock.
+        """Say what the rest of the run takes, by calls that are timed, write what it is, and start its clock.
 
         `gradient` makes that of so many micro-batches, `update` moves the weights by nothing, `evaluation` and `sample`
-        are those of the run. All is left as it was.
+        are those of the run. All is left as it was; the folder changes last, when nothing else can fail any more.
         """
         config, machine, at = self.config, self.machine, self.at
         spent = at.step, at.tokens, at.seconds
@@ -197,7 +195,10 @@ class Run:
             self._forecast = print_preflight(p, config, machine, self.note, self.folder.path, epochs, left)
             self._repeats = self._epochs(at.tokens) >= 1
             p |= {"tokens": at.tokens + p["tokens"], "seconds": at.seconds + p["seconds"]}  # of the whole run
-            self.predicted = self.folder.predict({n: v for n, v in p.items() if math.isfinite(v)}, self._forecast)
+            ends, band = (self._forecast.ends(), self._forecast.band()) if self._forecast else ({}, {})
+            self.predicted = {n: v for n, v in p.items() if math.isfinite(v)} | ends
+            files = {"tokenizer": self._tokenizer, "data": {"key": self._origin["text"]}, "expected": band}
+            self.folder.begin(config.to_dict(), at.step, **files, environment=describe_environment(machine))
         else:
             print("its budget is used: a larger one goes on, another run_name or resume='never' begins anew")
         print(f"{config.run_name} from step {at.step:,}")

@@ -93,5 +93,9 @@ def _print_error(kind: type[BaseException], error: BaseException, trace: types.T
 
 
 def plain_errors() -> None:
-    """Have a program print a `UserError` as one line, as a notebook does by itself, and so Ctrl-C."""
-    sys.excepthook = _print_error
+    """Have a program print a `UserError` as one line, as a notebook does by itself, and so Ctrl-C.
+
+    A program that has its own way to print errors keeps it.
+    """
+    if sys.excepthook is sys.__excepthook__:
+        sys.excepthook = _print_error

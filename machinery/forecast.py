@@ -60,6 +60,10 @@ class Forecast:
         where = "below" if bits_per_byte < low else "" if bits_per_byte <= high else "above"  # so is nan
         return f", {where} the band of {low:.3f} to {high:.3f}" if where else ", as expected"
 
+    def ends(self) -> dict[str, float]:
+        """The two ends by the names that summary.json has for them."""
+        return {"bits per byte, low": self.low, "bits per byte, high": self.high}
+
     def band(self) -> dict:
         """The way as lists for a figure: tokens, and the two ends in bits per byte; empty where it is not known."""
         if self.law is None:

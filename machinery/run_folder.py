@@ -110,7 +110,11 @@ class RunFolder:
         return found
 
     def unlock(self) -> None:
-        """Let the folder go."""
+        """Let the folder go; one in which nothing was begun is gone then."""
+        with contextlib.suppress(OSError):  # Windows removes no file in use
+            if self._is_held() and os.listdir(self.path) == [".lock"]:
+                os.unlink(self._lock.lock_file)
+                self.path.rmdir()
         self._lock.release()
 
     def set_aside(self) -> None:
@@ -168,7 +172,10 @@ class RunFolder:
             print(printable(f"matrix products were in {before!s:.60} until here, and go on in {dtype}"))
 
     def begin(self, config: dict, at_step: int = 0, **files: dict) -> None:
-        """Write config.json and the other `files`. Lines after `at_step`, of a run cut off later, are dropped."""
+        """Write config.json and the other `files`. Lines after `at_step`, of a run cut off later, are dropped.
+
+        The summary of an earlier part goes last: until here, all that the folder held is in it.
+        """
         if not self.writes:
             return
         logs = [self.path / name for name in ("metrics.jsonl", "samples.jsonl")]
@@ -176,10 +183,10 @@ class RunFolder:
         summary, advice = self.path / "summary.json", "remove it, or check the permissions"
         self._files = {"config": portable(config), **files}
         self._write_files()
-        with told(summary, problem="cannot be replaced", advice=advice):
-            summary.unlink(missing_ok=True)  # of an earlier part of this run
         for log, lines in zip(logs, kept):
             write_atomic(log, lines)
+        with told(summary, problem="cannot be replaced", advice=advice):
+            summary.unlink(missing_ok=True)  # of an earlier part of this run
 
     def _write_files(self) -> None:
         for name, value in self._files.items():
@@ -208,14 +215,6 @@ class RunFolder:
         with contextlib.suppress(OSError):
             return held is not None and os.path.samestat(os.stat(self._lock.lock_file), os.fstat(held))
         return False
-
-    def predict(self, values: dict[str, float], forecast) -> dict[str, float]:
-        """`values` with the two ends of a forecast of the loss; its band on the way goes to expected.json."""
-        if self.writes:
-            write_json(self.path / "expected.json", forecast.band() if forecast else {})
-        if forecast is None:
-            return values
-        return values | {"bits per byte, low": forecast.low, "bits per byte, high": forecast.high}
 
     def append(self, name: str, line: dict) -> None:
         """Add a line to a file; on a full disk, keep it and try again with the next one. The first may be of a step

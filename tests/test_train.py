@@ -531,6 +531,26 @@ def test_a_micro_batch_changed_by_hand_counts_also_after_a_start_that_was_cut_of
     assert read_state(newest_checkpoint(Path(config.runs_dir) / config.run_name))["micro_batch"] == 2
 
 
+def test_a_start_that_does_not_come_to_training_changes_nothing(lm, settings, monkeypatch):
+    config = settings()
+    folder = Path(config.runs_dir) / config.run_name
+    with pytest.raises(UserError, match="val_source"):
+        lm.train(replace(config, val_source="nowhere.txt"))
+    assert not folder.exists()
+    lm.train(config)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    for name in ("write_text", "evaluate"):  # of the preflight
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(lm, name, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            lm.train(replace(config, max_steps=20))
+        assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    (folder / "expected.json").unlink()
+    (folder / "expected.json").mkdir()
+    with pytest.raises(UserError, match="expected.json: not written"):
+        lm.train(replace(config, max_steps=20))
+    assert (folder / "summary.json").read_bytes() == before[folder / "summary.json"]
+
+
 def test_a_run_interrupted_while_it_ends_is_not_locked_any_more(lm, settings, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt) as held:
         patch.setattr(Loggers, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -608,6 +628,13 @@ def test_what_is_no_folder_of_a_run_is_one_line(lm, odd):
     for call in (run_state, show_run, plot_runs, lm.load_run, import_hf, config_from_hf, lambda x: export_hf(x, x)):
         with pytest.raises(UserError, match="^[^\n]+ is not |: not the folder of a"):
             call(odd)
+
+
+def test_a_program_that_shows_no_run_says_so_in_one_line(tmp_path):
+    program = [sys.executable, "-c", "from machinery import show_run; show_run('nowhere')"]
+    done = subprocess.run(program, cwd=tmp_path, capture_output=True, text=True)
+    said = f"FileError: {Path('nowhere') / 'config.json'}: No such file or directory; is it the folder of a run?\n"
+    assert done.stderr == said and done.returncode == 1
 
 
 def train_poisoned(lm, config, monkeypatch, bad) -> dict:
