@@ -93,7 +93,8 @@ def test_runs_of_one_seed_are_compared_in_pairs():
 
 ODD = [
     {"variants": [{"n_layer": 1}]}, {"variants": {"a": None}}, {"seeds": 3}, {"seeds": "01"}, {"jobs": -1},
-    {"jobs": 1.5}, {"threads": 0}, {"threads": None},
+    {"jobs": 1.5}, {"threads": 0}, {"threads": None}, {"variants": {}}, {"variants": {None: {}}},
+    {"variants": {"a": {3: 4}}}, {"seeds": ()}, {"seeds": (0, 1, 0)}, {"then": 3},
 ]  # fmt: skip
 
 
@@ -105,6 +106,22 @@ def test_odd_arguments_are_one_line(odd):
     if name == "variants":
         with pytest.raises(UserError, match="^variants are "):
             equal_size(value)
+
+
+def test_tables_without_what_is_asked_of_them_are_one_line(tmp_path):
+    table = pd.DataFrame({"label": ["a"], "seed": 0, "status": "finished", "val_bpb": 2.0, "error": "", "tokens": 9})
+    table = table.assign(flops=1.0, run=str(tmp_path))
+    for call, message in (
+        (lambda: compare_sweep(None), "the table is None; give what sweep"),
+        (lambda: compare_sweep(table, "nope"), "no column 'nope'; its columns are label, seed, status"),
+        (lambda: compare_sweep(table, "error"), "column 'error' of the table holds no numbers"),
+        (lambda: plot_sweep(table, y="nope"), "no column 'nope'"),
+        (lambda: plot_sweep(curves(table.assign(status="failed"))), "no column 'label'; its columns are none, as when"),
+        (lambda: curves(table), "has no steps in metrics.jsonl"),
+        (lambda: equal_size({"a": {}}, parameters="many"), "parameters is 'many'; give a whole number"),
+    ):
+        with pytest.raises(UserError, match=message):
+            call()
 
 
 @pytest.mark.parametrize("options", [{"seed": 5}, {"run_name": "mine"}, {"variants": {"a": {"seed": 1}}}], ids=str)

@@ -59,6 +59,8 @@ def sweep(
     than its memory and the disk hold. Raises UserError for a configuration that cannot work, before any training.
     """
     seeds = _check_arguments(variants, seeds, jobs, threads)
+    if not (then is None or callable(then)):
+        raise UserError(f"then is {then!r:.80}; give a function of the folder of a run")
     lm, source = load_definitions(), "\n".join(source for _, source in defining_cells())
     runs = []
     for label, values in variants.items():
@@ -94,16 +96,36 @@ def sweep(
     return pd.DataFrame(rows)
 
 
-def _check_arguments(variants: dict, seeds: Iterable[int] = (), jobs: int = 0, threads: int = 1) -> list[int]:
+def _check_arguments(
+    variants: dict, seeds: Iterable[int] = (0,), jobs: int = 0, threads: int = 1, parameters: int = 0
+) -> list[int]:
     """The seeds as a list. Raises `UserError` for arguments of `sweep` or `equal_size` that are of another kind."""
-    if not isinstance(variants, dict) or not all(isinstance(values, dict) for values in variants.values()):
+    pairs = variants.items() if isinstance(variants, dict) else ()
+    if not pairs or not all(
+        isinstance(label, str) and isinstance(values, dict) and all(isinstance(name, str) for name in values)
+        for label, values in pairs
+    ):
         raise UserError(f"variants are {variants!r:.80}; map labels to overrides, such as {{'deep': {{'n_layer': 4}}}}")
-    if isinstance(seeds, str) or not isinstance(seeds, Iterable):
-        raise UserError(f"seeds are {seeds!r:.80}; give several numbers, such as (0, 1, 2) or range(3)")
-    for name, value, least in (("jobs", jobs, 0), ("threads", threads, 1)):
+    listed = list(seeds) if isinstance(seeds, Iterable) and not isinstance(seeds, str) else []
+    if not listed or any(seed in listed[:place] for place, seed in enumerate(listed)):
+        raise UserError(f"seeds are {listed or seeds!r:.80}; give numbers, each once, such as (0, 1, 2) or range(3)")
+    for name, value, least in (("jobs", jobs, 0), ("threads", threads, 1), ("parameters", parameters, 0)):
         if type(value) is not int or value < least:
             raise UserError(f"{name} is {value!r:.80}; give a whole number, {least} or more")
-    return list(seeds)
+    return listed
+
+
+def _check_table(table: pd.DataFrame, numbers: Iterable[str], others: Iterable[str] = ()) -> None:
+    """Raise `UserError` unless a table has these columns, those of `numbers` holding such, or nothing."""
+    if not isinstance(table, pd.DataFrame):
+        raise UserError(f"the table is {table!r:.80}; give what sweep or curves returned")
+    for name in (*others, *numbers):
+        if name not in table:
+            known = ", ".join(map(str, table.columns)) or "none, as when no run has finished"
+            raise UserError(f"the table has no column {name!r}; its columns are {known}")
+    for name in numbers:
+        if not pd.api.types.is_numeric_dtype(table[name]) and table[name].notna().any():
+            raise UserError(f"column {name!r} of the table holds no numbers")
 
 
 def runs_that_fit(config, model: torch.nn.Module, optimizers: list, machine: Machine) -> int:
@@ -123,7 +145,7 @@ def equal_size(
     `counted` is "non_embedding", those outside the embedding and the head, or "parameters", all of them: then a smaller
     vocabulary comes with a wider feed-forward. Raises UserError where the rest of a variant takes more.
     """
-    _check_arguments(variants)
+    _check_arguments(variants, parameters=parameters)
     if counted not in COUNTS:
         raise UserError(f"counted is {counted!r}; use {' or '.join(map(repr, COUNTS))}")
     lm, sized = load_definitions(), {}
@@ -156,9 +178,12 @@ COUNTS = {"non_embedding": non_embedding, "parameters": lambda model: count_para
 
 def curves(table: pd.DataFrame) -> pd.DataFrame:
     """The logged steps of the runs of a table, a row each: label, seed, step, tokens, flops, train_loss, val_loss, …"""
+    _check_table(table, ("flops", "tokens"), ("label", "seed", "status", "run"))
     parts = []
     for run in table[table.status == "finished"].itertuples():
         steps = pd.DataFrame(read_jsonl(Path(run.run) / "metrics.jsonl"))
+        if steps.empty:
+            raise UserError(f"{run.run} has no steps in metrics.jsonl: was it moved? Bring it back, or sweep again")
         steps["flops"] = steps.tokens * (run.flops / run.tokens)
         parts.append(steps.assign(label=run.label, seed=run.seed))
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
@@ -168,6 +193,7 @@ def compare_sweep(table: pd.DataFrame, y: str = "val_bpb") -> pd.DataFrame:
     """What each label gains over the first, lower being better: a row with the mean difference of runs of one seed,
     which read the same batches, its standard error, the number of such pairs, and whether it is more than two errors.
     """
+    _check_table(table, (y,), ("label", "seed", "status"))
     finished = table[table.status == "finished"].groupby("label", sort=False)
     losses = {label: runs.set_index("seed")[y].to_dict() for label, runs in finished}
     rows, first = [], next(iter(losses), None)
@@ -183,6 +209,7 @@ def plot_sweep(table: pd.DataFrame, x="tokens", y="val_loss", ax=None, band=True
 
     Takes what `sweep` or `curves` returns. Axes are named after the columns.
     """
+    _check_table(table, (x, y), ("label", "seed"))
     ax = ax or plt.subplots(figsize=(6, 3.6), layout="constrained")[1]
     for number, (label, rows) in enumerate(table.dropna(subset=[y]).groupby("label", sort=False)):
         look = {"color": COLOURS[number % len(COLOURS)], "label": label} | style
