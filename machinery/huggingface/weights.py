@@ -169,10 +169,11 @@ def _check_target(out: Path) -> None:
     with told(out, ExportError, "not readable"):
         if not any(out.iterdir()):
             return
-        written = read_json(out / MARK, missing={}).get("files", {})
+        written = read_note(out / MARK).get("files")
+        written = written if isinstance(written, dict) else {}
         others = sorted(name for name, found in _checksums(out).items() if written.get(name) != found)
     if others or not written:
-        what = f"{', '.join(others[:3])} differs" if written else f"no {MARK}"
+        what = f"{', '.join(others[:3])} differs" if written else f"no {MARK} of one"
         raise ExportError(f"{out} holds other things than an export as it was written ({what}); choose another folder")
 
 
