@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from machinery.errors import UserError, plain_errors, printable, readable, told
-from machinery.files import folder_path, read_jsonl
+from machinery.files import folder_path, read_jsonl, read_note
 from machinery.run_folder import as_sample, run_state
 from machinery.screen import duration, keep_printing
 
@@ -178,7 +178,7 @@ def show_run(folder: str | Path) -> None:
 
 
 def plot_runs(*folders: str | Path) -> Figure:
-    """Held-out bits per byte against training tokens, a line for each run folder.
+    """Held-out bits per byte against training tokens, a line for each run folder; runs of other text are told.
 
     Raises `UserError` for a folder without an evaluation, and for none at all.
     """
@@ -186,15 +186,23 @@ def plot_runs(*folders: str | Path) -> Figure:
         raise UserError(
             "plot_runs draws a line for each folder that is named, and none is: plot_runs('runs/demo-123abc')"
         )
-    curves = []
-    for folder in map(folder_path, folders):
+    paths, curves, texts = [folder_path(folder) for folder in folders], [], {}
+    names = [path.absolute().name for path in paths]
+    for folder, name in zip(paths, names):
         lines = [line for line in read_jsonl(folder / "metrics.jsonl") if line.get("val_bpb") is not None]
         points = [(line["tokens"] / 1e6, line["val_bpb"]) for line in lines if "tokens" in line]
         if not points:
             raise UserError(
                 f"{folder} has no evaluation in metrics.jsonl: give the folder of a run, like runs/demo-123abc"
             )
-        curves.append((folder.absolute().name, zip(*points)))
+        label = name if names.count(name) == 1 else folder.as_posix()
+        curves.append((label, zip(*points)))
+        if config := read_note(folder / "config.json"):
+            fields = ("val_source" if config.get("val_source") else "source", "val_fraction", "text_column", "split_on")
+            texts[label] = ", ".join(f"{field} {config[field]!r}" for field in fields if config.get(field))
+    if len(set(texts.values())) > 1:
+        told_apart = "; ".join(f"{label}: {text}" for label, text in texts.items())
+        print(printable(f"scored on other held-out text, so their bits per byte do not compare: {told_apart}"))
     figure, axes = plt.subplots(figsize=(6, 3), layout="constrained")
     drawn = [axes.plot(*curve, "o-", label=name)[0] for name, curve in curves]
     axes.set(xlabel="training tokens (millions)", ylabel="held-out bits per byte", title="Runs on held-out text")

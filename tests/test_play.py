@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import matplotlib.pyplot as plt
 import pytest
@@ -101,7 +102,7 @@ def test_heads_are_joined_to_the_keys_they_share(lm):
     plt.close(figure)
 
 
-def test_runs_are_compared_in_one_figure_and_a_folder_that_is_no_run_is_named(tmp_path):
+def test_runs_are_compared_in_one_figure_and_a_folder_that_is_no_run_is_named(tmp_path, capsys):
     for name, scores in (("one", [3.0, 2.0]), ("two", [3.0, 1.5])):
         (tmp_path / name).mkdir()
         lines = [{"step": i, "tokens": i * 10**6, "val_bpb": score} for i, score in enumerate(scores)]
@@ -111,6 +112,15 @@ def test_runs_are_compared_in_one_figure_and_a_folder_that_is_no_run_is_named(tm
     assert [list(line.get_ydata()) for line in figure.axes[0].lines] == [[3.0, 2.0], [3.0, 1.5]]
     assert describe(figure).endswith("for one, two")
     plt.close(figure)
+    shutil.copytree(tmp_path / "one", tmp_path / "other" / "one")
+    for folder, source in (("one", "python"), ("two", "python"), ("other/one", "english")):
+        (tmp_path / folder / "config.json").write_text(json.dumps({"source": source, "val_source": ""}))
+    figures = [plot_runs(*(tmp_path / name for name in names)) for names in (("one", "two"), ("one", "other/one"))]
+    assert describe(figures[1]).endswith(f"for {(tmp_path / 'one').as_posix()}, {(tmp_path / 'other/one').as_posix()}")
+    said = capsys.readouterr().out
+    assert said.startswith("scored on other held-out text") and said.count("source 'python'") == 1 == said.count("\n")
+    for figure in figures:
+        plt.close(figure)
     with pytest.raises(UserError, match="three has no evaluation"):
         plot_runs(tmp_path / "one", tmp_path / "three")
     with pytest.raises(UserError, match="each folder that is named, and none is"):
