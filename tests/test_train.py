@@ -866,6 +866,10 @@ def test_preflight_says_no_before_anything_is_made(lm, settings, tmp_path, capsy
     few = prediction | {"checkpoint (GB)": free_bytes(tmp_path) / 2e9}  # of four, one fits
     print_preflight(few, config, machine, "eager", tmp_path, 0.0, {"max_steps": prediction["tokens"]})
     assert "go, but make room on the disk" in capsys.readouterr().out
+    for position, said in (("rope", False), ("absolute", True)):
+        told = lm.replace(config, induction=True, position=position)
+        print_preflight(prediction, told, machine, "eager", tmp_path, 0.0, {"max_steps": prediction["tokens"]})
+        assert ("for position 'rope', not" in capsys.readouterr().out) == said
     with pytest.raises(UserError, match="no go: one sequence .* 99999.0 GB"):
         refuse_what_does_not_fit(prediction | {"peak memory (GB)": 99999.0}, machine, tmp_path)
     with pytest.raises(UserError, match="no go: a checkpoint takes"):

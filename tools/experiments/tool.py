@@ -205,17 +205,21 @@ def compare_sweep(table: pd.DataFrame, y: str = "val_bpb") -> pd.DataFrame:
 
 
 def plot_sweep(table: pd.DataFrame, x="tokens", y="val_loss", ax=None, band=True, **style) -> plt.Axes:
-    """Mean over seeds for each label, with one standard deviation either way: points, or lines where x has many values.
+    """Mean over seeds for each label, with one standard deviation either way: points, or lines where x has many values;
+    where it has one, the labels stand side by side.
 
     Takes what `sweep` or `curves` returns. Axes are named after the columns.
     """
     _check_table(table, (x, y), ("label", "seed"))
     ax = ax or plt.subplots(figsize=(6, 3.6), layout="constrained")[1]
-    for number, (label, rows) in enumerate(table.dropna(subset=[y]).groupby("label", sort=False)):
+    table = table.dropna(subset=[y])
+    at_one_place = table[x].nunique() == 1
+    for number, (label, rows) in enumerate(table.groupby("label", sort=False)):
         look = {"color": COLOURS[number % len(COLOURS)], "label": label} | style
         marker = MARKERS[number % len(MARKERS)]
         if rows.groupby("seed")[x].nunique().max() == 1:
-            ax.errorbar(rows[x].mean(), rows[y].mean(), rows[y].std(), fmt=marker, capsize=3, **look)
+            place = label if at_one_place else rows[x].mean()
+            ax.errorbar(place, rows[y].mean(), rows[y].std(), fmt=marker, capsize=3, **look)
             continue
         points = rows.groupby(x)[y].agg(["mean", "std"]).reset_index()
         few = len(points) <= 30
@@ -223,7 +227,8 @@ def plot_sweep(table: pd.DataFrame, x="tokens", y="val_loss", ax=None, band=True
         if band:
             low, high = points["mean"] - points["std"], points["mean"] + points["std"]
             ax.fill_between(points[x], low, high, color=look["color"], alpha=0.2, linewidth=0)
-    ax.set(xlabel=NAMES.get(x, x), ylabel=NAMES.get(y, y))
+    value = f": {table[x].iloc[0]:,.6g}" if at_one_place else ""
+    ax.set(xlabel=NAMES.get(x, x) + value, ylabel=NAMES.get(y, y))
     ax.legend(fontsize=8)
     return ax
 
