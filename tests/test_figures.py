@@ -112,7 +112,7 @@ QUOTES = [
         )
         for unseen, inside in ("#*", "*#")
     ),
-    (TEXT, "With AdamW for the matrices too, `demo` ended # bits per byte higher", RECIPE, "| AdamW for all | # |", 1),
+    (TEXT, "at the best of three rates, `demo` ended # bits", RECIPE, "| AdamW for all, lr 0.002 | # |", 1),
     *(
         (where, sentence, f"{RECIPE}#{text}", f"| {PLAIN} | 1,000,000 | * | * | * | * | # |", 1)
         for where, sentence, text in [
