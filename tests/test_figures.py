@@ -97,8 +97,8 @@ QUOTES = [
     *(
         (TEXT, sentence, f"{RECIPE}#{text}", "| with value embeddings | 1,000,000 | * | * | * | * | # |", -1)
         for sentence, text in [
-            ("`demo` ends # bits per byte lower after a million tokens of Python and * in", "python"),
-            ("`demo` ends * bits per byte lower after a million tokens of Python and # in", "english"),
+            ("`demo` ends # bits per byte (5.3) lower after a million tokens of Python and * in", "python"),
+            ("`demo` ends * bits per byte (5.3) lower after a million tokens of Python and # in", "english"),
         ]
     ),
     (TEXT, "it is worth # bits per byte after 500,000 tokens", RECIPE, "| no embedding_norm | # |", 1),
@@ -116,8 +116,16 @@ QUOTES = [
     *(
         (where, sentence, f"{RECIPE}#{text}", f"| {PLAIN} | 1,000,000 | * | * | * | * | # |", 1)
         for where, sentence, text in [
-            (TEXT, "that ends # bits per byte lower after a million tokens of Python, and * in", "python"),
-            (TEXT, "that ends * bits per byte lower after a million tokens of Python, and # in", "english"),
+            (
+                TEXT,
+                "that is # bits per byte lower after a million tokens of Python, less after more, and * in",
+                "python",
+            ),
+            (
+                TEXT,
+                "that is * bits per byte lower after a million tokens of Python, less after more, and # in",
+                "english",
+            ),
             (README, "# bits per byte higher after a million tokens of Python", "python"),
         ]
     ),
