@@ -25,7 +25,7 @@ import tiktoken
 import torch
 from tqdm import tqdm
 
-from machinery.errors import DataError, UserError, plain_errors, told
+from machinery.errors import DataError, UserError, told
 from machinery.files import json_digest, no_links, sha256
 from machinery.machine import Machine, is_out_of_memory
 from machinery.notebook import start_python
@@ -241,7 +241,6 @@ def work() -> None:
         sys.stdin.read()
         os._exit(1)
 
-    plain_errors()
     if hasattr(os, "nice"):
         os.nice(10)  # training comes first
     threading.Thread(target=watch, daemon=True).start()

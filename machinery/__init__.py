@@ -1,6 +1,6 @@
 """What a reader may trust without reading. The names that the notebook and scripts begin with are here."""
 
-from machinery.errors import UserError, plain_errors
+from machinery.errors import UserError
 from machinery.figures import play, show, show_run
 from machinery.machine import Machine
 from machinery.notebook import load_definitions
@@ -18,7 +18,6 @@ __all__ = [
     "gather",
     "load_definitions",
     "parse_overrides",
-    "plain_errors",
     "play",
     "setting",
     "show",

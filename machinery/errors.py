@@ -30,10 +30,11 @@ class UserError(ValueError):
     """Something the user can mend. The message says what was wrong, where, and what to do.
 
     It is one printable line of bounded length whatever names and values of other people's files stand in it. IPython
-    prints it instead of a stack trace, and so does a program.
+    prints it instead of a stack trace, and so does a program, in which the first one sees to that.
     """
 
     def __init__(self, message: object) -> None:
+        plain_errors()
         text = printable(str(message))
         super().__init__(text if len(text) <= LONGEST else f"{text[: LONGEST - 201]}…{text[-200:]}")
 

@@ -17,7 +17,7 @@ from matplotlib import font_manager
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from machinery.errors import UserError, plain_errors, printable, readable, told
+from machinery.errors import UserError, printable, readable, told
 from machinery.files import folder_path, read_jsonl, read_note
 from machinery.run_folder import as_sample, run_state
 from machinery.screen import duration, keep_printing
@@ -162,7 +162,6 @@ def _band(metrics: list[dict], expected: dict | None) -> tuple[list[float], list
 def show_run(folder: str | Path) -> None:
     """Print where a run stands and its latest sample, and draw its curves where there is a screen for them."""
     keep_printing()
-    plain_errors()
     state, name = run_state(folder), folder_path(folder).absolute().name
     last, left = state["last"], state["seconds_left"]
     print(printable(f"{name}: {state['status']}, {state['progress']:.1%} of the budget"), end="")

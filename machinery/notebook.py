@@ -49,9 +49,7 @@ def load_definitions(notebook: str | Path = NOTEBOOK) -> types.ModuleType:
     return module
 
 
-TRAIN = (
-    "import json, sys; from machinery import load_definitions, plain_errors; plain_errors(); lm = load_definitions()"
-)
+TRAIN = "import json, sys; from machinery import load_definitions; lm = load_definitions()"
 TRAIN += "; lm.train(lm.Config.from_dict(json.loads(sys.argv[1])))"
 
 

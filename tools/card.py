@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from machinery.checkpoints import checkpoint_folders
-from machinery.errors import UserError, plain_errors, told
+from machinery.errors import UserError, told
 from machinery.files import IS_IT_A_RUN, folder_path, read_json, read_jsonl
 from tools.common import RESULTS, table
 
@@ -43,7 +43,6 @@ def card_row(run: Path) -> dict:
 
 def main() -> None:
     """Print the row, and where it goes."""
-    plain_errors()
     if len(sys.argv) != 2:
         raise UserError("python -m tools.card RUN: which run? For example runs/day-1a2b3c")
     run = folder_path(sys.argv[1])

@@ -12,7 +12,6 @@ from datetime import date
 from itertools import product
 
 from machinery.budget import best_batch, power_of_two
-from machinery.errors import plain_errors
 from machinery.files import write_atomic
 from machinery.forecast import expected, laws
 from machinery.settings import RATES
@@ -124,7 +123,6 @@ On English, with random weights at first (`induction` off). Learning rates move 
 
 def main() -> None:
     """See the module's docstring."""
-    plain_errors()
     options = parser_of_runs(__doc__).parse_args()
     results, forecasts = Results(RESULTS / "dial.jsonl"), Results(RESULTS / "forecast.jsonl")
     if not options.summary:

@@ -28,7 +28,7 @@ from nbclient.exceptions import DeadKernelError
 from nbconvert import HTMLExporter, ScriptExporter
 from nbconvert.preprocessors import CoalesceStreamsPreprocessor, TagRemovePreprocessor
 
-from machinery.errors import UserError, first_line, plain_errors, told
+from machinery.errors import UserError, first_line, told
 from machinery.files import folder_path
 from machinery.notebook import NOTEBOOK
 from machinery.screen import keep_printing
@@ -135,7 +135,6 @@ def write_program(parameters: dict) -> None:
 
 
 def main() -> None:
-    plain_errors()
     keep_printing()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from machinery.errors import UserError, plain_errors
+from machinery.errors import UserError
 from machinery.files import write_atomic, write_json
 from machinery.forecast import by_law, expected
 from model_utils import multiplying_parameters
@@ -272,7 +272,6 @@ on an RTX 4090: [benchmarks](../docs/benchmarks.md).
 
 def main() -> None:
     """See the module's docstring."""
-    plain_errors()
     options = parser_of_runs(__doc__).parse_args()
     results = Results(RESULTS / "forecast.jsonl")
     if not options.summary:

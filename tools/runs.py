@@ -17,6 +17,7 @@ from datetime import date
 from pathlib import Path
 
 from data_utils import prepare_data
+from machinery.errors import plain_errors
 from machinery.files import read_json, read_jsonl
 from machinery.machine import Machine
 from tools.bench.common import in_own_process
@@ -111,6 +112,7 @@ def parser_of_runs(doc: str) -> argparse.ArgumentParser:
 
 def run_missing(results: Results, plan: Callable[[], list[Run]], jobs: int) -> None:
     """Run what of `plan()` is missing, in its order and `jobs` at a time, until nothing is."""
+    plain_errors()  # Ctrl-C: the same command goes on
     running, prepared = {}, set()
     with ThreadPoolExecutor(jobs) as pool:
         while True:

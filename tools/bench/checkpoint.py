@@ -12,7 +12,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from machinery.checkpoints import take_checkpoint
-from machinery.errors import plain_errors
 from machinery.machine import Machine
 from tools.common import lm
 
@@ -41,7 +40,6 @@ def time_checkpoint(run: Path, model, optimizers: list, step: int) -> dict[str, 
 
 
 def main() -> None:
-    plain_errors()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="day")
     options = parser.parse_args()

@@ -12,7 +12,6 @@ from collections.abc import Callable
 
 from jupyter_client.manager import start_new_kernel
 
-from machinery.errors import plain_errors
 from machinery.loggers import LOGGERS, FigureLogger
 from machinery.settings import parse_overrides
 from tools.common import lm
@@ -47,7 +46,6 @@ def measure(preset: str, overrides: str) -> None:
 
 
 def main() -> None:
-    plain_errors()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="demo")
     parser.add_argument("--overrides", default="", help="fields of the configuration, in YAML or JSON")

@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from data_utils import prepare_data
-from machinery.errors import UserError, plain_errors
+from machinery.errors import UserError
 from machinery.machine import Machine
 from tools.common import lm
 
@@ -161,7 +161,6 @@ def train_nanochat(config, variant: str, scale: float) -> dict:
 
 def main() -> None:
     """`python -m tools.bench.nanochat '[config, variant, scale]'` prints the result as JSON."""
-    plain_errors()
     values, variant, scale = json.loads(sys.argv[1])
     config = lm.Config.from_dict(values)
     with in_reach(Machine.find(config.device, config.dtype)):

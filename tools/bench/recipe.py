@@ -17,7 +17,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import torch
 
-from machinery.errors import UserError, plain_errors
+from machinery.errors import UserError
 from machinery.files import write_atomic, write_json
 from machinery.machine import Machine
 from machinery.settings import RATES
@@ -378,7 +378,6 @@ RULES = [
 
 def main() -> None:
     """See the module's docstring."""
-    plain_errors()
     parser = parser_of_runs(__doc__)
     parser.add_argument("--only", choices=["all", "contest"], default="all", help="contest: without the single choices")
     parser.add_argument("--seconds", action="store_true", help="measure seconds per step, train nothing")

@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 from data_utils import prepare_data
-from machinery.errors import UserError, plain_errors
+from machinery.errors import UserError
 from machinery.files import folder_path, read_json, write_json
 from machinery.huggingface import export_hf
 from machinery.machine import Machine
@@ -86,7 +86,6 @@ def compare(run: Path) -> dict:
 
 
 if __name__ == "__main__":
-    plain_errors()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     if len(sys.argv) != 2:
         raise UserError("python -m tools.scores RUN: which run? For example runs/demo-b64f1d")
