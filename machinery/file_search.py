@@ -9,7 +9,6 @@ import stat
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable
-from functools import reduce
 from pathlib import Path
 
 from machinery.errors import DataError
@@ -34,16 +33,16 @@ def find_files(name: str, apart: Iterable[Path], passed_over: Counter[str]) -> d
 def _walk(root: Path, parts: list[str], apart: Iterable[Path], passed_over: Counter[str]) -> dict[str, Path]:
     """The files under `root` that fit a pattern, once each, whatever links lead to them."""
     set_apart = {found for folder in apart if (found := identity(folder))}
-    start, end, seen = _skipping({0}, parts), len(parts), set()
-    files: dict[tuple[int, int], tuple[str, Path]] = {}
+    parts, end, seen = [_composed(part) for part in parts], len(parts), set()
+    reaching = {str(root): _skipping({0}, parts)}  # of each folder: the parts of the pattern that may come next
+    files: dict[tuple[int, int], str] = {}
 
     def unreadable(error: OSError) -> None:
         passed_over["unreadable folders"] += not isinstance(error, NotADirectoryError)
 
     for folder, subfolders, names in os.walk(root, onerror=unreadable, followlinks=True):
-        place, here = Path(folder).relative_to(root).parts, identity(Path(folder))
-        reached = reduce(lambda reached, name: _after(name, reached, parts), place, start)
-        no_text = place and (here in set_apart or "tokenizer.json" in names)
+        here, reached = identity(folder), reaching.pop(folder)
+        no_text = folder != str(root) and (here in set_apart or "tokenizer.json" in names)
         passed_over["folders of a run, shards or a checkpoint"] += bool(no_text)
         if no_text or (here, reached) in seen:
             subfolders.clear()
@@ -55,20 +54,23 @@ def _walk(root: Path, parts: list[str], apart: Iterable[Path], passed_over: Coun
         elif "**" not in parts:
             passed_over["folders, read with /** after them"] += sum(end in after[name] for name in subfolders)
         subfolders[:] = sorted(name for name in subfolders if after[name] - {end})
-        for name in sorted(names):
-            if end in after[name] and (found := _text_file(path := Path(folder, name), passed_over)):
-                _, known = files.get(found, (None, None))
-                if known is None or (known.is_symlink() and not path.is_symlink()):  # its own name says how to read
-                    files[found] = "/".join((*place, name)), path
-    return {name: _to_read(path) for name, path in files.values()}
+        reaching |= {os.path.join(folder, name): after[name] for name in subfolders}
+        for path in (os.path.join(folder, name) for name in sorted(names) if end in after[name]):
+            if found := _text_file(path, passed_over):
+                known = files.get(found)
+                if known is None or (os.path.islink(known) and not os.path.islink(path)):  # its own name says how to
+                    files[found] = path  # read it
+    within = len(os.path.join(root, ""))
+    return {path[within:].replace(os.sep, "/"): _to_read(path) for path in files.values()}
 
 
-def _to_read(path: Path) -> Path:
+def _to_read(path: str | Path) -> Path:
     """The path whose suffix says how to read a file: of a link without such a suffix, where it leads."""
+    path = Path(path)
     return path.resolve() if path.suffix not in SUFFIXES and path.is_symlink() else path
 
 
-def _text_file(path: Path, passed_over: Counter[str]) -> tuple[int, int] | None:
+def _text_file(path: str | Path, passed_over: Counter[str]) -> tuple[int, int] | None:
     """The identity of a file that is read; None for one that is not, which is noted as passed over.
 
     The system is asked once: files come and go, and grow, while a folder is listed.
@@ -76,8 +78,8 @@ def _text_file(path: Path, passed_over: Counter[str]) -> tuple[int, int] | None:
     found = _stat(path)
     if not (found and stat.S_ISREG(found.st_mode)):
         passed_over["broken links, devices, unreadable files"] += 1
-    elif _to_read(path).suffix not in SUFFIXES:
-        passed_over[path.suffix or "without a suffix"] += 1
+    elif not os.fspath(path).endswith(SUFFIXES) and _to_read(path).suffix not in SUFFIXES:
+        passed_over[Path(path).suffix or "without a suffix"] += 1
     elif not found.st_size:
         passed_over["empty files"] += 1
     else:
@@ -122,7 +124,7 @@ def _after(name: str, reached: frozenset[int], parts: list[str]) -> frozenset[in
             continue
         if parts[number] == "**":
             found.add(number)
-        elif fnmatch.fnmatchcase(_composed(name), _composed(parts[number])):
+        elif fnmatch.fnmatchcase(_composed(name), parts[number]):
             found.add(number + 1)
     return _skipping(found, parts)
 
@@ -135,12 +137,12 @@ def _skipping(reached: set[int], parts: list[str]) -> frozenset[int]:
     return frozenset(reached)
 
 
-def identity(path: Path) -> tuple[int, int] | None:
+def identity(path: str | Path) -> tuple[int, int] | None:
     """What a file or folder is, under whatever name; None where there is none."""
     found = _stat(path)
     return (found.st_dev, found.st_ino) if found else None
 
 
-def _stat(path: Path) -> os.stat_result | None:
+def _stat(path: str | Path) -> os.stat_result | None:
     with contextlib.suppress(OSError, ValueError):
         return os.stat(path)

@@ -22,7 +22,7 @@ import numpy as np
 from machinery.text_files import in_parts
 
 PIECE = 1 << 18  # characters of a text that are encoded and looked at together; more at once is not faster
-LINE_ENDS = bytes.maketrans(b"\v\f\x1c\x1d\x1e\x1f", b"\n" * 5 + b" ")  # as `str.splitlines` sees them
+LINE_ENDS = bytes.maketrans(b"\r\v\f\x1c\x1d\x1e\x1f", b"\n" * 6 + b" ")  # as `str.splitlines` sees them
 ODD_BLANKS = re.compile(
     rb"\xc2[\x85\xa0]|\xe1\x9a\x80|\xe2(?:\x80[\x80-\x8b\xa8\xa9\xaf]|\x81[\x9f\xa0])|\xe3\x80\x80|\xef\xbb\xbf"
 )
@@ -47,21 +47,26 @@ def long_lines(content: bytes) -> list[bytes]:
     plain = _plain(content)
     if len(plain) < LONG_LINE:
         return [b"".join(plain.split())]
-    lines, spaced = plain.translate(None, b" \t").splitlines(), plain.splitlines()
+    dense = plain.translate(None, b" \t")
+    lines, spaced = dense.split(b"\n"), plain.split(b"\n")
     surely = LONG_LINE if plain.isascii() else 4 * LONG_LINE  # bytes of so many characters
     found = [
         line
         for line, whole in zip(lines, spaced)
-        if surely <= len(line) <= LONGEST_LINE or (SPACED_LINE < 2 * len(line) < 2 * surely and _is_long(line, whole))
+        if len(line) >= surely or (len(line) > SPACED_LINE // 2 and _is_long(line, whole))
     ]
-    for line in lines:
-        if len(line) > LONGEST_LINE:
-            found += [part for part in CUT.split(line) if len(part) >= LONG_LINE]
+    if len(dense) > LONGEST_LINE:
+        found = [part for line in found for part in _in_parts(line)]
     whole = b"".join(lines)
     if sum(map(len, found)) < FEW * len(whole):
         starts = accumulate(map(len, lines), initial=0)
         found += [b"\n" + whole[start : start + FOLLOWING] for start in starts if start + FOLLOWING <= len(whole)]
     return found or [whole]
+
+
+def _in_parts(line: bytes) -> list[bytes]:
+    """A line, or of one that is too long to count as one the longer parts."""
+    return [line] if len(line) <= LONGEST_LINE else [part for part in CUT.split(line) if len(part) >= LONG_LINE]
 
 
 def line_hashes(lines: list[bytes]) -> array:

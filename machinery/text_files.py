@@ -237,6 +237,15 @@ def _no_text(path: Path, at: int) -> DataError:
 
 
 _DECODER = json.JSONDecoder(parse_int=float)  # numbers are never text; of int, only so many digits are read
+BLANKS = " \t\n\r"  # of JSON
+
+
+def _decode(text: str) -> object:
+    """As `_DECODER.decode`, in half the time of a short row: it looks for blanks with an expression."""
+    value, end = _DECODER.raw_decode(text, len(text) - len(text.lstrip(BLANKS)))
+    if rest := text[end:].lstrip(BLANKS):
+        raise json.JSONDecodeError("Extra data", text, len(text) - len(rest))
+    return value
 
 
 ROW = "a row is one object on one line"
@@ -261,7 +270,7 @@ def array_texts(content: str, text_column: str, where: str) -> list[str]:
 
 def _decode_json(content: str | bytes, text_column: str, where: str, expected: str) -> object:
     try:
-        return _DECODER.decode(content) if isinstance(content, str) else _decode_row(content, text_column)
+        return _decode(content) if isinstance(content, str) else _decode_row(content, text_column)
     except UnicodeDecodeError as error:
         raise DataError(f"{where}: not UTF-8 at byte {error.start} of the line; convert or mend it") from None
     except json.JSONDecodeError as error:
@@ -278,14 +287,14 @@ def _decode_row(line: bytes, text_column: str) -> object:
     """
     if not line.isascii() and b"\\u" not in line:
         with contextlib.suppress(ValueError, AttributeError):  # told below
-            row = _DECODER.decode(line.decode("latin-1"))
+            row = _decode(line.decode("latin-1"))
             row = {_as_utf8(name): value for name, value in row.items()}
             return row | {text_column: _as_utf8(row[text_column])} if text_column in row else row
     try:
-        return _DECODER.decode(line.decode("utf-8"))
+        return _decode(line.decode("utf-8"))
     except UnicodeDecodeError:
         with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError):  # the text itself may be right
-            row = _DECODER.decode(line.decode("utf-8", "surrogateescape"))
+            row = _decode(line.decode("utf-8", "surrogateescape"))
             row[text_column].encode()
             return row
         raise
@@ -356,11 +365,12 @@ def jsonl_texts(path: Path, text_column: str) -> Iterator[str]:
             number = 1 + head.count(b"\n", 0, len(head) - len(start))
             raise DataError(f"{path}, line {number}: holds a list, not an object; {ROW}, as from jq -c '.[]'")
         file.seek(0)
+        name = str(path)  # once, for there may be millions of rows
         for number, line in enumerate(file, 1):
             if line[0] == 0xEF:  # each of several files that were put together may have a mark
                 line = _without_marks(line) or b"\n"
             if not line.isspace():
-                text = json_text(line, text_column, f"{path}, line {number}")
+                text = json_text(line, text_column, f"{name}, line {number}")
                 del line  # a row may be large
                 yield text
 
