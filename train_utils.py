@@ -102,8 +102,8 @@ class Run:
             raise lost from None
 
     def check(self, model: torch.nn.Module, optimizers: list) -> None:
-        """Raise `UserError` before anything is made or written, where the newest checkpoint is of another model
-        or the memory does not hold one sequence at a time. `model` and `optimizers` are shapes without memory.
+        """Raise `UserError` before anything is made or changed, where the newest checkpoint is of another model, a file
+        cannot be written or the memory does not hold one sequence. `model` and `optimizers` are shapes without memory.
         """
         config = self.config
         self.machine.forget_peak()
@@ -113,8 +113,8 @@ class Run:
         if self.checkpoint:
             self.folder.compare(config.to_dict(), config.fixed)
             check_weights(self.checkpoint, model)
-        one = replace(config, micro_batch=1)  # what is left where more do not fit
-        needed = predict(model, optimizers, one, self.machine, 1.0, self._in_use)
+            self.folder.rehearse()
+        needed = predict(model, optimizers, replace(config, micro_batch=1), self.machine, 1.0, self._in_use)
         refuse_what_does_not_fit(needed, self.machine, self.folder.path)
 
     def resume(self, at, data: TokenData, model: torch.nn.Module, optimizers: list, scaler):

@@ -19,6 +19,7 @@ import platform
 import re
 import statistics
 import subprocess
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -47,6 +48,10 @@ from machinery.notebook import NOTEBOOK
 COPY = "bring it back from a copy, use a new run_name, or resume='never' to start over"
 ENDINGS = ("finished", "interrupted", "diverged")  # of a run, as summary.json tells them
 SIGNS = ("config.json", "metrics.jsonl", "checkpoints")  # of a run: one of them is there from its first moment on
+FILES = (
+    "config.json", "environment.json", "tokenizer.json", "data.json", "expected.json",
+    "metrics.jsonl", "samples.jsonl", "summary.json",
+)  # fmt: skip
 PLACES = ("source", "val_source", "tokenizer", "init_from", "data_dir", "runs_dir")  # fields that may hold a path
 TAKEN = re.compile(r"wandb|(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # by W&B beside runs, by Windows
 
@@ -170,6 +175,20 @@ class RunFolder:
         before = read_note(self.path / "environment.json").get("dtype", dtype)
         if before != dtype:
             print(printable(f"matrix products were in {before!s:.60} until here, and go on in {dtype}"))
+
+    def rehearse(self) -> None:
+        """Write what `begin` will replace as it is, and beside the checkpoints: what is in the way is told at once, and
+        not after minutes of compiling, or of training without a checkpoint.
+        """
+        if not self.writes:
+            return
+        for path in (self.path / name for name in FILES):
+            if os.path.lexists(path):
+                with told(path, problem="not written"):
+                    write_atomic(path, regular_file(path).read_bytes())
+        checkpoints = self.path / "checkpoints"
+        with told(checkpoints, problem="cannot be written", advice="check the permissions"):
+            tempfile.TemporaryDirectory(dir=checkpoints, prefix=".step_", suffix=".part").cleanup()
 
     def begin(self, config: dict, at_step: int = 0, **files: dict) -> None:
         """Write config.json and the other `files`. Lines after `at_step`, of a run cut off later, are dropped.

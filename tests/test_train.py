@@ -546,9 +546,15 @@ def test_a_start_that_does_not_come_to_training_changes_nothing(lm, settings, mo
         assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
     (folder / "expected.json").unlink()
     (folder / "expected.json").mkdir()
-    with pytest.raises(UserError, match="expected.json: not written"):
+    monkeypatch.setattr(lm, "prepare_data", None)  # it does not come to that, nor to compiling
+    with pytest.raises(UserError, match="expected.json: not a regular file"):
         lm.train(replace(config, max_steps=20))
-    assert (folder / "summary.json").read_bytes() == before[folder / "summary.json"]
+    (folder / "expected.json").rmdir()
+    monkeypatch.setattr("tempfile.mkdtemp", lambda *_, **__: (_ for _ in ()).throw(PermissionError(13, "denied")))
+    with pytest.raises(UserError, match=r"checkpoints: cannot be written \(denied\); check the permissions"):
+        lm.train(replace(config, max_steps=20))
+    after = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert after == {path: content for path, content in before.items() if path.name != "expected.json"}
 
 
 def test_a_run_interrupted_while_it_ends_is_not_locked_any_more(lm, settings, monkeypatch):
