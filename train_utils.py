@@ -200,6 +200,7 @@ class Run:
             files = {"tokenizer": self._tokenizer, "data": {"key": self._origin["text"]}, "expected": band}
             self.folder.begin(config.to_dict(), at.step, **files, environment=describe_environment(machine))
         else:
+            self.folder.configure(config.to_dict())
             print("its budget is used: a larger one goes on, another run_name or resume='never' begins anew")
         print(f"{config.run_name} from step {at.step:,}")
         if self.folder.writes:
@@ -276,9 +277,8 @@ class Run:
 
     def sample(self, prompt: str, text: str) -> None:
         """Keep what the model wrote."""
-        at = self.at
-        self.folder.append("samples.jsonl", {"step": at.step, "prompt": prompt, "text": text})
-        self.loggers.tell(lambda logger: logger.sample(at.step, prompt, text))
+        self.folder.append("samples.jsonl", {"step": self.at.step, "prompt": prompt, "text": text})
+        self.loggers.tell(lambda logger: logger.sample(self.at.step, prompt, text))
 
     def checkpoint_due(self, done: bool, diverged: bool) -> bool:
         """Whether the run ends, the loss is the best so far, or many steps or minutes have passed; not if it failed."""

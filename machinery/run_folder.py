@@ -190,6 +190,11 @@ class RunFolder:
         with told(checkpoints, problem="cannot be written", advice="check the permissions"):
             tempfile.TemporaryDirectory(dir=checkpoints, prefix=".step_", suffix=".part").cleanup()
 
+    def configure(self, config: dict) -> None:
+        """Write config.json alone, of a run whose budget is used: what `compare` told counts from here on."""
+        if self.writes:
+            write_json(self.path / "config.json", portable(config))
+
     def begin(self, config: dict, at_step: int = 0, **files: dict) -> None:
         """Write config.json and the other `files`. Lines after `at_step`, of a run cut off later, are dropped.
 

@@ -557,6 +557,17 @@ def test_a_start_that_does_not_come_to_training_changes_nothing(lm, settings, mo
     assert after == {path: content for path, content in before.items() if path.name != "expected.json"}
 
 
+def test_a_smaller_budget_that_was_told_is_on_the_disk(lm, settings, capsys):
+    config = settings()
+    lm.train(config)
+    capsys.readouterr()
+    for told in (1, 0):
+        assert lm.train(replace(config, max_steps=4, prompt="a"))["steps"] == 12
+        assert capsys.readouterr().out.count("max_steps: 12 before, 4 from here on") == told
+    saved = lm.load_run(Path(config.runs_dir) / config.run_name)[0]
+    assert (saved.max_steps, saved.prompt) == (4, "a")
+
+
 def test_a_run_interrupted_while_it_ends_is_not_locked_any_more(lm, settings, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt) as held:
         patch.setattr(Loggers, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
