@@ -13,14 +13,19 @@ new_code_cell, new_notebook = v4.new_code_cell, v4.new_notebook
 
 @pytest.fixture
 def notebook(tmp_path, monkeypatch):
-    """Makes a notebook of one cell beside the knobs the one that is executed; returns the parameters of a run."""
+    """Makes a notebook of one cell beside the knobs the one that is executed; returns the parameters of a run.
+
+    Braces in a path are braces: papermill would put a value of the knobs in their place.
+    """
 
     def make(source: str) -> dict:
         knobs = new_code_cell("preset, overrides = None, None", metadata={"tags": ["parameters"]})
         kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
-        nbformat.write(new_notebook(cells=[knobs, new_code_cell(source)], metadata=kernel), tmp_path / "small.ipynb")
-        monkeypatch.setattr(execute, "NOTEBOOK", tmp_path / "small.ipynb")
-        return {"preset": "smoke", "overrides": {"runs_dir": str(tmp_path / "runs"), "run_name": "mine"}}
+        nbformat.write(
+            new_notebook(cells=[knobs, new_code_cell(source)], metadata=kernel), tmp_path / "small {x}.ipynb"
+        )
+        monkeypatch.setattr(execute, "NOTEBOOK", tmp_path / "small {x}.ipynb")
+        return {"preset": "smoke", "overrides": {"runs_dir": str(tmp_path / "runs {preset}"), "run_name": "mine"}}
 
     return make
 
@@ -39,7 +44,7 @@ def test_each_run_keeps_its_own_notebook_and_page(notebook, tmp_path, capfd):
 def test_a_cell_that_fails_and_a_kernel_that_dies_are_one_line(notebook, tmp_path):
     with pytest.raises(UserError, match=r"^ValueError: too much \(the notebook .*failed-\d+.ipynb"):
         execute.run_notebook(notebook("raise ValueError('too much')"))
-    (kept,) = (tmp_path / "runs").iterdir()
+    (kept,) = (tmp_path / "runs {preset}").iterdir()
     first = kept.read_bytes()
     with pytest.raises(UserError, match=r"failed-\d+.1.ipynb"):
         execute.run_notebook(notebook("raise ValueError('again')"))
@@ -50,7 +55,7 @@ def test_a_cell_that_fails_and_a_kernel_that_dies_are_one_line(notebook, tmp_pat
         with pytest.raises(UserError, match=message) as caught:  # before a kernel is started
             execute.run_notebook({"preset": "smoke", "overrides": overrides})
         assert "\n" not in str(caught.value)
-    assert len(list((tmp_path / "runs").iterdir())) == 2
+    assert len(list((tmp_path / "runs {preset}").iterdir())) == 2
 
 
 def test_the_program_has_the_knobs_and_no_cells_that_show(tmp_path, monkeypatch):

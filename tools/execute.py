@@ -58,6 +58,11 @@ def free_names(folder: Path) -> tuple[Path, Path]:
     return paths
 
 
+def verbatim(path: Path) -> str:
+    """A path as papermill takes it, which would put values of the knobs where braces stand in it."""
+    return str(path).replace("{", "{{").replace("}", "}}")
+
+
 @contextlib.contextmanager
 def kernel_errors_to(path: Path) -> Iterator[None]:
     """What the kernel and its client write to standard error past the notebook goes to `path`."""
@@ -79,7 +84,7 @@ def execute(parameters: dict, unfinished: Path) -> nbformat.NotebookNode:
     try:
         with kernel_errors_to(log):
             papermill.execute_notebook(
-                NOTEBOOK, unfinished, parameters, kernel_name="python3", progress_bar=False,
+                verbatim(NOTEBOOK), verbatim(unfinished), parameters, kernel_name="python3", progress_bar=False,
                 stdout_file=sys.stdout, stderr_file=sys.stdout,
             )  # fmt: skip
         return nbformat.read(unfinished, as_version=4)
@@ -127,7 +132,7 @@ def run_notebook(parameters: dict) -> Path:
 def write_program(parameters: dict) -> None:
     """LMHarness.py: the cells but those tagged `show`, as a program for torchrun."""
     knobs_config(parameters)  # refused here, and not by eight processes
-    notebook = papermill.execute_notebook(NOTEBOOK, None, parameters, prepare_only=True)
+    notebook = papermill.execute_notebook(verbatim(NOTEBOOK), None, parameters, prepare_only=True)
     notebook, _ = TagRemovePreprocessor(remove_cell_tags={"show"}, enabled=True).preprocess(notebook, {})
     program, _ = ScriptExporter().from_notebook_node(notebook)
     with told(PROGRAM, problem="cannot be written", advice="copy this project to a folder of yours"):
