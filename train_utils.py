@@ -23,7 +23,7 @@ from machinery.interrupts import StopRequest
 from machinery.loggers import Loggers
 from machinery.machine import Machine, compile_or_eager, left_as_it_was, measure_matmul_flops, time_per_call
 from machinery.processes import lost_process
-from machinery.run_folder import RunFolder, describe_environment, portable
+from machinery.run_folder import PLACES, RunFolder, describe_environment, portable
 from machinery.screen import Screen, keep_printing
 from machinery.tokenizers import tokenizer_to_dict
 from machinery.watch import Watch, print_ending, print_preflight, refuse_what_does_not_fit, with_best
@@ -106,10 +106,10 @@ class Run:
         cannot be written or the memory does not hold one sequence. `model` and `optimizers` are shapes without memory.
         """
         config = self.config
+        self.machine.agree({n: v for n, v in config.to_dict().items() if n not in (*PLACES, "device")})
         self.machine.forget_peak()
         self._in_use, self._free = self.machine.used_memory(), self.machine.free_memory()
-        if config.resume != "never":
-            self.checkpoint = newest_checkpoint(self.folder.path)
+        self.checkpoint = newest_checkpoint(self.folder.path) if config.resume != "never" else None
         if self.checkpoint:
             self.folder.compare(config.to_dict(), config.fixed)
             check_weights(self.checkpoint, model)
@@ -144,7 +144,7 @@ class Run:
         data.windows("val", config.block_size)  # text or processes that do not go with it
         if not self.checkpoint:
             self.folder.set_aside()
-        self.machine.agree(at.step, "the step to go on from (is runs_dir one folder for all?)")
+        self.machine.agree({"the text": data.key, "the step to go on from (is runs_dir one folder for all?)": at.step})
         self._begun_at, at.micro_batch = at.step, at.micro_batch or self._fitting_micro_batch(config)
         return at
 

@@ -22,6 +22,7 @@ from torch.distributed import ReduceOp
 
 from machinery import processes
 from machinery.errors import UserError, first_line
+from machinery.files import json_digest
 
 # Dense 16-bit matrix rate with 32-bit accumulation, in TFLOP/s, from the vendor's data sheets and white papers (without
 # sparsity). For a GeForce it is tensor cores x boost clock x 128, for an RTX PRO twice that; a card may run above that
@@ -171,11 +172,14 @@ class Machine:
         """The mean of a value."""
         return self.total(value / self.processes)[0]
 
-    def agree(self, value: float, what: str) -> None:
-        """Raise `UserError` in all of them unless `value` is the same in each."""
-        high, low = self.maximum(value, -value)
-        if high != -low:
-            raise UserError(f"processes do not agree on {what}: one has {-low:g}, another {high:g}")
+    def agree(self, values: dict[str, object]) -> None:
+        """Raise `UserError` in all of them unless they have the same `values`, which are of JSON, by what they are."""
+        numbers = [v if isinstance(v, int | float) else int(json_digest(v)[:12], 16) for v in values.values()]
+        found = self.maximum(*numbers, *(-number for number in numbers))
+        for (what, value), number, high, low in zip(values.items(), numbers, found, found[len(numbers) :]):
+            if high != -low:
+                own = f"one has {0 - low:g}, another {high:g}" if number is value else f"this one has {value!r}"
+                raise UserError(f"processes do not agree on {what}: {own}")
 
     def barrier(self) -> None:
         """Wait until every process is here."""

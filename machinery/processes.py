@@ -19,7 +19,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from machinery.errors import UserError, first_line
+from machinery.errors import UserError, first_line, plain_errors
 
 
 def join(device: torch.device) -> tuple[int, int]:
@@ -32,6 +32,7 @@ def join(device: torch.device) -> tuple[int, int]:
     if not dist.is_initialized():  # once in the life of a process: the addresses of a group are not exchanged again
         if device.type == "cuda":
             torch.cuda.set_device(device)
+        plain_errors()  # torch's own way to print errors, from here on, puts the rank before each line of this one
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
         atexit.register(dist.destroy_process_group)
         if dist.get_rank():

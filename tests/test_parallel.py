@@ -227,7 +227,7 @@ def test_a_killed_process_ends_the_job_with_one_line(lm, settings, tmp_path):
     workers["1"].kill()
     printed, _ = job.communicate(timeout=60)
     assert job.returncode != 0
-    assert "another process of this run is gone; start the same command again" in printed
+    assert "[rank0]: UserError: process 0 of 2: another process of this run is gone; start the same" in printed
     kept = read_state(newest_checkpoint(run))["step"]
     summary = lm.train(settings(run_name="killed", max_steps=kept + 2))
     assert summary["status"] == "finished" and summary["steps"] == kept + 2
