@@ -90,8 +90,9 @@ def best_shape(config, machine: Machine, hours: float, channels: int = 64) -> di
     if not rows or best in (rows[0], rows[-1]):
         why = "laws are for 'demo' on 'python' or 'english', and for the hub"
         if rows:
-            side, change = ("smaller", "more") if best == rows[0] else ("larger", "fewer")
-            why = f"it is {side} than those that are known; try {change} hours"
+            end, change = ("smallest", "more") if best == rows[0] else ("largest", "fewer")
+            known = f"{best[2]['n_layer']} × {best[2]['n_embd']}"
+            why = f"of those it knows, the {end} is best ({known}); take that, or try {change} hours"
         raise UserError(f"no law covers the best size for {sized.max_hours:g} hours of {config.source!r}: {why}")
     for loss, unit, shape, parameters, tokens in rows[max(0, rows.index(best) - 2) : rows.index(best) + 3]:
         sizes = f"{shape['n_layer']:3d} × {shape['n_embd']:<5d}{parameters:14,.0f} weights {tokens:16,.0f} tokens"
@@ -285,15 +286,17 @@ def check_generation(
 def attention_maps(model: nn.Module, tokens: Tensor) -> Tensor:
     """(n_layer, H, T, T): where every head of every layer looks, for one sequence of tokens (T,); rows are queries.
 
-    `attend` takes weighted means of values, so with the rows of a unit matrix as values, it gives the weights.
+    `attend` takes weighted means of values, so with the rows of a unit matrix as values, as many columns at a time as
+    values have, it gives the weights.
     """
     check_tokens(model, tokens, "T")
     maps, layers = [], [block.attention for block in model.blocks if hasattr(block.attention, "attend")]
 
     def looking(attend):
         def look(q: Tensor, k: Tensor, v: Tensor, *bias: Tensor) -> Tensor:
-            unit = torch.eye(k.size(2), dtype=v.dtype, device=v.device).expand(*k.shape[:2], -1, -1)
-            maps.append(attend(q, k, unit, *bias))  # (1, H, T, T)
+            S, D = k.size(2), v.size(3)
+            unit = torch.eye(S, -(-S // D) * D, dtype=v.dtype, device=v.device).expand(*v.shape[:2], -1, -1)
+            maps.append(torch.cat([attend(q, k, part, *bias) for part in unit.split(D, dim=3)], dim=3)[..., :S])
             return attend(q, k, v, *bias)
 
         return look

@@ -162,7 +162,8 @@ def print_preflight(
 def print_ending(
     scores: dict[str, float], rise: float, diverged: bool, expected: Forecast | None = None, tokens: int = 0
 ) -> None:
-    """What is worth a remark at the end of a run; `rise` is the held-out loss over the best one, in bits per byte.
+    """What is worth a remark at the end of a run; `rise` is the held-out loss over the best one, in bits per byte, when
+    the same text was last scored: the last score is mostly of more, and tells against it where it is better than both.
     `expected` is the forecast of a run that came to its end, and `tokens` what it took.
     """
     if expected and scores:
@@ -170,8 +171,9 @@ def print_ending(
         now = expected.with_tokens(tokens)
         more = tokens / (expected.tokens or tokens)
         print("" if 0.9 < more < 1.1 else f"; with {more:.2f} of the tokens foretold, {now.low:.3f} to {now.high:.3f}")
-    if rise > 0.005:
-        print(f"held-out loss was best at step {scores['best_step']:,}, {rise:.4f} bits per byte lower than at last")
+    if rise > 0.005 and scores["val_bpb"] > scores["best_val_bpb"]:
+        lower = f"{rise:.4f} bits per byte lower than when the same text was last scored"
+        print(f"held-out loss was best at step {scores['best_step']:,}, {lower}")
     if diverged:
         print(
             "diverged: go on from the last checkpoint, if any, with a lower lr or longer warmup, or anew with qk_norm"

@@ -149,9 +149,13 @@ def test_a_run_that_came_to_more_tokens_is_held_against_the_law_for_these(capsys
     assert not foretold.place(1e-9, 0, 9.0)
     print_ending({"val_bpb": 1.5}, 0.0, False, foretold, tokens=1_000_000)
     print_ending({"val_bpb": 2.0}, 0.0, False, foretold, tokens=510_000)
+    best = {"best_val_bpb": 1.9, "best_step": 0}
+    print_ending(best | {"val_bpb": 1.8}, 0.1, False)  # of all held-out text: lower than the best of a part of it
+    print_ending(best | {"val_bpb": 2.1}, 0.1, False)
     assert capsys.readouterr().out.splitlines() == [
         "forecast 1.800 to 2.200, came 1.500 bits per byte; with 2.00 of the tokens foretold, 1.300 to 1.700",
         "forecast 1.800 to 2.200, came 2.000 bits per byte",
+        "held-out loss was best at step 0, 0.1000 bits per byte lower than when the same text was last scored",
     ]
 
 
@@ -188,7 +192,7 @@ def test_the_best_shape_is_inside_of_what_was_tried_or_not_known(lm, monkeypatch
     assert 10 <= shape["n_layer"] <= 20 and capsys.readouterr().out.count("<- best") == 1
     settle_batch(lm.replace(day, **shape), CPU)  # it is a configuration
     own = lm.replace(day, source="texts/*.txt")
-    refused = [(own, 24, "laws are for"), (day, 0.001, "smaller .* more"), (day, 1e6, "larger .* fewer")]
+    refused = [(own, 24, "laws are for"), (day, 0.001, "smallest .* × .* more"), (day, 1e6, "largest .* × .* fewer")]
     for config, hours, why in refused:
         with pytest.raises(UserError, match=f"no law covers the best size for .*{why}"):
             best_shape(config, CPU, hours=hours)

@@ -99,12 +99,14 @@ def one_batch_is_overfitted(lm, config):
     model = lm.build_model(config)
     tokens, targets = random_batch(config, batch=2)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
-    for _ in range(25):
+    for _ in range(200):  # most take 20
         loss = model(tokens, targets)
+        if loss.item() < 0.3:
+            return
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert loss.item() < 0.3, loss.item()
+    pytest.fail(f"after 200 steps on one batch its loss is {loss.item():.2f}, not below 0.3: it hardly learns")
 
 
 def state_round_trips(lm, config):
@@ -424,6 +426,7 @@ def test_models_that_cannot_hold_an_induction_head_begin_without(lm, overrides):
 def test_maps_of_attention_by_hand_and_of_a_difference_of_two(lm, tiny, monkeypatch):
     class ByHand(lm.MultiHeadAttention):
         def attend(self, q, k, v):
+            assert v.shape == k.shape  # as the docstring of `attend` has it
             return lm.attention_by_hand(q, k, v)[0]
 
     class Difference(lm.MultiHeadAttention):
@@ -433,7 +436,7 @@ def test_maps_of_attention_by_hand_and_of_a_difference_of_two(lm, tiny, monkeypa
     monkeypatch.setitem(lm.ATTENTIONS, "hand", ByHand)
     monkeypatch.setitem(lm.ATTENTIONS, "difference", Difference)
     kernel, hand, difference = (lm.build_model(tiny(attention=name)) for name in ("mha", "hand", "difference"))
-    tokens = random_batch(tiny())[0][0]
+    tokens = random_batch(tiny())[0][0, :13]
     assert torch.allclose(attention_maps(hand, tokens), attention_maps(kernel, tokens), atol=1e-6)
     maps = attention_maps(difference, tokens)
     assert torch.allclose(maps.sum(-1), torch.ones(maps.shape[:-1]), atol=1e-5) and maps.min() < 0
