@@ -58,8 +58,8 @@ def _walk(root: Path, parts: list[str], apart: Iterable[Path], passed_over: Coun
         for path in (os.path.join(folder, name) for name in sorted(names) if end in after[name]):
             if found := _text_file(path, passed_over):
                 known = files.get(found)
-                if known is None or (os.path.islink(known) and not os.path.islink(path)):  # its own name says how to
-                    files[found] = path  # read it
+                if known is None or (os.path.islink(known) and not os.path.islink(path)):
+                    files[found] = path  # a file's own name says how to read it
     within = len(os.path.join(root, ""))
     return {path[within:].replace(os.sep, "/"): _to_read(path) for path in files.values()}
 
@@ -78,7 +78,7 @@ def _text_file(path: str | Path, passed_over: Counter[str]) -> tuple[int, int] |
     found = _stat(path)
     if not (found and stat.S_ISREG(found.st_mode)):
         passed_over["broken links, devices, unreadable files"] += 1
-    elif not os.fspath(path).endswith(SUFFIXES) and _to_read(path).suffix not in SUFFIXES:
+    elif _to_read(path).suffix not in SUFFIXES:
         passed_over[Path(path).suffix or "without a suffix"] += 1
     elif not found.st_size:
         passed_over["empty files"] += 1

@@ -163,7 +163,7 @@ def print_ending(
     scores: dict[str, float], rise: float, diverged: bool, expected: Forecast | None = None, tokens: int = 0
 ) -> None:
     """What is worth a remark at the end of a run; `rise` is the held-out loss over the best one, in bits per byte, when
-    the same text was last scored: the last score is mostly of more, and tells against it where it is better than both.
+    the same text was last scored. The last score is mostly of more text; where it is below the best, nothing is said.
     `expected` is the forecast of a run that came to its end, and `tokens` what it took.
     """
     if expected and scores:

@@ -118,12 +118,12 @@ QUOTES = [
         for where, sentence, text in [
             (
                 TEXT,
-                "that is # bits per byte lower after a million tokens of Python, less after more, and * in",
+                "that is # bits per byte lower after a million tokens of Python, less with more tokens, and * in",
                 "python",
             ),
             (
                 TEXT,
-                "that is * bits per byte lower after a million tokens of Python, less after more, and # in",
+                "that is * bits per byte lower after a million tokens of Python, less with more tokens, and # in",
                 "english",
             ),
             (README, "# bits per byte higher after a million tokens of Python", "python"),
