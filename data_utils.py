@@ -321,13 +321,14 @@ class TokenWindows:
             if shard not in self._verified:
                 if sha256(path) != entry["sha256"]:
                     raise DataError(f"{path}: content does not match the manifest's checksum; {advice}")
-                if (largest := np.fromfile(path, self.dtype).max(initial=0)) >= self.n_vocab:
-                    raise DataError(f"{path}: holds token {largest}, but the tokenizer has {self.n_vocab}; {advice}")
                 self._verified.add(shard)
+                self._tokens(shard)
             tokens = np.fromfile(path, self.dtype, count, offset=start * self.dtype.itemsize)
         wanted = count if count >= 0 else entry["tokens"]
         if len(tokens) != wanted:
             raise DataError(f"{path}: {wanted} tokens were expected at {start}, {len(tokens)} are there; {advice}")
+        if (largest := tokens.max(initial=0)) >= self.n_vocab:
+            raise DataError(f"{path}: holds token {largest}, but the tokenizer has {self.n_vocab}; {advice}")
         return tokens
 
 

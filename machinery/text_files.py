@@ -343,7 +343,9 @@ def _type_of(value: object) -> str:
 def no_column(where: str, text_column: str, names: Iterable[str]) -> DataError:
     names = [repr(name) for name in names]
     shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-    return DataError(f"{where}: no column {text_column!r}; there are {shown or 'none'}: set text_column")
+    return DataError(
+        f"{where}: no column {text_column!r}; there are {shown or 'none'}: set text_column to one that every row has"
+    )
 
 
 def _without_marks(line: bytes) -> bytes:

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 import data_utils
 from data_utils import get_tokenizer, prepare_data
 from machinery import text_files
+from machinery.encoding import BREAK, IS_BLANK, MARK, Encoder
 from machinery.errors import DataError, UserError
 from machinery.held_out import is_held_out
 from machinery.machine import Machine
@@ -63,6 +64,41 @@ def test_awkward_text_round_trips(encoding, text):
     ids = encoding.encode_to_numpy(text, disallowed_special=())
     assert encoding.decode_bytes(ids.tolist()) == text.encode()
     assert encoding.eot_token not in ids  # end-of-text written in a document is text
+
+
+BLANKS_AND_OTHERS = [
+    *" \t\n\r\v\f\x85\xa0\u2003\u3000\u2028\x1c\x1f",
+    *"aZ中１1,!\u0301🙂",
+    "'s",
+    "<|endoftext|>",
+    "\u200b",
+]
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_texts_encoded_together_have_the_ids_of_tiktoken(name):
+    encoding = TOKENIZERS[name]()
+    encoder = Encoder(encoding, np.dtype("<u2"))
+    assert encoder.is_marked == (name == "bpe")
+
+    @given(st.lists(st.lists(st.sampled_from([*BLANKS_AND_OTHERS, BREAK, MARK]), max_size=30).map("".join), min_size=1))
+    @settings(max_examples=300, deadline=None)
+    def check(texts):
+        for text, ids in zip(texts, encoder.encode(texts), strict=True):
+            assert ids.tolist() == encoding.encode(text, disallowed_special=())
+
+    check()
+
+
+def test_every_character_beside_blanks_is_encoded_as_by_tiktoken():
+    encoding = get_tokenizer("bpe", 400, SAMPLE * 20)
+    encoder = Encoder(encoding, np.dtype("<u2"))
+    letters = [chr(code) for code in {*range(0x3100), *range(0x3100, 0x110000, 97)} - {*range(0xD800, 0xE000)}]
+    texts = [f"a {letter}{letter} b  {letter}1\n {letter}x {letter} {letter}\t!  {letter}" for letter in letters]
+    assert {ord(letter) for letter in letters if letter.isspace()} > {*np.flatnonzero(IS_BLANK)} - {ord(BREAK)}
+    for start in range(0, len(texts), 500):
+        for text, ids in zip(texts[start : start + 500], encoder.encode(texts[start : start + 500]), strict=True):
+            assert ids.tolist() == encoding.encode(text, disallowed_special=())
 
 
 def test_tokenizer_survives_its_file(encoding):
