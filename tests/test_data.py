@@ -437,6 +437,15 @@ def test_what_is_no_number_of_bytes_read_is_none(texts, tmp_path, noted):
     assert data._bytes_read() == 0
 
 
+def test_a_shard_overwritten_while_it_is_read_ends_in_a_line(texts, tmp_path):
+    data = prepare_data(TextConfig(texts[0], data_dir=str(tmp_path / "over")), progress=False)
+    windows, path = data.windows("train", 16, 0), data.folder / "train_000000.bin"
+    windows.read(0, 4)
+    path.write_bytes(b"\xff" * path.stat().st_size)
+    with pytest.raises(DataError, match=r"train_000000\.bin: holds token 65535, but the tokenizer has"):
+        windows.read(4, 4)
+
+
 def test_a_shard_cut_off_while_it_is_read_ends_in_a_line(texts, tmp_path):
     """In a process of its own: a memory map would end it with a signal."""
     program = (
