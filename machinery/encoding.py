@@ -21,12 +21,9 @@ from machinery.text_files import in_parts
 from machinery.tokenizers import ENDS_OF_TEXT, SPLIT_PATTERN
 
 BREAK, MARK = "\x1d", "\x1a"  # between texts, and before some blanks of them
-LOOK_AHEAD = r"|\s+(?!\S)"
-MARKED_PATTERN = SPLIT_PATTERN.replace(LOOK_AHEAD, "").replace("[^", f"[^{BREAK}{MARK}") + f"|[{BREAK}{MARK}]"
-IS_BLANK = np.zeros(0x3002, bool)  # of each character: Unicode's White_Space, the regular expression's \s, and `BREAK`
-IS_BLANK[
-    [*range(9, 14), *map(ord, BREAK + " \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000"), *range(0x2000, 0x200B)]
-] = True
+MARKED_PATTERN = SPLIT_PATTERN.replace(r"|\s+(?!\S)", "").replace("[^", f"[^{BREAK}{MARK}") + f"|[{BREAK}{MARK}]"
+# Of each character, whether it is the regular expression's \s, Unicode's White_Space, or `BREAK`
+IS_BLANK = np.array([chr(code).isspace() and chr(code) not in "\x1c\x1e\x1f" for code in range(0x3002)])
 PIECE_DOCUMENTS = 1 << 12
 AHEAD = 4 << 20  # characters that are encoded, or wait for it, while more is read
 
@@ -130,14 +127,11 @@ class Encoder:
         joined = BREAK.join(texts)
         if self.is_marked and MARK not in joined and joined.count(BREAK) == len(texts) - 1:
             with contextlib.suppress(UnicodeEncodeError):
-                return self._encode_marked(joined)
+                ids = self.own.encode_to_numpy(_marked(joined), disallowed_special=())
+                ids = ids[ids != self.of_mark].astype(self.dtype)
+                ends = np.flatnonzero(ids == self.of_break).tolist()
+                return [ids[start:end] for start, end in zip([0, *(end + 1 for end in ends)], [*ends, len(ids)])]
         return [_encode_text(self.encoding, text).astype(self.dtype) for text in texts]
-
-    def _encode_marked(self, joined: str) -> list[np.ndarray]:
-        ids = self.own.encode_to_numpy(_marked(joined), disallowed_special=())
-        ids = ids[ids != self.of_mark].astype(self.dtype)
-        ends = np.flatnonzero(ids == self.of_break).tolist()
-        return [ids[start:end] for start, end in zip([0, *(end + 1 for end in ends)], [*ends, len(ids)])]
 
 
 def _marked(text: str) -> str:
