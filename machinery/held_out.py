@@ -1,9 +1,10 @@
 """Held-out text: which documents it is, and that none of them has a near-copy in the training text.
 
-Documents are compared by their longer lines, blank space and line ends aside. The side of a document is that of its
-smallest line, by a hash: a function of its content alone, in which near-copies mostly agree, since two documents have
-the same smallest line as often as they have lines in common (MinHash; Broder 1997). What then still stands on both
-sides is set aside. A copy in other words, in other case, or with its lines cut at other places is not found.
+Documents are compared by their longer lines, blank space, line ends and ways to write an accent aside. The side of a
+document is that of its smallest line, by a hash: a function of its content alone, in which near-copies mostly agree,
+since two documents have the same smallest line as often as they have lines in common (MinHash; Broder 1997). What then
+still stands on both sides is set aside. A copy in other words, in other case, or with its lines cut at other places is
+not found.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
+import unicodedata
 import zlib
 from array import array
 from collections import Counter
@@ -86,8 +88,11 @@ def comparable(lines: Iterable[int]) -> list[list[int]]:
 
 
 def _plain(content: bytes) -> bytes:
-    """A text with plain line ends and blank space."""
+    """A text with plain line ends and blank space, its accents composed."""
     if not content.isascii():
+        text = content.decode("utf-8", "surrogatepass")
+        if not unicodedata.is_normalized("NFC", text):
+            content = unicodedata.normalize("NFC", text).encode("utf-8", "surrogatepass")
         content = ODD_BLANKS.sub(lambda found: _plain_blank(found[0]), content)
     return content.translate(LINE_ENDS)
 

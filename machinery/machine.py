@@ -22,7 +22,6 @@ from torch.distributed import ReduceOp
 
 from machinery import processes
 from machinery.errors import UserError, first_line
-from machinery.files import json_digest
 
 # Dense 16-bit matrix rate with 32-bit accumulation, in TFLOP/s, from the vendor's data sheets and white papers (without
 # sparsity). For a GeForce it is tensor cores x boost clock x 128, for an RTX PRO twice that; a card may run above that
@@ -173,13 +172,13 @@ class Machine:
         return self.total(value / self.processes)[0]
 
     def agree(self, values: dict[str, object]) -> None:
-        """Raise `UserError` in all of them unless they have the same `values`, which are of JSON, by what they are."""
-        numbers = [v if isinstance(v, int | float) else int(json_digest(v)[:12], 16) for v in values.values()]
-        found = self.maximum(*numbers, *(-number for number in numbers))
-        for (what, value), number, high, low in zip(values.items(), numbers, found, found[len(numbers) :]):
-            if high != -low:
-                own = f"one has {0 - low:g}, another {high:g}" if number is value else f"this one has {value!r}"
-                raise UserError(f"processes do not agree on {what}: {own}")
+        """Raise the same `UserError` in all of them unless they have the same `values`."""
+        first, *others = processes.gather_objects(values) if self.processes > 1 else [values]
+        for rank, other in enumerate(others, 1):
+            for what in first:
+                if first[what] != other[what]:
+                    found = f"process 0 has {first[what]!r}, process {rank} {other[what]!r}"
+                    raise UserError(f"processes do not agree on {what}: {found}")
 
     def barrier(self) -> None:
         """Wait until every process is here."""

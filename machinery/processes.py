@@ -47,6 +47,13 @@ def reduce(values: tuple[float, ...], operation: dist.ReduceOp) -> list[float]:
     return numbers.tolist()
 
 
+def gather_objects(value: object) -> list:
+    """The value of each process, in the order of their ranks."""
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 def lost_process(error: BaseException | None) -> UserError | None:
     """What to say of an error that comes of another process being gone; None for any other error."""
     words = ("Connection closed by peer", "Connection reset", "Broken pipe", "Socket", "NCCL", "Timed out")

@@ -17,11 +17,11 @@ from machinery.encoding import Encoded, encode_all, look_at_lines
 from machinery.errors import DataError, told
 from machinery.files import json_digest, regular_file, write_atomic, write_json
 from machinery.held_out import NEAR_COPY, PIECE, HeldOutLines, common_lines, comparable, cut_tail, falls_within
-from machinery.sources import NOT_UTF8, Position, Source
+from machinery.sources import EMPTY_ROWS, NOT_UTF8, Position, Source
 from machinery.text_files import in_parts
 from machinery.tokenizers import tokenizer_from_dict, tokenizer_hash
 
-MANIFEST_VERSION = 9  # part of the settings: shards of an earlier way are not mistaken for those of this one
+MANIFEST_VERSION = 10  # part of the settings: shards of an earlier way are not mistaken for those of this one
 FEW_BYTES = 10_000  # of held-out text, about 3,000 tokens
 FEWEST, MOST = 0.25, 2.0  # of the wanted held-out text: with less or more, ends of documents are held out instead
 
@@ -68,7 +68,7 @@ def new_manifest(settings: dict, encoding: tiktoken.Encoding, held_out: str, spa
         "end_of_text_spelt": {},  # spellings of it in the texts, and how often: text like any other
         "is_split": False,  # whether split_on was found
         "val_source_cut": False,  # whether val_source holds more than a shard, of which the rest is not read
-        "passed_over": {},  # beside the text: kinds of files, and how many
+        "passed_over": {},  # beside the text: kinds of files and rows, and how many
         "trained_lines": "",  # of the held-out ones: which stand in the training text so far (`HeldOutLines`)
         "position": 0,  # in the source, after the last closed shard: where an interrupted preparation goes on
         "complete": False,
@@ -117,8 +117,9 @@ def report(manifest: dict) -> list[str]:
             "more text is read later: a document is set aside with which the training text would hold half of the lines"
             " of a held-out one"
         )
-    if count := manifest["passed_over"].get(NOT_UTF8):
-        lines.append(f"passed over in source {manifest['settings']['source']!r}: {NOT_UTF8} ({count:,})")
+    for kind in (NOT_UTF8, EMPTY_ROWS):
+        if count := manifest["passed_over"].get(kind):
+            lines.append(f"passed over in source {manifest['settings']['source']!r}: {kind} ({count:,})")
     for spelling, count in spelt.items():
         lines.append(
             f"{spelling!r} stands {count:,} times in the texts, as text like any other; if it separates documents,"
@@ -375,7 +376,9 @@ def _close(folder: Path, manifest: dict, train: ShardWriter, held_out: HeldOut, 
     if held_out.is_open:
         settings = manifest["settings"]
         if not (train.documents or len(held_out.documents)):
-            raise DataError(f"source {settings['source']!r} holds no text to train on and validate with")
+            rows = manifest["passed_over"].get(EMPTY_ROWS)
+            found = f": none of {rows:,} rows has any in column {settings['text_column']!r}" if rows else ""
+            raise DataError(f"source {settings['source']!r} holds no text to train on and validate with{found}")
         if not train.documents and manifest["held_out"] in ("documents", "ranked"):
             raise UnevenSides
         held_out.close(train.bytes)
@@ -383,8 +386,11 @@ def _close(folder: Path, manifest: dict, train: ShardWriter, held_out: HeldOut, 
     if not (manifest["shards"]["train"] and manifest["shards"]["val"]):
         named = manifest["held_out"] == "val_source" and not manifest["shards"]["val"]
         empty = "val_source" if named else "source"
+        documents, size = (sum(manifest[name].values()) for name in ("documents", "bytes"))
         problem = (
-            "holds no text" if manifest["settings"]["val_source"] else "has too little text: both splits need some"
+            "holds no text; name other text"
+            if manifest["settings"]["val_source"]
+            else f"has too little text, {size:,} bytes in {documents:,} documents: both splits need some; add text"
         )
         raise DataError(f"{empty} {manifest['settings'][empty]!r} {problem}")
     manifest |= {"position": position, "trained_lines": "" if manifest["complete"] else held_out.lines.trained}

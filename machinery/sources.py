@@ -50,7 +50,9 @@ from machinery.text_files import (
 
 TEST_FOLDERS = {"test", "tests", "idle_test"}  # the standard library's own test suites
 DIGEST_BYTES = 1 << 30  # files that hold more together are told apart by samples of their content
+EMPTY_ROWS = "rows without text"
 NOT_UTF8 = "files that are not UTF-8 text"  # as Python files may be, which can declare another encoding
+ROWS = {".jsonl": jsonl_texts, ".parquet": parquet_texts}  # what reads the rows of a table
 HUB_RETRIES = 5  # after a stream has broken off, with 1, 2, 4, … seconds between them
 
 Position = int | dict  # where reading a source goes on: a count of documents, or a place in a hub stream
@@ -143,12 +145,13 @@ class FileSource(Source):
         return files
 
     def documents(self, split: str = "train") -> Iterator[str]:
+        self.passed_over[EMPTY_ROWS] = 0  # they are counted anew however often the source is read
         for path in self.files.values():
             with telling_os_errors(path), whole(path):
-                if path.suffix == ".parquet":
-                    yield from parquet_texts(path, self.text_column)
-                elif path.suffix == ".jsonl":
-                    yield from jsonl_texts(path, self.text_column)
+                if rows := ROWS.get(path.suffix):
+                    for text in rows(path, self.text_column):
+                        self.passed_over[EMPTY_ROWS] += not text
+                        yield text
                 else:
                     yield from self._texts(path)
 

@@ -70,7 +70,6 @@ FORMATS = {  # first bytes, what they are of, and how to get at the text
     b"\x28\xb5\x2f\xfd": ("zstd", "unpack it with unzstd"),
     b"\x04\x22\x4d\x18": ("lz4", "unpack it with unlz4"),
     b"\x78\x01": ("zlib", "unpack it with pigz -dz"),
-    b"\x78\x5e": ("zlib", "unpack it with pigz -dz"),
     b"\x78\x9c": ("zlib", "unpack it with pigz -dz"),
     b"\x78\xda": ("zlib", "unpack it with pigz -dz"),
     b"LZIP": ("lzip", "unpack it with lzip -d"),
@@ -224,7 +223,7 @@ def texts(path: Path, separator: re.Pattern | None) -> Iterator[str]:
             advice = (
                 "before that it is; mend these bytes, or leave such out with iconv -c -f utf-8 -t utf-8"
                 if is_utf8 or beyond_ascii > 2 * wrong
-                else "convert it from the encoding that it is in, for example with iconv -f latin1 -t utf-8, or"
+                else "convert it from the encoding that it is in, for example with iconv -f cp1252 -t utf-8, or"
                 " cp1251 for Russian, gb18030 for Chinese, shift_jis for Japanese"
             )
             if file.tell() < SHORT and file.tell() % 2 == 0:
@@ -341,11 +340,15 @@ def _type_of(value: object) -> str:
 
 
 def no_column(where: str, text_column: str, names: Iterable[str]) -> DataError:
-    names = [repr(name) for name in names]
+    names = [_spelt(name) for name in names]
     shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-    return DataError(
-        f"{where}: no column {text_column!r}; there are {shown or 'none'}: set text_column to one that every row has"
-    )
+    missing = f"{where}: no column {_spelt(text_column)}; there are {shown or 'none'}"
+    return DataError(f"{missing}: set text_column to one that every row has")
+
+
+def _spelt(name: str) -> str:
+    """A name as Python writes it, so that two that differ in their code points alone look different."""
+    return repr(name) if unicodedata.is_normalized("NFC", name) else ascii(name)
 
 
 def _without_marks(line: bytes) -> bytes:

@@ -46,7 +46,7 @@ def tiny(lm):
 @pytest.fixture
 def texts(tmp_path):
     """A folder of text files with known contents; returns (glob, contents)."""
-    contents = [f"Document {i}.\r\n" + f"line é {i} 🙂\n" * (20 + 7 * i) for i in range(40)]
+    contents = [f"Document {i}.\r\n" + f"line é {i} 🙂\n" * (20 + i) for i in range(40)]
     folder = tmp_path / "texts"
     folder.mkdir()
     for i, content in enumerate(contents):

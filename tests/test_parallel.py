@@ -202,6 +202,26 @@ def test_compiling_leaves_no_gradients_behind_under_fsdp(tmp_path):
     assert job.returncode == 0 and "equal" in printed, printed[-3000:]
 
 
+DISAGREEMENT = """
+from machinery import Machine, UserError
+machine = Machine.find("cpu")
+for values in ({"lr": 0.02, "norm": "rms"}, {"lr": 0.02, "norm": ["rms", "layer"][machine.rank], "step": machine.rank}):
+    try:
+        machine.agree(values)
+        print("agreed", flush=True)
+    except UserError as error:
+        print(error, flush=True)
+"""
+
+
+def test_processes_that_do_not_agree_are_told_what_each_has(tmp_path):
+    (tmp_path / "program.py").write_text(DISAGREEMENT)
+    job = torchrun(2, str(tmp_path / "program.py"))
+    printed, _ = job.communicate(timeout=300)
+    assert job.returncode == 0 and printed.count("agreed") == 1, printed[-3000:]
+    assert "processes do not agree on norm: process 0 has 'rms', process 1 'layer'" in printed
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_a_run_goes_on_with_another_number_of_processes(lm, settings, tmp_path, parallel):

@@ -210,6 +210,25 @@ def test_what_is_passed_over_is_said(tmp_path, capsys):
     assert "passed over" not in capsys.readouterr().out  # the pattern leaves them out
 
 
+def test_rows_without_text_are_counted_and_too_little_text_is_told_with_what_there_is(tmp_path, capsys):
+    rows = [json.dumps({"text": f"row {i} of some words"}) for i in range(50)] + ['{"text": null}', '{"text": ""}'] * 9
+    root = os.path.join(write(tmp_path, {"texts/a.jsonl": "\n".join(rows)}), "texts")
+    assert prepare(tmp_path, root).manifest["passed_over"]["rows without text"] == 18
+    assert "rows without text (18)" in capsys.readouterr().out
+    write(tmp_path, {"texts/a.jsonl": "\n".join(rows[50:])})
+    with pytest.raises(DataError, match="none of 18 rows has any in column 'text'"):
+        prepare(tmp_path, root)
+    write(tmp_path, {"texts/a.jsonl": '{"text": "a"}'})
+    with pytest.raises(DataError, match="1 bytes in 1 documents: both splits need some"):
+        prepare(tmp_path, root)
+
+
+def test_names_that_look_alike_are_told_apart(tmp_path):
+    write(tmp_path, {"a.jsonl": json.dumps({"te\u0301xt": "a"})})
+    with pytest.raises(DataError, match=r"no column 'téxt'; there are 'te\\u0301xt'"):
+        list(iter_documents(str(tmp_path / "a.jsonl"), "téxt"))
+
+
 MISSING = {
     "none*.txt": "found nothing",
     "texts/none.txt": "found nothing",
@@ -306,7 +325,7 @@ def test_wide_encodings_are_named(tmp_path, words, suffix):
         write(tmp_path, {f"a.{suffix}": text.encode(encoding)})
         message = refused(str(tmp_path / f"a.{suffix}"))
         name = encoding[:6].upper()
-        assert name in message and f"iconv -f {encoding[:6]}" in message and "latin1" not in message, message
+        assert name in message and f"iconv -f {encoding[:6]}" in message and "cp1252" not in message, message
     write(tmp_path, {f"a.{suffix}": text})
     assert list(iter_documents(str(tmp_path / f"a.{suffix}"))) == [WORDS[words]]
 
@@ -327,14 +346,20 @@ def test_a_short_text_that_may_be_utf16_is_said_to(tmp_path, text):
 
 
 def test_latin1_is_not_taken_for_a_wide_encoding(tmp_path):
-    for text in ("café", "Größe und Maß, für alle Fälle. " * 40, "élève" * 3, "naïve façade\n" * 5):
+    for text in (
+        "café",
+        "Größe und Maß, für alle Fälle. " * 40,
+        "élève" * 3,
+        "naïve façade\n" * 5,
+        "x^2 is no packed file: é",
+    ):
         message = refused(write(tmp_path, {"a.txt": text.encode("latin1")}))
-        assert "not UTF-8 at byte" in message and "iconv -f latin1" in message
+        assert "not UTF-8 at byte" in message and "iconv -f cp1252" in message
 
 
 ASCII, RUSSIAN = b"a line\n" * 999, "Все счастливые семьи похожи\n".encode()
 PARTS = {  # what begins as UTF-8 and goes on otherwise
-    "latin1 after ASCII": (ASCII + b"\xe9\n", "not UTF-8 at byte 6993 (0xe9); convert it", "iconv -f latin1"),
+    "latin1 after ASCII": (ASCII + b"\xe9\n", "not UTF-8 at byte 6993 (0xe9); convert it", "iconv -f cp1252"),
     "latin1 after UTF-8": (RUSSIAN * 9 + b"\xe9\n", "byte 468 (0xe9); before that it is; mend"),
     "latin1 in UTF-8": (RUSSIAN * 9 + b"\xe9\n" + RUSSIAN * 999, "byte 468 (0xe9); before that it is; mend"),
     "latin1 far on": (RUSSIAN * 999 + b"\xe9\n" + RUSSIAN, "byte 51948 (0xe9); before that it is; mend"),

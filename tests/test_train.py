@@ -1399,20 +1399,6 @@ def test_more_processes_than_gpus_are_told_so(monkeypatch):
         Machine.find("cuda")
 
 
-def test_processes_that_do_not_agree_are_told():
-    machine = Machine.find("cpu")
-    machine.agree({"lr": 0.02, "the step": 20, "the text": "abc"})
-    for there, here, message in [
-        ({"lr": 0.02, "the step": 20}, {"lr": 0.02, "the step": 0}, "the step: one has 0, another 20"),
-        ({"compile": True, "norm": "rms"}, {"compile": True, "norm": "layer"}, "norm: this one has 'layer'"),
-    ]:
-        seen = []
-        Machine.agree(SimpleNamespace(maximum=lambda *values: seen.extend(values) or []), there)  # noqa: B023
-        others = SimpleNamespace(maximum=lambda *values: [max(pair) for pair in zip(values, seen)])  # noqa: B023
-        with pytest.raises(UserError, match=f"^processes do not agree on {message}$"):
-            Machine.agree(others, here)
-
-
 def test_machine_on_this_computer():
     machine = Machine.find("cpu")
     assert machine.dtype in (torch.float32, torch.bfloat16)  # by what the processor can
