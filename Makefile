@@ -15,7 +15,7 @@ help:
 	@echo 'make lab    set up and open the notebook in JupyterLab'
 	@echo 'make notebook  set up and execute the notebook in place, as it is committed'
 	@echo 'make test   set up and run the tests'
-	@echo 'make test-long  also the tests that take minutes'
+	@echo 'make test-long  set up and run the tests that take minutes'
 	@echo 'make browser  set up and use the notebook in Chromium, minutes; screenshots in runs/browser/'
 	@echo 'make script set up and write the notebook as a program, LMHarness.py, for torchrun   (PRESET=day OVERRIDES="{…}")'
 	@echo 'make scores  set up and score a run with lm_eval, beside the notebook: RUN=runs/demo-b64f1d'

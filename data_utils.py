@@ -152,10 +152,9 @@ class TokenData:
         Each process gets as many batches as the others; rows that only fill up have targets of -100. Raises `DataError`
         at the end where none of it has bytes to score.
         """
-        has_text = False
         if not (isinstance(micro_batch, int) and micro_batch > 0 and tokens > 0):
             raise UserError(f"micro_batch is {micro_batch!r} and tokens {tokens!r}; both must be above 0")
-        windows = self.windows("val", self.block_size)
+        windows, has_text = self.windows("val", self.block_size), False
         count = self.scored_tokens(tokens) // self.block_size
         micro_batch = min(micro_batch, math.ceil(len(windows) / machine.processes))
         chosen = np.linspace(0, len(windows), count, endpoint=False).astype(int)
@@ -200,17 +199,18 @@ class TokenData:
         """Return when there are `shards` train shards, or no more to come. Raises what the other process raised."""
         with tqdm(desc="tokenizing", unit="B", unit_scale=True, disable=not progress, file=sys.stdout) as bar:
             while True:
-                manifest, running = self.manifest, _background.get(self.folder)
+                code = running.poll() if (running := _background.get(self.folder)) else 0
+                manifest = self.manifest  # read after that: what has ended has written all of it
                 if manifest and (manifest["complete"] or len(manifest["shards"]["train"]) >= shards):
                     return
-                if running is None or running.poll() == 0:  # it was asked for less than is wanted now
+                if code == 0:  # there is none, or it was asked for less than is wanted now
                     if manifest:
                         self.task["train_tokens"] = None
                     if not is_known(self.settings):
                         tokenize(self.folder, self.task, progress, *open_sources(self.task))
                         continue
                     self.start_background()
-                elif code := running.poll():
+                elif code:
                     said = (self.folder / "work.log").read_text("utf-8", "replace").strip() if code > 0 else ""
                     last = (said or "it was killed, as where memory runs out").splitlines()[-1]
                     raise DataError(f"tokenization stopped: {last.removeprefix('DataError: ')}")

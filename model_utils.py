@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from machinery.attention import SHORT, attend, short_attention
-from machinery.budget import budget_left, multiplying_and_flops, tokens_within
+from machinery.budget import budget_left, multiplying_and_flops, tokens_within, training_flops
 from machinery.errors import UserError
 from machinery.forecast import compute_optimal, expected_loss, forecast
 from machinery.machine import Machine, evaluation_mode
@@ -52,11 +52,8 @@ def multiplying_parameters(model: nn.Module) -> int:
 
 
 def flops_per_token(model: nn.Module, config) -> float:
-    """Training FLOPs per token, forward and backward: 6·N + 12·n_layer·n_embd·block_size.
-
-    The second term is attention's scores and weighted sums (Chowdhery et al. 2022, PaLM, appendix B).
-    """
-    return 6 * multiplying_parameters(model) + 12 * config.n_layer * config.n_embd * config.block_size
+    """Training FLOPs per token, forward and backward, of a model (`training_flops`)."""
+    return training_flops(multiplying_parameters(model), config)
 
 
 def cache_bytes_per_token(config, bytes_per_value: int = 2) -> int:
@@ -101,19 +98,19 @@ def best_shape(config, machine: Machine, hours: float, channels: int = 64) -> di
 
 
 def training_memory(
-    model: nn.Module, optimizers: list, config, micro_batch: int, dtype: torch.dtype, shares: int = 1
+    model: nn.Module, optimizers: list, config, micro_batch: int, dtype: torch.dtype, processes: int = 1
 ) -> dict[str, float]:
     """Predicted bytes of a training step on `micro_batch` sequences at a time, by what holds them.
 
-    `dtype` is that of matrix products, and of the residual stream unless it is float16; `shares` the number of
-    processes that share weights, gradients and optimizer state. These are exact. Activations count what backward needs
-    per token and block: the inputs of norms and matrix products, queries, keys, values, the attention output, the
-    weights of `short_attention`, and the feed-forward's hidden values. That is what a compiled model keeps; an eager
-    one keeps 1.2 to 1.5 times as much in float32 and 1.5 to 1.9 times in 16 bits. Logits count values, logarithms and
-    gradients of the rows that exist at a time, and the gradient of the head, made in parts.
+    `dtype` is that of matrix products, and of the residual stream unless it is float16. With FSDP,
+    `processes` share weights, gradients and optimizer state. These are exact. Activations count what backward needs per
+    token and block: the inputs of norms and matrix products, queries, keys, values, the attention output, the weights
+    of `short_attention`, and the feed-forward's hidden values. That is what a compiled model keeps; an eager one keeps
+    1.2 to 1.5 times as much in float32 and 1.5 to 1.9 times in 16 bits. Logits count values, logarithms and gradients
+    of the rows that exist at a time, and the gradient of the head, made in parts.
     """
-    parameters = count_parameters(model)["total"]
-    state = 0
+    parameters, state = count_parameters(model)["total"], 0
+    shares = processes if config.parallel == "fsdp" else 1
     for optimizer in optimizers:  # AdamW keeps two float32 averages per weight, Muon one
         per_weight = 8 if isinstance(optimizer, torch.optim.AdamW) else 4
         state += per_weight * sum(p.numel() for group in optimizer.param_groups for p in group["params"])
@@ -136,20 +133,18 @@ def training_memory(
 
 
 def choose_micro_batch(
-    model: nn.Module, optimizers: list, config, dtype: torch.dtype, free_memory: int, shares: int = 1
+    model: nn.Module, optimizers: list, config, dtype: torch.dtype, free_memory: float, processes: int = 1
 ) -> int:
-    """`config.micro_batch`; for "auto" the largest share of a step predicted to fit 80% of the free bytes, up to
-    65,536 tokens, which fill any device.
+    """`config.micro_batch`; for "auto" the largest divisor of a process's sequences in a step that is predicted to fit
+    80% of the free bytes, up to 65,536 tokens, which fill any device.
     """
     if config.micro_batch != "auto":
         return config.micro_batch
-    sequences = config.batch_tokens // config.block_size
+    sequences = config.batch_tokens // config.block_size // processes
     most = min(sequences, max(1, 65536 // config.block_size))
-    shares_of_a_step = [size for size in range(most, 1, -1) if sequences % size == 0]
-    for size in shares_of_a_step:
-        if sum(training_memory(model, optimizers, config, size, dtype, shares).values()) < 0.8 * free_memory:
-            return size
-    return 1
+    sizes = (size for size in range(most, 1, -1) if sequences % size == 0)
+    needed = ((size, training_memory(model, optimizers, config, size, dtype, processes)) for size in sizes)
+    return next((size for size, memory in needed if sum(memory.values()) < 0.8 * free_memory), 1)
 
 
 def predict(
@@ -159,25 +154,22 @@ def predict(
     machine: Machine,
     tokens_per_second: float,
     in_use: int = 0,
-    free_memory: int = 0,
     used: tuple[int, int, float] = (0, 0, 0.0),
 ) -> dict[str, float]:
     """What a run takes that trains at this rate, with `in_use` bytes of memory taken before it.
 
     `model` and `optimizers` may be without memory ("meta"). `used` is what the run has spent: steps, tokens, seconds.
-    `free_memory` is that of another machine, in bytes.
-    """  # fmt: skip
+    """
     if config.batch_tokens == "auto":
         raise UserError("batch_tokens is 'auto': machinery.budget.settle_batch(config, machine) makes it a number")
     parameters, flops = count_parameters(model)["total"], flops_per_token(model, config)
     left, trained = min(budget_left(config, tokens_per_second, used).values()), used[1]
     tokens = math.ceil(left / config.batch_tokens) * config.batch_tokens  # a run takes whole steps
     best = compute_optimal(flops * (trained + tokens))[0]  # parameters, by a law that knows nothing of small models
-    shares = machine.processes if config.parallel == "fsdp" else 1
-    free_memory = free_memory or machine.free_memory()
-    micro_batch = choose_micro_batch(model, optimizers, config, machine.dtype, free_memory, shares)
-    memory = training_memory(model, optimizers, config, micro_batch, machine.dtype, shares)
-    checkpoint = 4 * parameters + shares * memory["optimizer"]
+    dtype, processes = machine.dtype, machine.processes
+    micro_batch = choose_micro_batch(model, optimizers, config, dtype, machine.free_memory(), processes)
+    memory = training_memory(model, optimizers, config, micro_batch, dtype, processes)
+    checkpoint = 4 * parameters + training_memory(model, optimizers, config, micro_batch, dtype)["optimizer"]
     copied = checkpoint if machine.device.type == "cpu" else 0  # in the same memory while it is being written
     return {
         "parameters": parameters,

@@ -35,7 +35,7 @@ from model_utils import choose_micro_batch, count_parameters, flops_per_token, p
 
 def wsd(progress: float, warmup: float, decay: float) -> float:
     """Warm up, stay, decay linearly to zero (Hu et al. 2024, MiniCPM; Hägele et al. 2024)."""
-    return min(_warm(progress, warmup), (1 - progress) / decay if decay else 1.0, 1.0)
+    return min(_warm(progress, warmup), (1 - progress) / decay if decay else 1.0)
 
 
 def cosine(progress: float, warmup: float, decay: float) -> float:
@@ -150,8 +150,8 @@ class Run:
 
     def _fitting_micro_batch(self, config) -> int:
         """As many sequences as fit the memory that was free."""
-        shares = self.machine.processes if config.parallel == "fsdp" else 1
-        return choose_micro_batch(self.model, self.optimizers, config, self.machine.dtype, self._free, shares)
+        machine = self.machine
+        return choose_micro_batch(self.model, self.optimizers, config, machine.dtype, self._free, machine.processes)
 
     def compile(self, runner: torch.nn.Module, batches: Batches) -> Callable:
         """`runner` compiled, or itself where that is not wanted or fails; an eager step takes more memory."""
@@ -206,7 +206,7 @@ class Run:
         if self.folder.writes:
             self.loggers.start(self.folder.path, portable(config.to_dict()))
         self._stop = self._closing.enter_context(StopRequest())
-        self.screen = self._closing.enter_context(Screen(self.progress(), config.max_hours))
+        self.screen = self._closing.enter_context(Screen(self.progress()))
         self._saver.say = self.screen.say
         self._closing.callback(self._saver.wait)
         gc.collect()

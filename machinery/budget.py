@@ -9,13 +9,13 @@ from pathlib import Path
 from machinery.errors import UserError
 from machinery.files import read_json
 from machinery.machine import Machine, measure_matmul_flops
-from machinery.settings import AUTO_BATCH, RATES, SHARED, kv_heads
+from machinery.settings import AUTO_BATCH, RATE_FIELDS, kv_heads
 
 # The best batch grows as the tokens of a run to the power 0.383 (Bergsma et al. 2025, arXiv 2505.13738), from what
 # `day` has: 524,288 tokens a step, of 3.7 billion in 24 hours of an RTX 4090 at 40% of its data sheet.
 DAY_TOKENS, DAY_BATCH, POWER = 3.7e9, AUTO_BATCH, 0.383
 LEAST_STEPS = 1000  # of a small run, for which that rule asks for too much (results/dial.md)
-OWN_PARTS = {"attention": ("mha", *SHARED), "ffn": ("gated", "mlp", "relu2")}  # whose weights can be counted unmade
+OWN_PARTS = {"attention": ("mha", "gqa", "value"), "ffn": ("gated", "mlp", "relu2")}  # counted without a model
 SHARE = 0.5  # of the rate of a large matrix product that training is taken to reach; 2 times off is 1.3 times in batch
 
 
@@ -65,7 +65,15 @@ def multiplying_and_flops(config) -> tuple[float, float]:
     attention = 2 * config.n_embd**2 * (1 + kv_heads(config) / config.n_head)
     ffn = (3 if config.ffn == "gated" else 2) * config.n_embd * config.n_ffn
     multiplying = config.n_layer * (attention + ffn) + config.vocab_size * config.n_embd
-    return multiplying, 6 * multiplying + 12 * config.n_layer * config.n_embd * config.block_size
+    return multiplying, training_flops(multiplying, config)
+
+
+def training_flops(multiplying: float, config) -> float:
+    """Training FLOPs per token, forward and backward: 6·N + 12·n_layer·n_embd·block_size.
+
+    The second term is attention's scores and weighted sums (Chowdhery et al. 2022, PaLM, appendix B).
+    """
+    return 6 * multiplying + 12 * config.n_layer * config.n_embd * config.block_size
 
 
 def tokens_within(config, machine: Machine) -> float:
@@ -109,7 +117,7 @@ def settle_batch(config, machine: Machine):
         best = best_batch(tokens, min(LEAST_STEPS, config.max_steps or LEAST_STEPS))
         batch, why = power_of_two(best, unit), f"for a run of about {float(f'{tokens:.2g}'):,.0f}"
     factor = math.sqrt(batch / DAY_BATCH)
-    rates = {name: getattr(config, name) * factor for name in RATES}
+    rates = {name: getattr(config, name) * factor for name in RATE_FIELDS}
     listed = ", ".join(f"{name} {getattr(config, name):.3g} → {rate:.3g}" for name, rate in rates.items())
     print(f"batch_tokens 'auto': {batch:,} tokens a step {why}; rates of {DAY_BATCH:,} tokens move with it: {listed}")
     return replace(config, batch_tokens=batch, **rates)

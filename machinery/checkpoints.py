@@ -133,8 +133,8 @@ def _write(target: Path, weights: dict[str, Tensor], training: dict, state: dict
 
 
 def _remove_older(newest: Path, keep: int, keep_step: int | None) -> None:
-    """Remove the whole checkpoints beside `newest` but the `keep` - 1 last ones and the one of `keep_step`; of the same
-    step, all. One to which somebody has added files stays, as damaged ones do.
+    """Of the whole checkpoints beside `newest`, keep the last `keep` - 1 and that of `keep_step`; remove the others,
+    and any earlier one of the same step. One to which somebody has added files stays, as damaged ones do.
     """
     stay = {newest.name} if keep_step is None else {newest.name, f"step_{keep_step:08d}"}
     older = [path for path in checkpoint_folders(newest.parents[1]) if path.name not in stay and _is_whole(path)]
@@ -235,7 +235,7 @@ def _is_whole(path: Path) -> bool:
 
 
 def load_checkpoint(
-    path: Path, model: torch.nn.Module, optimizers: list = (), origin: dict[str, object] | None = None
+    path: Path, model: torch.nn.Module, optimizers: list | tuple = (), origin: dict[str, object] | None = None
 ) -> dict:
     """Restore weights, and with `optimizers` their states; returns the saved state.
 

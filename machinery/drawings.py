@@ -105,7 +105,7 @@ def draw_heads(config) -> Figure:
 
 
 def draw_targets(config, pieces: list[str]) -> Figure:
-    """A window of the text as inputs and targets; `pieces` are its first tokens as text, six or more."""
+    """A window of the text as inputs and targets; of `pieces`, its first tokens as text, nine are shown."""
     T, shown = config.block_size, pieces[:9]
     letters = [repr(piece)[1:-1].replace(" ", "·") for piece in shown]  # and a line end as \n
     letters, families = legible(letters, "sans-serif")

@@ -72,7 +72,9 @@ def read_note(path: Path) -> dict:
 
 
 def read_jsonl(path: str | Path) -> list[dict]:
-    """The lines of a JSON-lines file; a last line that a crash cut short is left out."""
+    """The lines of a run's log: objects with a "step" and numbers, or a sample's text. Others are left out, such as a
+    last one that a crash cut short.
+    """
     lines = []
     with told(path):
         if not Path(path).exists():

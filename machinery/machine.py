@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 import os
 import platform
 import re
@@ -69,7 +70,7 @@ class Machine:
         count = counts.get(kind, 0) if named or ":" not in device else 0
         index = int(named[1]) if named else int(os.environ.get("LOCAL_RANK", 0)) if kind == "cuda" else 0
         if index >= count:
-            there = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+            there = ["cpu"] + ["mps"] * counts["mps"] + [f"cuda:{i}" for i in range(counts["cuda"])]
             if count and not named:
                 raise UserError(
                     f"process {index} has no GPU to itself: there are {count}; use --nproc-per-node={count}"
@@ -110,8 +111,8 @@ class Machine:
 
     def synchronize(self) -> None:
         """Wait for queued work, so that a clock read next is honest."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
 
     def used_memory(self) -> int:
         """Bytes held now: by tensors on a GPU, by the whole process on a CPU."""
@@ -153,7 +154,7 @@ class Machine:
 
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
 
-    # Over all processes of a run; alone, each does nothing.
+    # Over all processes of a run; where there is one, they give back what they are given.
 
     def parallelize(self, model: torch.nn.Module, parallel: str) -> torch.nn.Module:
         """The model on this device; with several processes, as DDP or FSDP2 has them train it ("ddp", "fsdp")."""
@@ -225,11 +226,11 @@ def measure_matmul_flops(machine: Machine) -> float:
     Larger and larger products, until one takes some time: a GPU's clocks have risen by then, and a processor
     without 16-bit products, which takes a second for a small one, is not kept waiting by a large one.
     """
-    largest, enough = (8192, 0.0) if machine.device.type == "cuda" else (1024, 0.05)
+    largest, enough = (8192, math.inf) if machine.device.type == "cuda" else (1024, 0.05)
     for size in (256, 512, 1024, 2048, 4096, 8192):
         a, b = torch.randn(2, size, size, device=machine.device, dtype=machine.dtype)
         seconds = time_per_call(lambda a=a, b=b: a @ b, machine, 1)
-        if size == largest or seconds > enough > 0:
+        if size == largest or seconds > enough:
             break
     return 2 * size**3 / time_per_call(lambda: a @ b, machine, 30 if largest == 8192 else 10)
 

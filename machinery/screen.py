@@ -25,7 +25,7 @@ def keep_printing() -> None:
     """
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (as long as the program runs)
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 (as long as the program runs)
     stdout = sys.stdout
     if not hasattr(stdout, "reconfigure"):  # a notebook's
         return
@@ -50,10 +50,10 @@ def keep_printing() -> None:
 class Screen:
     """tqdm's bar over the budget. Plain text, so that it looks the same in a terminal, a notebook and a saved page."""
 
-    def __init__(self, progress: float, max_hours: float) -> None:
+    def __init__(self, progress: float) -> None:
         self._bar = tqdm(
             total=1.0, initial=progress, file=sys.stdout, bar_format="{percentage:5.1f}% |{bar:20}| {desc}",
-            mininterval=max(0.5, max_hours * 1.8),  # at most 2,000 updates: a saved page stays small
+            mininterval=0.5, miniters=1 / 2000,  # at most 2,000 updates: a saved page stays small
         )  # fmt: skip
 
     def __enter__(self) -> Screen:

@@ -20,10 +20,9 @@ LIMITS = {
     "n_layer": 4096, "n_embd": 1 << 20, "n_head": 1 << 16, "n_kv_head": 1 << 16, "n_ffn": 1 << 22,
     "vocab_size": 1 << 24, "block_size": 1 << 20, "n_position": 1 << 20, "sample_tokens": 1 << 24,
 }  # fmt: skip
-RATES = ("lr", "embedding_lr", "head_lr")  # the fields that are learning rates
+RATE_FIELDS = ("lr", "embedding_lr", "head_lr")  # the fields that are learning rates
 AUTO_BATCH = 524_288  # tokens a step that learning rates are for where batch_tokens is "auto"
 FOLDERS = ("data_dir", "runs_dir")  # the fields that are folders of this machine, "~" being home
-SHARED = ("gqa", "value")  # attentions whose heads share keys and values
 ABOVE_ZERO = {int: 1, float: 1e-30}  # the least of a number whose field does not say
 
 
@@ -91,7 +90,7 @@ class Settings:
     def for_auto_batch(cls, values: dict, batch: int) -> dict:
         """`values` with the learning rates among them, which are for so many tokens a step, as "auto" takes them."""
         factor = math.sqrt(AUTO_BATCH / batch)
-        return values | {name: factor * values.get(name, getattr(cls, name)) for name in RATES}
+        return values | {name: factor * values.get(name, getattr(cls, name)) for name in RATE_FIELDS}
 
     def to_dict(self) -> dict:
         """All fields as JSON values."""
@@ -99,8 +98,8 @@ class Settings:
 
 
 def kv_heads(config) -> int:
-    """K, key/value heads: one for each query head, whatever `n_kv_head` says, but where they are shared."""
-    return config.n_kv_head if config.attention in SHARED else config.n_head
+    """K, key/value heads: `n_kv_head`, but for "mha", which has one for each query head."""
+    return config.n_head if config.attention == "mha" else config.n_kv_head
 
 
 def parse_overrides(overrides) -> dict:
@@ -194,7 +193,7 @@ def _check_shapes(c) -> None:
     whose = f"n_head {c.n_head}" if c.n_embd % c.n_head else f"n_head {c.n_head} in even parts: rope turns pairs"
     require(c.n_embd % (c.n_head * unit) == 0, f"n_embd {c.n_embd} is not divisible by {whose}; {wider} is")
     require(
-        c.attention not in SHARED or c.n_head % c.n_kv_head == 0,
+        c.n_head % kv_heads(c) == 0,
         f"n_head {c.n_head} is not divisible by n_kv_head {c.n_kv_head}; use a divisor of {c.n_head}",
     )
     require(
@@ -207,7 +206,7 @@ def _check_batch(c) -> None:
     for name in ("batch_tokens", "micro_batch"):
         value = getattr(c, name)
         require(
-            value == "auto" or (type(value) is int and value > 0),
+            value == "auto" or type(value) is int,
             f"{name} is {value!r}; it takes a number above 0, or 'auto'",
         )
     if c.batch_tokens == "auto":

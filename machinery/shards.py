@@ -62,7 +62,7 @@ def new_manifest(settings: dict, encoding: tiktoken.Encoding, held_out: str, spa
         "shards": {"train": [], "val": []},
         "held_out": held_out,
         "span": span,
-        "grouped": {"documents": 0, "bytes": 0},  # held-out documents beside a near-copy of theirs, held out too
+        "grouped": 0,  # held-out documents beside a near-copy of theirs, held out too
         "repeated": False,  # whether held-out text could not be kept out of the training text: it repeats itself
         "set_aside": {"documents": 0, "bytes": 0},  # in neither split, for a near-copy in the other
         "end_of_text_spelt": {},  # spellings of it in the texts, and how often: text like any other
@@ -95,7 +95,7 @@ def report(manifest: dict) -> list[str]:
     lines = [
         f"held out: {documents['val']:,} documents, {size['val'] / 1e6:,.2f} MB,"
         f" {size['val'] / sum(size.values()):.2%} of what was read ({ways[manifest['held_out']]});"
-        f" {manifest['grouped']['documents']:,} of them are near-copies of others;"
+        f" {manifest['grouped']:,} of them are near-copies of others;"
         f" set aside for a near-copy in the other split: {apart['documents']:,}, {apart['bytes'] / 1e6:,.2f} MB"
     ]
     if manifest["repeated"]:
@@ -262,7 +262,9 @@ class HeldOut:
         self.lines.trained = manifest["trained_lines"]
 
     def takes_apart(self, document: Encoded) -> bool:
-        """Whether a document of the training text is set aside. The first shard's lines are kept until `close`."""
+        """Whether a training document is set aside, as a near-copy of a held-out one. While the first shard fills, none
+        is: its lines are kept for `close`.
+        """
         if self.is_open:
             self.training.extend(document.lines)
             return False
@@ -300,8 +302,7 @@ class HeldOut:
                 self._set_aside(document)
                 continue
             if document.smallest in seen:
-                self.manifest["grouped"]["documents"] += 1
-                self.manifest["grouped"]["bytes"] += document.bytes
+                self.manifest["grouped"] += 1
             seen.add(document.smallest)
             self.writer.add(document)
             if not self.manifest["complete"]:  # more text is to come

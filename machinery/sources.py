@@ -396,8 +396,7 @@ def iter_documents(source: str, text_column: str = "text", split: str = "train")
 
 def refuse_overlap(source: Source, held_out: Source) -> None:
     """Raise `DataError` where held-out text is the source, lies inside it, or is a copy of a part of it."""
-    same_set = isinstance(source, HubSource) and source.name.lower() == held_out.name.lower()
-    if same_set:
+    if isinstance(source, HubSource) and source.name.lower() == held_out.name.lower():
         try:
             split = held_out.split("validation")
         except Exception as error:

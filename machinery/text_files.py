@@ -69,9 +69,7 @@ FORMATS = {  # first bytes, what they are of, and how to get at the text
     b"\x5d\0\0": ("lzma", "unpack it with unlzma"),
     b"\x28\xb5\x2f\xfd": ("zstd", "unpack it with unzstd"),
     b"\x04\x22\x4d\x18": ("lz4", "unpack it with unlz4"),
-    b"\x78\x01": ("zlib", "unpack it with pigz -dz"),
-    b"\x78\x9c": ("zlib", "unpack it with pigz -dz"),
-    b"\x78\xda": ("zlib", "unpack it with pigz -dz"),
+    **dict.fromkeys((b"\x78\x01", b"\x78\x9c", b"\x78\xda"), ("zlib", "unpack it with pigz -dz")),
     b"LZIP": ("lzip", "unpack it with lzip -d"),
     b"\x89LZO": ("lzop", "unpack it with lzop -d"),
     b"\xff\x06\0\0sNaPpY": ("snappy", "unpack it with snzip -d"),
@@ -88,10 +86,7 @@ FORMATS = {  # first bytes, what they are of, and how to get at the text
     b"PAR1": ("Parquet", "give it the suffix .parquet"),
     b"ARROW1": ("Arrow", "convert it to Parquet"),
     b"Obj\x01": ("Avro", "convert it to Parquet"),
-    b"\x80\x02": ("a Python pickle", "export its text"),
-    b"\x80\x03": ("a Python pickle", "export its text"),
-    b"\x80\x04": ("a Python pickle", "export its text"),
-    b"\x80\x05": ("a Python pickle", "export its text"),
+    **dict.fromkeys((b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"), ("a Python pickle", "export its text")),
     b"\x93NUMPY": ("a NumPy array", "export its text"),
     b"\x89HDF": ("HDF5", "export its text"),
     b"\x89PNG": ("PNG", "remove it"),
@@ -104,12 +99,7 @@ FORMATS = {  # first bytes, what they are of, and how to get at the text
     codecs.BOM_UTF16_LE: ("UTF-16", "convert it, for example with iconv -f utf-16 -t utf-8"),
     codecs.BOM_UTF16_BE: ("UTF-16", "convert it, for example with iconv -f utf-16 -t utf-8"),
 }
-TEXT_FORMATS = {
-    b"%PDF-",
-    b"{\\rtf",
-    b"version https://git-lfs",
-    b"/annex/objects/",
-}  # which may hold nothing but characters
+TEXT_FORMATS = {b"%PDF-", b"{\\rtf", b"version https://git-lfs", b"/annex/objects/"}  # which may be plain characters
 SHORT = 64  # bytes of a text that is too short to tell its encoding
 WIDE = ("utf-32-le", "utf-32-be", "utf-16-le", "utf-16-be")
 BETWEEN_WORDS = set(" \n、。，　")  # one of which any longer text holds, where its encoding is not mistaken
@@ -419,7 +409,7 @@ def _parquet_column(file, text_column: str, path: Path) -> Iterator[str]:
     for group in range(file.num_row_groups):
         rows = file.metadata.row_group(group).num_rows
         size = max(rows, file.metadata.row_group(group).total_byte_size)
-        # A text that stands in many rows is written once, and read as often: few rows, whatever their size on disk
+        # A file holds a text once that many rows repeat; in memory each row has its own copy
         at_once = max(1, min(1 << 10, ROWS_BYTES * rows // max(1, size)))
         options = {"row_groups": [group], "columns": [text_column], "use_threads": False}
         for batch in file.iter_batches(at_once, **options):

@@ -26,6 +26,7 @@ ENDS_OF_TEXT = (  # each begins with one character, which `re` finds 8 times as 
     re.compile(rf"(?i)<(?:[|｜] ?(?:{_END}|im_end|return|stop) ?[|｜]|{_END}|/(?:s|doc(?:ument)?|story))>"),
     re.compile(r"(?i)\[(?:(?-i:END|SEP)|eo[dfmst]|end_of_[a-z]{3,10})\]"),  # x[end] stands in programs
 )
+BYTES_PATTERN = r"[\s\S]{1,64}"  # of "bytes", where nothing merges: so that no piece is long
 # How text is cut into pieces before byte pairs merge: the pattern of GPT-4 and Llama 3, which keeps
 # words, runs of digits and runs of spaces apart (tiktoken: openai_public.py, cl100k_base).
 SPLIT_PATTERN = (

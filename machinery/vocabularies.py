@@ -11,7 +11,7 @@ import tiktoken
 from machinery.errors import DataError
 from machinery.files import read_json
 from machinery.text_files import in_parts
-from machinery.tokenizers import END_OF_TEXT, SPLIT_PATTERN, tokenizer_from_dict
+from machinery.tokenizers import BYTES_PATTERN, END_OF_TEXT, SPLIT_PATTERN, tokenizer_from_dict
 
 BPE_TRAINING_PART = 900_000  # characters of a text at a time
 BPE_TRAINING_BYTES = 256 << 20  # text a BPE vocabulary is learned from; more changes it very little
@@ -26,7 +26,7 @@ def get_tokenizer(name: str, vocab_size: int, documents: Iterable[str] = ()) -> 
     tokenizer does not fit in.
     """
     if name == "bytes":
-        encoding = _encoding("bytes", {bytes([i]): i for i in range(256)}, r"[\s\S]{1,64}")
+        encoding = _encoding("bytes", {bytes([i]): i for i in range(256)}, BYTES_PATTERN)
     elif name == "bpe":
         encoding = _train_bpe(documents, vocab_size)
     elif name in tiktoken.list_encoding_names():

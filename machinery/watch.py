@@ -151,7 +151,7 @@ def print_preflight(
         if config.induction and config.position != "rope"
         else "",
         "forecast": f"{expected.low:.3f} to {expected.high:.3f} bits per byte held out" if expected else "",
-    }  # fmt: skip
+    }
     print("\n".join(f"  {name:12s} {text}" for name, text in rows.items() if text))
     to_come = keep + 2 - len(checkpoint_folders(folder))
     is_full = p["checkpoint (GB)"] * to_come > free_bytes(folder) / 1e9

@@ -75,7 +75,7 @@ CASES = [(family, {"tie_embeddings": tied}) for family in FAMILIES for tied in (
         {"n_head": 8, "n_kv_head": 2},
         {"attention": "mha"},
         {"induction": True},
-    )  # fmt: skip
+    )
 ]
 CASES += [
     (FAMILIES[0], {"rope_base": 500000.0, "norm_eps": 1e-6}),

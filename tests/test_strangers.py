@@ -287,6 +287,6 @@ def test_a_screen_that_is_gone_does_not_end_a_program(tmp_path):
 def test_a_program_without_stdout_and_stderr_shows_its_progress_nowhere(tmp_path):
     program = "import os, sys; sys.stdout = sys.stderr = None  # as `>&- 2>&-`, and Windows without a console\n"
     program += "from machinery.screen import Screen, keep_printing\nkeep_printing()\n"
-    program += "with Screen(0.0, 1.0) as screen: screen.say('a line')\nopen('done', 'w').close()"
+    program += "with Screen(0.0) as screen: screen.say('a line')\nopen('done', 'w').close()"
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True)
     assert done.returncode == 0 and not done.stdout + done.stderr and (tmp_path / "done").exists()

@@ -909,7 +909,7 @@ def test_preflight_says_no_before_anything_is_made(lm, settings, tmp_path, capsy
     assert machine.peak_memory() - before < 500e6 and not (tmp_path / "data").exists()
 
 
-def test_what_is_predicted_counts_whole_steps_tables_and_the_copy_of_a_checkpoint(lm, settings):
+def test_what_is_predicted_counts_whole_steps_tables_and_the_copy_of_a_checkpoint(lm, settings, monkeypatch):
     def foretold(config, machine):
         return predict(*lm.outline(config, machine), config, machine, 1e5, used=(4, 256, 1.0))
 
@@ -920,8 +920,9 @@ def test_what_is_predicted_counts_whole_steps_tables_and_the_copy_of_a_checkpoin
     more = foretold(long, machine)["peak memory (GB)"] - foretold(config, machine)["peak memory (GB)"]
     assert more == pytest.approx(2 * (1 << 20) * config.head_size * 4 / 1e9, rel=0.01)
     on_gpu = replace(machine, device=torch.device("cuda"))  # whose checkpoints are copied to other memory
-    shapes, free = lm.outline(config, machine), {"free_memory": 10**12}
-    peaks = [predict(*shapes, config, where, 1e5, **free)["peak memory (GB)"] for where in (machine, on_gpu)]
+    shapes = lm.outline(config, machine)
+    monkeypatch.setattr(Machine, "free_memory", lambda self: 10**12)
+    peaks = [predict(*shapes, config, where, 1e5)["peak memory (GB)"] for where in (machine, on_gpu)]
     checkpoint = foretold(config, machine)["checkpoint (GB)"]
     assert peaks[0] - peaks[1] == pytest.approx(checkpoint)
 

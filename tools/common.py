@@ -16,7 +16,7 @@ lm = load_definitions()
 
 def quietly(function: Callable, *arguments, **options):
     """Call a function without what it prints; returns its result."""
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+    with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stdout(nowhere):
         return function(*arguments, **options)
 
 

@@ -14,7 +14,7 @@ from itertools import product
 from machinery.budget import best_batch, power_of_two
 from machinery.files import write_atomic
 from machinery.forecast import expected, laws
-from machinery.settings import RATES
+from machinery.settings import RATE_FIELDS
 from tools.bench.recipe import RANDOM
 from tools.common import RESULTS, lm, table
 from tools.forecast import (
@@ -27,7 +27,7 @@ from tools.forecast import (
     run_of,
     short_lines,
     unseen,
-)  # fmt: skip
+)
 from tools.runs import Results, Run, parser_of_runs, run_missing
 
 BATCHES = {  # by size and tokens: the preset's, for about a minute, and the best sizes for one and for three
@@ -42,7 +42,7 @@ PRESET = lm.PRESETS["demo"]
 def with_batch(size: tuple[int, int], tokens: int, batch: int = PRESET["batch_tokens"], power: float = 0.5) -> Run:
     """A run with this batch, and rates that move with this power of it."""
     factor = (batch / PRESET["batch_tokens"]) ** power
-    rates = {name: PRESET[name] * factor for name in RATES}
+    rates = {name: PRESET[name] * factor for name in RATE_FIELDS}
     return lm.replace(run_of("english", size, tokens, RANDOM | {"batch_tokens": batch} | rates), scores=1)
 
 
@@ -59,7 +59,9 @@ def sizes(results: Results) -> tuple[list[dict], float, float]:
     rows, most = [], [0.0, 0.0]
     for source, minutes in product(KINDS, MINUTES):
         lines = [line for run in of_minutes(source, minutes) if (line := line_of(results, run))]
-        for number, law in enumerate((fit_law(short_lines(results, source)), laws()[source])):
+        if not lines or len(short := short_lines(results, source)) < 7:
+            continue
+        for number, law in enumerate((fit_law(short), laws()[source])):
             foretold = [expected(law, line["multiplying"], line["tokens"]) for line in lines]
             chosen = [loss == min(foretold) for loss in foretold]
             above = (line["val_bpb"] - min(x["val_bpb"] for x in lines) for line, this in zip(lines, chosen) if this)
@@ -80,10 +82,10 @@ def write_dial(results: Results, forecasts: Results) -> None:
     others, cost = [], 0.0
     for (size, tokens), some in BATCHES.items():
         said = power_of_two(best_batch(tokens), PRESET["block_size"])
-        runs = [with_batch(size, tokens, batch) for batch in some]
-        losses = [results.loss(run) for run in runs]
-        least = min(losses)
-        for batch, loss in zip(some, losses):
+        losses = {batch: results.loss(with_batch(size, tokens, batch)) for batch in some}
+        losses = {batch: loss for batch, loss in losses.items() if loss is not None}
+        least = min(losses.values(), default=0.0)
+        for batch, loss in losses.items():
             row = {"n_layer × n_embd": "{} × {}".format(*size), "tokens": tokens, "batch_tokens": batch}
             row |= {"steps": tokens // batch, "bits per byte": loss, "auto": "this" if batch == said else ""}
             cost = max(cost, loss - least if batch == said else 0.0)

@@ -194,16 +194,8 @@ def write_forecast(results: Results, others: Results, folder: Path = RESULTS) ->
     write_json(folder / "forecast.json", laws)
     columns = {"run": "", "tokens": ",d", "foretold": ".3f", "±": ".3f", "came": ".3f", "off by": "+.3f", "within": ""}
     columns |= {"on the way": ""}
-    law_columns = {
-        "text": "",
-        "runs": "d",
-        "floor": ".2f",
-        "n": ",.0f",
-        "α": ".2f",
-        "d": ",.0f",
-        "β": ".2f",
-        "error": "",
-    }
+    law_columns = {"text": "", "runs": "d", "floor": ".2f", "n": ",.0f", "α": ".2f", "d": ",.0f", "β": ".2f"}
+    law_columns |= {"error": ""}
     write_atomic(folder / "forecast.md", TEXT.format(
         today=date.today(), within=sum(row["within"] == "yes" for row in rows), count=len(rows),
         places="; ".join(sorted({f"{line['device']}, {line['dtype']}" for line in results.lines.values()})),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 
 from machinery.machine import DATASHEET_TFLOPS, Machine
@@ -39,19 +37,16 @@ COLUMNS = {
 
 def row(name: str, gpus: int, parallel: str) -> dict:
     """One line of the table; without the cells after the memory where that is more than a GPU has."""
-    config = lm.Config.from_preset("day", block_size=BLOCK, batch_tokens=BATCH, optimizer="adamw", **SIZES[name])
-    with torch.device("meta"):
-        model = lm.build_model(config)
-        optimizers = lm.build_optimizers(model, config, Machine.find("cpu"))
+    values = {"block_size": BLOCK, "batch_tokens": BATCH, "optimizer": "adamw", "parallel": parallel}
+    config = lm.Config.from_preset("day", **values, **SIZES[name])
+    model, optimizers = lm.outline(config, Machine.find("cpu"))
     parameters, flops = count_parameters(model)["total"], flops_per_token(model, config)
-    shares = gpus if parallel == "fsdp" else 1
-    own = replace(config, batch_tokens=BATCH // gpus)
-    micro_batch = choose_micro_batch(model, optimizers, own, torch.bfloat16, MEMORY, shares)
-    memory = sum(training_memory(model, optimizers, config, micro_batch, torch.bfloat16, shares).values())
+    micro_batch = choose_micro_batch(model, optimizers, config, torch.bfloat16, MEMORY, gpus)
+    memory = sum(training_memory(model, optimizers, config, micro_batch, torch.bfloat16, gpus).values())
     cells = {"model": name, "GPUs": gpus, "`parallel`": parallel, "parameters": f"{parameters / 1e9:.2f}B"}
     if memory > MEMORY:
         return cells | {"memory per GPU": f"{memory / 1e9:.0f} GB: does not fit"}
-    micro_steps = own.batch_tokens // BLOCK // micro_batch
+    micro_steps = BATCH // gpus // BLOCK // micro_batch
     once = 4 * parameters * (gpus - 1) / gpus  # bytes of float32 that a rank sends to gather or reduce all weights
     # ddp reduces gradients once; fsdp gathers weights in 16 bits twice a micro-batch, and scatters gradients in 32
     sent = 2 * once if parallel == "ddp" else (0.5 + 0.5 + 1) * micro_steps * once

@@ -17,13 +17,19 @@ from tiktoken_ext.openai_public import r50k_pat_str
 
 from machinery.errors import DataError, told
 from machinery.files import read_json, write_json
-from machinery.tokenizers import END_OF_TEXT, PROBE, SPLIT_PATTERN, tokenizer_from_dict, tokenizer_to_dict
+from machinery.tokenizers import (
+    BYTES_PATTERN,
+    END_OF_TEXT,
+    PROBE,
+    SPLIT_PATTERN,
+    tokenizer_from_dict,
+    tokenizer_to_dict,
+)
 
 # Patterns that cut text into pieces, known to mean the same to both libraries. GPT-2's, as its `tokenizers` file says
 # it by "ByteLevel", and as tiktoken does; Llama 3's, which is GPT-4's and ours; Qwen's, which keeps digits apart.
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 QWEN_PATTERN = SPLIT_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")
-BYTES_PATTERN = r"[\s\S]{1,64}"
 KNOWN_PATTERNS = (SPLIT_PATTERN, QWEN_PATTERN, GPT2_PATTERN, BYTES_PATTERN, r50k_pat_str)
 
 

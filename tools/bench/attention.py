@@ -1,6 +1,6 @@
 """Attention, forward and backward, compiled: PyTorch's kernel against `short_attention`, which is two plain products.
 
-The lengths at which the products win are what `model_utils.SHORT` stands for.
+The lengths at which the products win are what `machinery.attention.SHORT` stands for.
 """
 
 from __future__ import annotations

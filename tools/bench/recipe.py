@@ -20,7 +20,7 @@ import torch
 from machinery.errors import UserError
 from machinery.files import write_atomic, write_json
 from machinery.machine import Machine
-from machinery.settings import RATES
+from machinery.settings import RATE_FIELDS
 from tools.bench.common import benchmark_environment, take_turns
 from tools.bench.nanochat import VARIANTS, clone, in_reach, step_of
 from tools.common import RESULTS, lm, table
@@ -82,7 +82,7 @@ def ours(seed: int, tokens: int, text: str, name: str = OURS) -> Run:
 
 def nanogpt(rate: float, seed: int, tokens: int, text: str) -> Run:
     """nanoGPT's: AdamW with one rate for everything, weight decay and a cosine."""
-    overrides = TEXTS[text] | NANOGPT | dict.fromkeys(RATES, rate)
+    overrides = TEXTS[text] | NANOGPT | dict.fromkeys(RATE_FIELDS, rate)
     return Run(f"{NANOGPT_NAME}, lr {rate:g}", overrides, seed, tokens)
 
 

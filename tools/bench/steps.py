@@ -11,7 +11,6 @@ import sys
 import time
 from collections.abc import Callable
 from statistics import median
-from types import SimpleNamespace
 
 import torch
 from torch import nn
@@ -121,7 +120,7 @@ def waiting_for_data(machine) -> dict:
     """Share of the steps of `demo` that is spent in `Batches.next`: the rest computes."""
     config, steps = make_config("demo", optimizer="muon"), 50
     data = quietly(prepare_data, config)
-    batches = Batches(data, config, machine, SimpleNamespace(tokens=0, micro_batch=config.micro_batch))
+    batches = Batches(data, config, machine, lm.Progress(micro_batch=config.micro_batch))
     model = lm.build_model(config).to(machine.device)
     optimizers, scaler = lm.build_optimizers(model, config, machine), machine.scaler()
     waited, read = [], batches.next

@@ -6,7 +6,6 @@ and leave the tokens there; ours reads files, holds documents out, and writes sh
 
 from __future__ import annotations
 
-import base64
 import importlib.util
 import os
 import shutil
@@ -17,19 +16,10 @@ from pathlib import Path
 import tiktoken
 
 from data_utils import prepare_data
+from machinery.huggingface.tokenizers import to_tokenizers
 from machinery.sources import iter_documents
 from tools.bench.common import take_turns
 from tools.common import lm, quietly
-
-
-def as_tokenizers(encoding: tiktoken.Encoding, folder: Path):
-    """The same vocabulary in Hugging Face's `tokenizers`."""
-    from transformers.convert_slow_tokenizer import TikTokenConverter
-
-    ranks = sorted(encoding._mergeable_ranks.items(), key=lambda item: item[1])
-    path = folder / "ranks.tiktoken"
-    path.write_text("".join(f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks))
-    return TikTokenConverter(str(path), pattern=encoding._pat_str).converted()
 
 
 def with_datasets(encoding: tiktoken.Encoding, documents: list[str]) -> Callable:
@@ -64,7 +54,8 @@ def compare_tokenization(
         config = lm.Config.from_preset("demo", source=source, vocab_size=vocab_size, data_dir=folder)
         data = quietly(prepare_data, config)  # learns the vocabulary, which stays
         encoding = data.encoding
-        fast = as_tokenizers(encoding, Path(folder))
+        fast = to_tokenizers(encoding)
+        fast.encode_special_tokens = True  # as text
         sample = documents[:20]
         same = [e.ids for e in fast.encode_batch_fast(sample, add_special_tokens=False)]
         assert same == encoding.encode_ordinary_batch(sample), "the vocabularies differ"

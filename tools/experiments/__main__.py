@@ -17,6 +17,7 @@ import torch
 
 from machinery.errors import UserError, plain_errors
 from machinery.machine import cpu_name
+from machinery.settings import one_of
 from tools.experiments.findings import FINDINGS, RESULTS, answer
 
 HEAD = """# Answers by experiment
@@ -68,6 +69,8 @@ def main() -> None:
     chosen = parser.parse_args()
     if chosen.scale == "gpu" and not torch.cuda.is_available():
         raise UserError("--scale gpu but this machine has no CUDA device; leave it out")
+    for name in chosen.findings:
+        one_of("finding", name, FINDINGS)
     matplotlib.use("agg")
     folder = RESULTS / ("experiments" if chosen.scale == "cpu" else "experiments-gpu")
     device = "cuda" if chosen.scale == "gpu" else "cpu"

@@ -22,7 +22,7 @@ SCALES = {
         "seeds": (0, 1, 2),
         "common": GPU | {"n_layer": 8, "n_embd": 512, "n_head": 8, "n_kv_head": 4, "max_steps": 4000},
     },
-}  # fmt: skip
+}
 
 
 def variants(scale: dict) -> dict[str, dict]:

@@ -172,13 +172,13 @@ def events(table: pd.DataFrame) -> pd.DataFrame:
 def draw(table: pd.DataFrame) -> plt.Figure:
     """Loss, in-context score and prefix matching against tokens, for each variant; dots mark the half-way points."""
     figure, axes = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained", sharex=True)
-    halfway = events(table)
+    found = events(table)
     names = {"loss": "held-out loss (nats per token)", "in_context": "in-context score (nats per token)"}
     names["prefix"] = "prefix matching of the best head"
     for ax, (column, name) in zip(axes, names.items()):
         plot_sweep(table.assign(tokens=table.tokens / 1e6), x="tokens", y=column, ax=ax)
         ax.set(xlabel="training tokens (millions)", ylabel=name)
-        for number, (_, runs) in enumerate(halfway.groupby("label", sort=False)):
+        for number, (_, runs) in enumerate(found.groupby("label", sort=False)):
             for at in runs.prefix_at.dropna():
                 ax.axvline(at / 1e6, color=COLOURS[number], linestyle=":", linewidth=1)
     axes[0].set(title="Loss", ylim=(None, table.loss.quantile(0.95)))

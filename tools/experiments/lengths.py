@@ -15,10 +15,9 @@ import pandas as pd
 import torch
 
 from data_utils import prepare_data
-from machinery.checkpoints import load_weights, newest_checkpoint
-from machinery.files import read_json
 from machinery.machine import Machine
-from machinery.notebook import load_definitions
+from machinery.saved_run import SavedRun
+from tools.common import lm
 from tools.common import table as markdown
 from tools.experiments import choices
 from tools.experiments.tool import COLOURS, MARKERS, places, sweep
@@ -51,14 +50,13 @@ def measure_length(folder: str | Path, length: int, windows: int = 64, **where) 
 
     `where` as for `measure_run`.
     """
-    lm, folder = load_definitions(), Path(folder)
-    trained = lm.Config.from_dict(read_json(folder / "config.json"))
+    saved = SavedRun(folder)
+    trained = saved.settings(lm.Config)
     positions = max(length, trained.n_position)
     config = replace(trained, block_size=length, batch_tokens=length, micro_batch=1, n_position=positions, **where)
     machine = Machine.find(config.device, config.dtype)
-    model = lm.build_model(config)
-    load_weights(newest_checkpoint(folder), model)
-    return loss_by_position(model.to(machine.device), prepare_data(config), machine, windows * length)
+    model = saved.model(lambda: lm.build_model(config), machine.device)
+    return loss_by_position(model, prepare_data(config), machine, windows * length)
 
 
 def draw(table: pd.DataFrame) -> plt.Figure:

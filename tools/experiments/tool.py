@@ -204,7 +204,7 @@ def compare_sweep(table: pd.DataFrame, y: str = "val_bpb") -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def plot_sweep(table: pd.DataFrame, x="tokens", y="val_loss", ax=None, band=True, **style) -> plt.Axes:
+def plot_sweep(table: pd.DataFrame, x="tokens", y="val_loss", ax=None, **style) -> plt.Axes:
     """Mean over seeds for each label, with one standard deviation either way: points, or lines where x has many values;
     where it has one, the labels stand side by side.
 
@@ -224,9 +224,8 @@ def plot_sweep(table: pd.DataFrame, x="tokens", y="val_loss", ax=None, band=True
         points = rows.groupby(x)[y].agg(["mean", "std"]).reset_index()
         few = len(points) <= 30
         ax.plot(points[x], points["mean"], marker=marker if few else None, markersize=4, linewidth=1.5, **look)
-        if band:
-            low, high = points["mean"] - points["std"], points["mean"] + points["std"]
-            ax.fill_between(points[x], low, high, color=look["color"], alpha=0.2, linewidth=0)
+        low, high = points["mean"] - points["std"], points["mean"] + points["std"]
+        ax.fill_between(points[x], low, high, color=look["color"], alpha=0.2, linewidth=0)
     value = f": {table[x].iloc[0]:,.6g}" if at_one_place else ""
     ax.set(xlabel=NAMES.get(x, x) + value, ylabel=NAMES.get(y, y))
     ax.legend(fontsize=8)

@@ -19,10 +19,10 @@ OUT = Path(os.environ.get("OUT", "gpu-out")).resolve()
 
 
 def options(text: str, seconds: int) -> argparse.Namespace:
-    """What the program was asked for. Also sets what has to be set before PyTorch is imported."""
+    """What the program was asked for. Also sets what has to be set before anything is compiled."""
     parser = argparse.ArgumentParser(description=text)
     parser.add_argument("--dry", action="store_true", help="tiny sizes, on the CPU unless --device says otherwise")
-    parser.add_argument("--device", default="", help="auto")
+    parser.add_argument("--device", default="", help="cuda; with --dry, cpu")
     parser.add_argument("--seconds", type=int, default=seconds, help="parts that would end later are left out")
     parser.add_argument("--only", nargs="*", default=[], help="names of parts")
     chosen = parser.parse_args()

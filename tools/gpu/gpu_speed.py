@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from machinery.errors import first_line
 from machinery.machine import Machine, compile_or_eager, measure_matmul_flops
 from model_utils import LinearCrossEntropy, flops_per_token, training_memory
 from tools.bench.traffic import OneProduct, OneProductFFN
@@ -99,7 +100,7 @@ def attention() -> None:
             )
             report.keep(**{f"attention_ms_{backend.name}": config.n_layer * both * 1e3})
         except RuntimeError as error:
-            report.say(f"attention {backend.name}: {str(error).splitlines()[0][:160]}")
+            report.say(f"attention {backend.name}: {first_line(error)}")
 
 
 # ---------------------------------------------------------------------------------------- a step of `day`
@@ -275,7 +276,7 @@ def losses() -> None:
             )
             report.keep(**{f"loss_ms {name}": seconds * 1e3})
         except Exception as error:
-            report.say(f"loss {name}: {type(error).__name__}: {(str(error).strip() or '?').splitlines()[0][:160]}")
+            report.say(f"loss {name}: {first_line(error)}")
 
 
 # ---------------------------------------------------------------------------------------------- the weights
@@ -361,7 +362,7 @@ def peers() -> None:
             report.keep(**{f"peer {name}": rates[name]})
             del model, step
         except Exception as error:
-            report.say(f"{name}: {type(error).__name__}: {(str(error).strip() or '?').splitlines()[0][:200]}")
+            report.say(f"{name}: {first_line(error)}")
 
 
 def qwen3() -> None:
@@ -465,9 +466,7 @@ def candidates() -> None:
             report.keep(**{f"variant_ms {name}": seconds * 1e3})
             model = runner = micro = None
         except Exception as error:
-            report.say(
-                f"FAILED variant {name}: {type(error).__name__}: {(str(error).strip() or '?').splitlines()[0][:200]}"
-            )
+            report.say(f"FAILED variant {name}: {first_line(error)}")
 
 
 def main() -> None:

@@ -2,8 +2,8 @@
 
     make scores RUN=runs/demo-b64f1d
 
-Both read the two task files in the run's folder, `scores/`, which the notebook's section 6 writes (and this, where it
-did not). Nothing is downloaded. What was measured is kept beside them, in `scores.json`.
+Both read the two task files in the run's folder, `scores/`, which are made where there are none. Nothing is downloaded.
+What was measured is kept beside them, in `scores.json`.
 """
 
 from __future__ import annotations
