@@ -81,8 +81,8 @@ def prepare_data(config, progress: bool = True) -> TokenData:
         is_large = size is None or size > LEARNING_BYTES
         if is_large and config.tokenizer == "bpe" and not (data.folder / "tokenizer.json").exists():
             print(
-                "first a vocabulary is learned, from up to 256 MB of the text, which takes minutes where that has no"
-                " blanks; then the tokenization begins",
+                "first a vocabulary is learned, from up to 256 MB of the text, which can take minutes; then the"
+                " tokenization begins",
                 flush=True,
             )
         if is_known(settings) and (size is None or size > BACKGROUND_BYTES):

@@ -207,6 +207,8 @@ def read_state(path: Path) -> dict:
     with told(path, CheckpointError, "not a whole checkpoint"):
         for part in (path, *(path / name for name in (*FILES, "state.json"))):
             refuse_link(part)
+            if not part.exists():
+                raise CheckpointError(f"{part}: is missing, so this is not a whole checkpoint; bring it back")
         state = read_json(path / "state.json")
         expected, files = state.pop("sha256"), state["files"]
         if expected != json_digest(state) or set(files) != set(FILES):

@@ -126,10 +126,10 @@ def report(manifest: dict) -> list[str]:
             f" set split_on={spelling!r}"
         )
     tokens, vocab_size = manifest["tokenizer"]["n_vocab"], manifest["settings"]["vocab_size"]
-    if 2 * tokens <= vocab_size:
+    if (enough := -(-tokens // 64) * 64) < vocab_size:
         lines.append(
             f"vocab_size is {vocab_size:,} but the tokenizer has {tokens:,} tokens: the rest costs time and memory and"
-            f" is never used; set vocab_size to {-(-tokens // 64) * 64:,}"
+            f" is never used; set vocab_size to {enough:,}"
         )
     split_on = manifest["settings"]["split_on"]
     if split_on and not manifest["is_split"]:

@@ -185,7 +185,8 @@ def texts(path: Path, separator: re.Pattern | None) -> Iterator[str]:
         try:
             while block := file.read(MAX_DOCUMENT_BYTES):
                 block += file.readline(MAX_LINE_BYTES)
-                block += file.read(1) if block.endswith(b"\r") else b""
+                while block.endswith(b"\r") and (more := file.read(1)):  # a line end is not cut
+                    block += more
                 rest += decoder.decode(block)
                 if found := _controls(block) >= 16 and NO_TEXT.search(block):  # counting is six times as fast
                     raise _no_text(path, file.tell() - len(block) + found.start())
@@ -312,7 +313,9 @@ def row_text(row: dict, text_column: str, where: str) -> str:
     if text is None:
         return ""
     if not isinstance(text, str):
-        raise DataError(f"{where}: column {text_column!r} holds {_type_of(text)}, not text; set text_column")
+        raise DataError(
+            f"{where}: column {text_column!r} holds {_type_of(text)}, not text; name another in text_column, or join it"
+        )
     if not text.isascii():
         try:
             text.encode()
@@ -359,6 +362,9 @@ def jsonl_texts(path: Path, text_column: str) -> Iterator[str]:
         if (start := _start(head)).startswith(b"["):  # all of it may be one line
             number = 1 + head.count(b"\n", 0, len(head) - len(start))
             raise DataError(f"{path}, line {number}: holds a list, not an object; {ROW}, as from jq -c '.[]'")
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
+        if file.read().endswith(bytes(16)):  # all that as one line could be more than memory holds
+            raise DataError(f"{path}: ends in zero bytes, as a download does that has not finished; fetch it again")
         file.seek(0)
         name = str(path)  # once, for there may be millions of rows
         for number, line in enumerate(file, 1):
@@ -401,7 +407,9 @@ def _check_column(schema, text_column: str, path: Path) -> None:
     kind = kind.value_type if types.is_dictionary(kind) else kind
     text = types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind) or types.is_null(kind)
     if not text:
-        raise DataError(f"{path}: column {text_column!r} holds {kind}, not text; set text_column, or convert it")
+        raise DataError(
+            f"{path}: column {text_column!r} holds {kind}, not text; name another in text_column, or convert it"
+        )
 
 
 def _parquet_column(file, text_column: str, path: Path) -> Iterator[str]:
@@ -428,3 +436,5 @@ def _parquet_column(file, text_column: str, path: Path) -> Iterator[str]:
                     del column  # a text may be large
                 yield text
             first += rows
+    if first - 1 != file.metadata.num_rows:
+        raise DataError(f"{path}: {first - 1:,} of its {file.metadata.num_rows:,} rows can be read; mend or remove it")

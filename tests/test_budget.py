@@ -194,7 +194,7 @@ def test_the_best_shape_is_inside_of_what_was_tried_or_not_known(lm, monkeypatch
     own = lm.replace(day, source="texts/*.txt")
     refused = [(own, 24, "laws are for"), (day, 0.001, "smallest .* × .* more"), (day, 1e6, "largest .* × .* fewer")]
     for config, hours, why in refused:
-        with pytest.raises(UserError, match=f"no law covers the best size for .*{why}"):
+        with pytest.raises(UserError, match=f"the best size for .* is not known: .*{why}"):
             best_shape(config, CPU, hours=hours)
     assert best_shape(day, CPU, hours="24") == shape
     for channels in ("64", None, math.nan, math.inf, 0):

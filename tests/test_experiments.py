@@ -65,9 +65,9 @@ def test_sweep_makes_a_tidy_table_reuses_what_is_finished_and_reports_what_fails
 
     steps = curves(table)
     assert set(steps.label) == {"shallow"} and steps.step.max() == 6 and steps.flops.max() == good.flops
-    axes = plot_sweep(steps, x="flops", y="val_loss")
+    (axes,) = plot_sweep(steps, x="flops", y="val_loss").axes
     assert axes.get_xlabel() == "training compute (FLOPs)" and len(axes.lines) == 1
-    axes = plot_sweep(pd.concat([table, table.assign(label="deep")]))
+    (axes,) = plot_sweep(pd.concat([table, table.assign(label="deep")])).axes
     assert axes.get_xlabel() == f"training tokens: {good.tokens:,}"
     assert [label.get_text() for label in axes.get_xticklabels()] == ["shallow", "deep"]
 

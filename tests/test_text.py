@@ -223,6 +223,28 @@ def test_rows_without_text_are_counted_and_too_little_text_is_told_with_what_the
         prepare(tmp_path, root)
 
 
+def test_damaged_parquet_never_gives_fewer_rows_unsaid(tmp_path):
+    """A bit of its first bytes is flipped: all rows come, or a line says why not."""
+    path, said = tmp_path / "a.parquet", []
+    rows = pyarrow.table({"text": [f"row {i} of text" for i in range(60)]})
+    pyarrow.parquet.write_table(rows, path, compression="none", use_dictionary=False, row_group_size=30)
+    whole = path.read_bytes()
+    for place in range(4, 20):
+        for bit in range(8):
+            path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << bit]) + whole[place + 1 :])
+            try:
+                assert len(list(iter_documents(str(path)))) == 60
+            except DataError as error:
+                said.append(str(error))
+    assert any(f"{path}: 30 of its 60 rows can be read" in line for line in said)
+
+
+def test_rows_of_a_download_that_has_not_finished_are_told(tmp_path):
+    write(tmp_path, {"a.jsonl": b'{"text": "a"}\n' * 999 + bytes(9000)})
+    with pytest.raises(DataError, match="ends in zero bytes, as a download does that has not finished"):
+        list(iter_documents(str(tmp_path / "a.jsonl")))
+
+
 def test_names_that_look_alike_are_told_apart(tmp_path):
     write(tmp_path, {"a.jsonl": json.dumps({"te\u0301xt": "a"})})
     with pytest.raises(DataError, match=r"no column 'téxt'; there are 'te\\u0301xt'"):

@@ -196,6 +196,8 @@ def _byte_level_bpe(spec: dict, path: Path) -> tiktoken.Encoding:
     listed = set(merges)
     for token in order:
         pair = recover_merge(token, ranks)
+        unmade = len(pair) > 2 and not model.get("ignore_merges")  # tiktoken takes it where it is a whole piece
+        _refuse(path, "merges", unmade, f"do not make {names[token]!r}")
         if len(token) > 1 and len(pair) == 2:
             missing = (names[pair[0]], names[pair[1]]) not in listed
             _refuse(path, "merges", missing, f"do not make {names[token]!r} of {names[pair[0]]!r} and the rest")

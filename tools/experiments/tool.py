@@ -204,11 +204,11 @@ def compare_sweep(table: pd.DataFrame, y: str = "val_bpb") -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def plot_sweep(table: pd.DataFrame, x="tokens", y="val_loss", ax=None, **style) -> plt.Axes:
+def plot_sweep(table: pd.DataFrame, x="tokens", y="val_loss", ax=None, **style) -> plt.Figure:
     """Mean over seeds for each label, with one standard deviation either way: points, or lines where x has many values;
     where it has one, the labels stand side by side.
 
-    Takes what `sweep` or `curves` returns. Axes are named after the columns.
+    Takes what `sweep` or `curves` returns. Axes are named after the columns. Returns the figure.
     """
     _check_table(table, (x, y), ("label", "seed"))
     ax = ax or plt.subplots(figsize=(6, 3.6), layout="constrained")[1]
@@ -229,7 +229,7 @@ def plot_sweep(table: pd.DataFrame, x="tokens", y="val_loss", ax=None, **style) 
     value = f": {table[x].iloc[0]:,.6g}" if at_one_place else ""
     ax.set(xlabel=NAMES.get(x, x) + value, ylabel=NAMES.get(y, y))
     ax.legend(fontsize=8)
-    return ax
+    return ax.figure
 
 
 NAMES = {
