@@ -53,20 +53,34 @@ TRAIN = "import json, sys; from machinery import load_definitions; lm = load_def
 TRAIN += "; lm.train(lm.Config.from_dict(json.loads(sys.argv[1])))"
 
 
-def train_elsewhere(config, **options) -> subprocess.Popen:
+class Training(subprocess.Popen):
+    """A process that trains. One that has failed cannot be killed any more, and whoever wants to is told."""
+
+    def kill(self) -> None:
+        if (self.poll() or 0) > 0:
+            raise UserError(
+                "the other process failed before it was killed; it knows the saved LMHarness.ipynb alone, and of that"
+                " the cells with the tag `define`"
+            )
+        super().kill()
+
+
+def train_elsewhere(config, **options) -> Training:
     """A process that trains `config` by the definitions of the saved notebook; `options` as for `start_python`."""
-    return start_python(TRAIN, json.dumps(config.to_dict()), **options)
+    return start_python(TRAIN, json.dumps(config.to_dict()), kind=Training, **options)
 
 
-def start_python(program: str, *arguments: str, env: dict[str, str] | None = None, **options) -> subprocess.Popen:
-    """A process of `program`, which finds this project's modules; `options` are those of Popen.
+def start_python(
+    program: str, *arguments: str, env: dict[str, str] | None = None, kind=subprocess.Popen, **options
+) -> subprocess.Popen:
+    """A process of `program`, which finds this project's modules; `options` are those of Popen, or of a `kind` of it.
 
     It prints nothing, and its errors are UTF-8, whatever other programs here write.
     """
     path = os.pathsep.join([str(NOTEBOOK.parent), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"PYTHONPATH": path, "PYTHONIOENCODING": "utf-8"} | (env or {})
     command = [sys.executable, "-c", program, *arguments]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, **options)
+    return kind(command, env=environment, stdout=subprocess.DEVNULL, **options)
 
 
 def source_digest(notebook: str | Path = NOTEBOOK) -> str:

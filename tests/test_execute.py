@@ -48,6 +48,8 @@ def test_a_cell_that_fails_and_a_kernel_that_dies_are_one_line(notebook, tmp_pat
     first = kept.read_bytes()
     with pytest.raises(UserError, match=r"failed-\d+.1.ipynb"):
         execute.run_notebook(notebook("raise ValueError('again')"))
+    with pytest.raises(UserError, match=r"^no such text \(the notebook"):
+        execute.run_notebook(notebook("from machinery import UserError; raise UserError('no such text')"))
     assert kept.read_bytes() == first
     with pytest.raises(UserError, match="^the kernel died, mostly for lack of memory"):
         execute.run_notebook(notebook("import os; os._exit(9)"))

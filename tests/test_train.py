@@ -33,6 +33,7 @@ from machinery.huggingface import config_from_hf, export_hf, import_hf
 from machinery.interrupts import StopRequest
 from machinery.loggers import LOGGERS, Logger, Loggers
 from machinery.machine import Machine, datasheet_flops, is_out_of_memory, measure_matmul_flops
+from machinery.notebook import train_elsewhere
 from machinery.run_folder import RunFolder, run_state
 from machinery.watch import Watch, print_preflight, refuse_what_does_not_fit
 from model_utils import (
@@ -610,6 +611,13 @@ def test_killed_run_goes_on_from_its_checkpoint(lm, settings, tmp_path):
     assert newest_checkpoint(folder) is not None and not (folder / "summary.json").exists()
     assert lm.train(killed)["status"] == "finished"
     assert same(weights_of(lm, tmp_path / "runs" / "straight"), weights_of(lm, folder))
+
+
+def test_a_run_that_fails_elsewhere_is_not_taken_for_a_killed_one(settings):
+    with train_elsewhere(replace(settings(), ffn="of another notebook"), stderr=subprocess.DEVNULL) as process:
+        process.wait()
+        with pytest.raises(UserError, match="failed before it was killed; it knows the saved LMHarness.ipynb alone"):
+            process.kill()
 
 
 def test_a_run_is_seen_from_elsewhere(lm, settings, capsys):

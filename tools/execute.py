@@ -93,7 +93,9 @@ def execute(parameters: dict, unfinished: Path) -> nbformat.NotebookNode:
         if os.path.lexists(keep):
             keep = numbered(keep)  # the earlier one is of another process that had the same number
         unfinished.replace(keep)
-        raise UserError(f"{error.ename}: {error.evalue} (the notebook as far as it came is {keep})") from None
+        ours = {kind.__name__ for kind in (UserError, *UserError.__subclasses__())}
+        said = error.evalue if error.ename in ours else f"{error.ename}: {error.evalue}"
+        raise UserError(f"{said} (the notebook as far as it came is {keep})") from None
     except DeadKernelError:
         said = log.read_text(errors="replace").strip().splitlines()[-1:]
         raise UserError(f"the kernel died, mostly for lack of memory{': '.join(['', *said])}") from None
