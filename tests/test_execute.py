@@ -57,7 +57,7 @@ def test_a_cell_that_fails_and_a_kernel_that_dies_are_one_line(notebook, tmp_pat
         with pytest.raises(UserError, match=message) as caught:  # before a kernel is started
             execute.run_notebook({"preset": "smoke", "overrides": overrides})
         assert "\n" not in str(caught.value)
-    assert len(list((tmp_path / "runs {preset}").iterdir())) == 2
+    assert len(list((tmp_path / "runs {preset}").iterdir())) == 3
 
 
 def test_the_program_has_the_knobs_and_no_cells_that_show(tmp_path, monkeypatch):
