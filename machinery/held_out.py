@@ -26,10 +26,10 @@ from machinery.text_files import in_parts
 PIECE = 1 << 18  # characters of a text that are encoded and looked at together; more at once is not faster
 LINE_ENDS = bytes.maketrans(b"\r\v\f\x1c\x1d\x1e\x1f", b"\n" * 6 + b" ")  # as `str.splitlines` sees them
 ODD_BLANKS = re.compile(
-    rb"\xc2[\x85\xa0]|\xe1\x9a\x80|\xe2(?:\x80[\x80-\x8b\xa8\xa9\xaf]|\x81[\x9f\xa0])|\xe3\x80\x80|\xef\xbb\xbf"
+    rb"\xc2[\x85\xa0\xad]|\xe1\x9a\x80|\xe2(?:\x80[\x80-\x8f\xa8\xa9\xaf]|\x81[\x9f\xa0])|\xe3\x80\x80|\xef\xbb\xbf"
 )
 ODD_LINE_ENDS = {end.encode() for end in "\x85\u2028\u2029"}  # among those blanks: U+00A0, U+2003, U+3000, …
-NO_WIDTH = {blank.encode() for blank in "\u200b\ufeff"}
+NO_WIDTH = {sign.encode() for sign in "\xad\u200b\u200c\u200d\u200e\u200f\u2060\ufeff"}
 LONG_LINE, SPACED_LINE = 16, 20  # characters of a line that tells one document from another, without and with blanks
 FOLLOWING = 32  # bytes of a short line with what follows
 CONTINUED = bytes(range(0x80, 0xC0))  # what follows the first byte of a character

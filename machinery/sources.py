@@ -183,8 +183,9 @@ class FileSource(Source):
                 yield name, path.stat()
 
     def notes(self) -> list[str]:
-        beside = [f"passed over beside the text: {_listed(self.passed_over)}"] if +self.passed_over else []
-        return super().notes() + [printable(line) for line in beside]
+        lines = [f"files that are read: {_listed(Counter(path.suffix for path in self.files.values()))}"]
+        lines += [f"passed over beside the text: {_listed(self.passed_over)}"] if +self.passed_over else []
+        return super().notes() + [printable(line) for line in lines]
 
 
 def _listed(counts: Counter[str]) -> str:

@@ -117,7 +117,7 @@ def _check_format(path: Path, head: bytes, expected: str = "UTF-8 text") -> None
         name = None
     if expected != "UTF-8 text":
         name = None if name == expected else name
-    elif head[257:262] == b"ustar":
+    elif head[257:262] == b"ustar" and not _is_plain(head):
         name, advice = "tar", "unpack it with tar xf"
     elif name is None:
         found, beyond_ascii = _controls(head), len(head) - len(head.translate(None, bytes(range(128, 256))))
@@ -126,7 +126,7 @@ def _check_format(path: Path, head: bytes, expected: str = "UTF-8 text") -> None
         maybe_wide = not is_utf8 or (beyond_ascii < len(head) / 10 and (many or b"\0" in head))
         if maybe_wide and (wide := _wide_encoding(head)):
             name, advice = wide.upper(), f"convert it, for example with iconv -f {wide} -t utf-8"
-        elif b"\x1b$" in head:  # Japanese, Korean or Chinese in seven bits
+        elif re.search(rb"\x1b\$[@AB()]", head):  # Japanese, Korean or Chinese in seven bits
             name, advice = "ISO-2022", "convert it, for example with iconv -f iso-2022-jp -t utf-8"
         elif many and len(head) >= 64:
             name, advice = f"binary data ({found} control characters in its first {len(head)} bytes)", "remove it"
@@ -262,7 +262,8 @@ def _decode_json(content: str | bytes, text_column: str, where: str, expected: s
     try:
         return _decode(content) if isinstance(content, str) else _decode_row(content, text_column)
     except UnicodeDecodeError as error:
-        raise DataError(f"{where}: not UTF-8 at byte {error.start} of the line; convert or mend it") from None
+        advice = "convert the file, for example with iconv -f cp1252 -t utf-8, or mend it"
+        raise DataError(f"{where}: not UTF-8 at byte {error.start} of the line; {advice}") from None
     except json.JSONDecodeError as error:
         found = f"{error.msg.removesuffix(' at')} at character {error.pos + 1}"
         raise DataError(f"{where}: not JSON ({found}); mend it: {expected}") from None

@@ -193,7 +193,9 @@ def test_what_is_passed_over_is_said(tmp_path, capsys):
     write(tmp_path, {"texts/.git/x.txt": "", "texts/.x.txt": "", "texts/a.\x1b[1m": ""})
     (tmp_path / "texts" / "broken.md").symlink_to("nothing")
     prepare(tmp_path, os.path.join(root, "texts"))
-    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("passed over"))
+    lines = capsys.readouterr().out.splitlines()
+    assert "files that are read: .txt (20)" in lines
+    line = next(line for line in lines if line.startswith("passed over"))
     for part in (
         "hidden files, folders (2)",
         ".\\x1b[1m (1)",
@@ -354,7 +356,8 @@ def test_wide_encodings_are_named(tmp_path, words, suffix):
 
 @pytest.mark.parametrize(
     "text",
-    ["1\n0\n1\n0\n", "abc\0def", "Да\0\n" * 9, "a\0b\n" + "plain text\n" * 200, "\x1b[1mbold\x1b[0m\n" * 9, "é" * 50],
+    ["1\n0\n1\n0\n", "abc\0def", "Да\0\n" * 9, "a\0b\n" + "plain text\n" * 200, "\x1b[1mbold\x1b[0m\n" * 9, "é" * 50]
+    + ["\x1b[1mprompt\x1b$ ls\n" * 20, "word " * 51 + "a ustar\n" * 3],
 )
 def test_odd_text_is_text(tmp_path, text):
     assert list(iter_documents(write(tmp_path, {"a.txt": text}))) == [text]
