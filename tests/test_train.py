@@ -439,14 +439,15 @@ class Interrupt:
     ids=str,
 )
 def test_interrupted_and_resumed_is_the_same_run_bit_for_bit(lm, settings, change):
-    straight = settings(run_name="straight", max_steps=50, **change)
+    steps = 24 if change.get("compile") else 50
+    straight = settings(run_name="straight", max_steps=steps, **change)
     lm.train(straight)
-    broken = settings(run_name="broken", max_steps=50, **change)
+    broken = settings(run_name="broken", max_steps=steps, **change)
     runs = Path(broken.runs_dir)
-    for after in (17,) if change.get("compile") else (3, 17):
+    for after in (3,) if change.get("compile") else (3, 17):
         with Interrupt(runs / "broken", after):
             summary = lm.train(broken)
-        assert summary["status"] == "interrupted" and after < summary["steps"] < 50
+        assert summary["status"] == "interrupted" and after < summary["steps"] < steps
     assert lm.train(broken)["status"] == "finished"
     assert same(weights_of(lm, runs / "straight"), weights_of(lm, runs / "broken"))
     kept = ("step", "tokens", "train_loss", "lr", "grad_norm", "val_loss")
