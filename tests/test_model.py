@@ -142,9 +142,7 @@ def test_multi_query_is_one_key_value_head(lm, tiny, promise):
 
 @pytest.mark.parametrize("combination", COVERING, ids=name_of)
 def test_compiled_equals_eager(lm, tiny, combination):
-    config = tiny(
-        **combination, n_layer=2 if combination.get("induction") else 1
-    )  # a pair of blocks holds the pair of heads
+    config = tiny(**combination, n_layer=2 if combination.get("induction") else 1)  # whose heads are in two blocks
     tokens, targets = random_batch(config)
     losses, gradients = [], []
     for compiled in (False, True):
