@@ -205,7 +205,7 @@ def read_newest(run: Path, read: Callable[[Path], T], step: int | None = None) -
 def read_state(path: Path) -> dict:
     """The contents of state.json. Raises `CheckpointError` unless all three files match their checksums."""
     with told(path, CheckpointError, "not a whole checkpoint"):
-        for part in (path, *(path / name for name in (*FILES, "state.json"))):
+        for part in (path, *(path / name for name in ("state.json", *FILES))):
             refuse_link(part)
             if not part.exists():
                 raise CheckpointError(f"{part}: is missing, so this is not a whole checkpoint; bring it back")
