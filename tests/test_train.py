@@ -439,7 +439,7 @@ class Interrupt:
     ids=str,
 )
 def test_interrupted_and_resumed_is_the_same_run_bit_for_bit(lm, settings, change):
-    steps = 24 if change.get("compile") else 50
+    steps = 24 if change.get("compile") else 36
     straight = settings(run_name="straight", max_steps=steps, **change)
     lm.train(straight)
     broken = settings(run_name="broken", max_steps=steps, **change)
