@@ -13,6 +13,7 @@ import os
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
 from machinery.errors import DataError, first_line
@@ -59,6 +60,7 @@ def file_digest(path: Path, samples: bool = False) -> str:
 
 MAX_DOCUMENT_BYTES = 16 << 20  # a longer text is read as several documents, cut at line ends where there are any
 MAX_LINE_BYTES = 1 << 20  # how much further a line end is looked for
+MAX_ROW_BYTES = 256 << 20  # of a row of JSON lines, which is read as a whole
 ROWS_BYTES = 8 << 20  # of a Parquet column, read at a time
 
 FORMATS = {  # first bytes, what they are of, and how to get at the text
@@ -363,12 +365,11 @@ def jsonl_texts(path: Path, text_column: str) -> Iterator[str]:
         if (start := _start(head)).startswith(b"["):  # all of it may be one line
             number = 1 + head.count(b"\n", 0, len(head) - len(start))
             raise DataError(f"{path}, line {number}: holds a list, not an object; {ROW}, as from jq -c '.[]'")
-        file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
-        if file.read().endswith(bytes(16)):  # all that as one line could be more than memory holds
-            raise DataError(f"{path}: ends in zero bytes, as a download does that has not finished; fetch it again")
         file.seek(0)
         name = str(path)  # once, for there may be millions of rows
-        for number, line in enumerate(file, 1):
+        for number, line in enumerate(iter(partial(file.readline, MAX_ROW_BYTES), b""), 1):
+            if len(line) == MAX_ROW_BYTES:  # such as the zero bytes of a download that has not finished
+                raise DataError(f"{name}, line {number}: has {len(line):,} bytes or more; {ROW}; mend or remove it")
             if line[0] == 0xEF:  # each of several files that were put together may have a mark
                 line = _without_marks(line) or b"\n"
             if not line.isspace():

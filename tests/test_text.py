@@ -241,10 +241,12 @@ def test_damaged_parquet_never_gives_fewer_rows_unsaid(tmp_path):
     assert any(f"{path}: 30 of its 60 rows can be read" in line for line in said)
 
 
-def test_rows_of_a_download_that_has_not_finished_are_told(tmp_path):
+def test_a_line_that_is_too_long_for_a_row_is_told_before_it_fills_the_memory(tmp_path, monkeypatch):
+    """As the zero bytes at the end of a download that has not finished."""
     write(tmp_path, {"a.jsonl": b'{"text": "a"}\n' * 999 + bytes(9000)})
-    with pytest.raises(DataError, match="ends in zero bytes, as a download does that has not finished"):
-        list(iter_documents(str(tmp_path / "a.jsonl")))
+    assert "a.jsonl, line 1000: not JSON" in refused(str(tmp_path / "a.jsonl"))
+    monkeypatch.setattr(text_files, "MAX_ROW_BYTES", 5000)
+    assert "a.jsonl, line 1000: has 5,000 bytes or more; a row is one object on" in refused(str(tmp_path / "a.jsonl"))
 
 
 def test_names_that_look_alike_are_told_apart(tmp_path):
