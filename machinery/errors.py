@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import sys
 import types
 import unicodedata
 from collections.abc import Iterator
 
+FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))  # Windows has no quota
 LONGEST = 600  # characters of a message; of a longer one the middle is left out
 
 
@@ -80,6 +82,8 @@ def told(where: object, kind: type[UserError] = UserError, problem: str = "", ad
     except BaseException as error:  # a panic of the libraries written in Rust is no Exception
         if kind is UserError and isinstance(error, OSError):
             kind = FileError
+        if isinstance(error, OSError) and error.errno in FULL:
+            advice = "make room on its disk"
         line = f"{problem} ({first_line(error)})" if problem else first_line(error)
         raise kind(f"{where}: {line}" + (f"; {advice}" if advice else "")) from error
 

@@ -120,10 +120,11 @@ def report(manifest: dict) -> list[str]:
     for kind in (NOT_UTF8, EMPTY_ROWS):
         if count := manifest["passed_over"].get(kind):
             lines.append(f"passed over in source {manifest['settings']['source']!r}: {kind} ({count:,})")
-    for spelling, count in spelt.items():
+    if spelt:
+        often = [f"{spelling!r} stands {'once' if n == 1 else f'{n:,} times'}" for spelling, n in spelt.items()]
         lines.append(
-            f"{spelling!r} stands {count:,} times in the texts, as text like any other; if it separates documents,"
-            f" set split_on={spelling!r}"
+            f"{', '.join(often)} in the texts, as text like any other; if it separates documents, set"
+            f" split_on={max(spelt, key=spelt.get)!r}"
         )
     tokens, vocab_size = manifest["tokenizer"]["n_vocab"], manifest["settings"]["vocab_size"]
     if (enough := -(-tokens // 64) * 64) < vocab_size:

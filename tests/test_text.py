@@ -678,13 +678,14 @@ def test_python_files_that_are_not_utf8_are_passed_over_and_said(tmp_path, monke
 def test_end_of_text_spelt_in_texts_is_counted_and_said_or_split_at(tmp_path, capsys):
     stories = [f"story {i}\n" * 30 for i in range(60)]
     root = write(
-        tmp_path / "texts", {"a.txt": "<|endoftext|>".join(stories), "b.jsonl": [{"text": "<|endoftext|>" + "x" * 99}]}
+        tmp_path / "texts",
+        {"a.txt": "<|endoftext|>".join(stories), "b.jsonl": [{"text": "<|endoftext|><eos>" + "x" * 99}]},
     )
     data = prepare(tmp_path, root)
     said = [line for line in capsys.readouterr().out.splitlines() if "<|endoftext|>" in line]
-    assert len(said) == 1 and "60 times" in said[0] and "split_on=" in said[0]
+    assert len(said) == 1 and "60 times, '<eos>' stands once in" in said[0] and "split_on='<|endoftext|>'" in said[0]
     data = prepare(tmp_path, root, split_on="<|endoftext|>")
-    assert sorted(texts_of(data, "train") + texts_of(data, "val")) == sorted([*stories, "x" * 99])
+    assert sorted(texts_of(data, "train") + texts_of(data, "val")) == sorted([*stories, "<eos>" + "x" * 99])
     assert "<|endoftext|>" not in capsys.readouterr().out and data.manifest["held_out"] == "documents"
 
 
