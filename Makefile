@@ -42,7 +42,7 @@ notebook: .venv/run
 	@$(BIN)/python -c 'from machinery.notebook import mark_executed; mark_executed()'
 
 lab: .venv/run
-	$(BIN)/jupyter lab LMHarness.ipynb
+	$(BIN)/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) LMHarness.ipynb
 
 test: .venv/dev
 	$(BIN)/python -m pytest -q -n 2
