@@ -18,7 +18,7 @@ help:
 	@echo 'make test-long  set up and run the tests that take minutes'
 	@echo 'make browser  set up and use the notebook in Chromium, minutes; screenshots in runs/browser/'
 	@echo 'make script set up and write the notebook as a program, LMHarness.py, for torchrun   (PRESET=day OVERRIDES="{…}")'
-	@echo 'make scores  set up and score a run with lm_eval, beside the notebook: RUN=runs/demo-b64f1d'
+	@echo 'make scores  set up and score a run with lm_eval, beside the notebook: RUN=runs/demo-44feb9'
 	@echo 'make experiments  set up and answer the five questions, within an hour on two cores: results/experiments.md'
 	@echo 'make drill  set up and run the fault drills, a quarter to three quarters of an hour: results/reliability.md'
 	@echo 'make rehearsal  set up and take day through two steps on GPUs that are not there, a quarter of an hour, on Linux with gcc: results/rehearsal.md'

@@ -791,6 +791,32 @@ def test_a_tokenizer_that_cuts_or_fills_up_gives_the_ids_of_the_whole_text(tmp_p
 
 
 @pytest.mark.parametrize(
+    ("first", "last", "named"),
+    [
+        ([], ["<|endoftext|>"], None),
+        ([], ["</s>"], "added_tokens are without <|endoftext|>"),
+        (["<|endoftext|>"], [], "ids begin after a special token; train without one, and add it afterwards"),
+        ([], [], "added_tokens are without <|endoftext|>"),
+    ],
+)
+def test_a_tokenizer_that_was_just_learned(tmp_path, first, last, named):
+    theirs = tokenizers.Tokenizer(tokenizers.models.BPE())
+    theirs.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=300, special_tokens=first, initial_alphabet=alphabet)
+    theirs.train_from_iterator(["the lower, the slower; the lowest, the slowest\n"] * 50, trainer)
+    theirs.add_special_tokens(last)
+    theirs.save(str(tmp_path / "tokenizer.json"))
+    if named:
+        with pytest.raises(DataError, match=named):
+            read_tokenizer(tmp_path)
+    else:
+        ours = read_tokenizer(tmp_path)
+        assert ours.encode_ordinary("the slower") == theirs.encode("the slower").ids
+        assert ours.eot_token == theirs.token_to_id("<|endoftext|>")
+
+
+@pytest.mark.parametrize(
     ("change", "named"),
     [
         ({"normalizer": {"type": "NFC"}}, "normalizer changes the text"),

@@ -24,6 +24,7 @@ from tools.scores.scoring import (
     parse_share,
     score_choices,
     score_documents,
+    score_tokens,
 )
 
 lm_eval = pytest.importorskip("lm_eval", reason="lm_eval is not installed: see tools/requirements.txt")
@@ -112,12 +113,17 @@ def test_a_context_too_long_loses_its_beginning_in_both(lm, run):
     text = held_out_documents(data)[0]
     machine = Machine.find("cpu", "float32")
     context, ending = encode_pair(encoding, text[:2000], " the end")
-    sums = [log_likelihoods(model, [(context[-keep:], ending)], 64, machine) for keep in (10**6, 65 - len(ending))]
-    assert torch.equal(*sums)
+    found = [log_likelihoods(model, [(context[-keep:], ending)], 64, machine)[0] for keep in (10**6, 65 - len(ending))]
+    assert torch.equal(*found)
     with torch.no_grad():
         row = torch.tensor(context + ending)[-65:]
         chosen = model(row[None, :-1])[0].log_softmax(-1).gather(1, row[1:, None])[-len(ending) :]
-    assert sums[0].item() == pytest.approx(chosen.sum().item(), rel=1e-5)
+    assert found[0].tolist() == pytest.approx(chosen.flatten().tolist(), rel=1e-4)
+    tokens = score_tokens(model, encoding, text[:2000], 64, machine)  # of several windows
+    assert "".join(piece for piece, _ in tokens).encode() == text[:2000].encode()
+    together = score_documents(model, encoding, [text[:2000]], 64, machine)["bits_per_byte"]
+    nats = sum(loss for _, loss in tokens)
+    assert nats / math.log(2) / len(text[:2000].encode()) == pytest.approx(together, rel=1e-6)
     with pytest.raises(UserError, match="a continuation has 70 tokens and block_size is 64"):
         log_likelihoods(model, [([1], [2] * 70)], 64, machine)
 

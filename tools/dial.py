@@ -3,7 +3,7 @@
     python -m tools.dial                the runs that are missing, then the table
     python -m tools.dial --summary      the table of what there is
 
-Sizes are those of `make forecast`; batches are tried with random weights at first. Seeds differ by 0.001 bits per byte.
+Sizes are those of `make forecast`; batches are tried with random weights at first.
 """
 
 from __future__ import annotations
@@ -101,8 +101,8 @@ def write_dial(results: Results, forecasts: Results) -> None:
 
 TEXT = """# The dial on two cores
 
-`make dial`, {today}: `demo` by size and by batch, one seed (three differ by 0.001 bits per byte,
-[recipe.md](recipe.md)).
+`make dial`, {today}: `demo` by size and by batch, one seed (three differ by 0.001 bits per byte in English and
+0.007 in Python, [demo.md](demo.md)).
 
 ## Size
 

@@ -186,12 +186,18 @@ def _byte_level_bpe(spec: dict, path: Path) -> tiktoken.Encoding:
         if special.get(text) != number
     }
     order = sorted(ranks, key=ranks.get)
-    _refuse(path, "ids", [ranks[token] for token in order] != list(range(len(order))), "have gaps")
+    numbers = [ranks[token] for token in order]
+    first = 0 < sum(number < numbers[0] for number in special.values()) == numbers[0]
+    advice = "begin after a special token; train without one, and add it afterwards (docs/huggingface.md)"
+    _refuse(path, "ids", numbers != list(range(len(order))), advice if first else "have gaps")
     merges = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in model["merges"]]
     made = [ranks[bytes(byte_of[letter] for letter in left + right)] for left, right in merges]
     _refuse(path, "merges", made != sorted(made), "are not in the order of the ids they make")
     if END_OF_TEXT not in special:
-        special[END_OF_TEXT] = special.pop(_end_of_text(path.parent))
+        end = _end_of_text(path.parent)
+        advice = f"are without {END_OF_TEXT}, and tokenizer_config.json names no other end of text; add it as a special"
+        _refuse(path, "added_tokens", end not in special, f"{advice} token, after training (docs/huggingface.md)")
+        special[END_OF_TEXT] = special.pop(end)
     names = {token: "".join(letters[byte] for byte in token) for token in order}
     listed = set(merges)
     for token in order:
@@ -225,8 +231,9 @@ def _pattern(spec: dict, path: Path) -> str:
     return known[pattern]
 
 
-def _end_of_text(folder: Path) -> str:
-    token = read_json(folder / "tokenizer_config.json").get("eos_token")
+def _end_of_text(folder: Path) -> str | None:
+    path = folder / "tokenizer_config.json"
+    token = read_json(path).get("eos_token") if path.exists() else None
     return token["content"] if isinstance(token, dict) else token
 
 

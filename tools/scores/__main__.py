@@ -1,6 +1,6 @@
 """The scores of a run, twice: by scoring.py, and by EleutherAI's lm_eval on its export.
 
-    make scores RUN=runs/demo-b64f1d
+    make scores RUN=runs/demo-44feb9
 
 Both read the two task files in the run's folder, `scores/`, which are made where there are none. Nothing is downloaded.
 What was measured is kept beside them, in `scores.json`.
@@ -88,5 +88,5 @@ def compare(run: Path) -> dict:
 if __name__ == "__main__":
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     if len(sys.argv) != 2:
-        raise UserError("python -m tools.scores RUN: which run? For example runs/demo-b64f1d")
+        raise UserError("python -m tools.scores RUN: which run? For example runs/demo-44feb9")
     compare(folder_path(sys.argv[1]))

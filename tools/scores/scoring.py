@@ -56,14 +56,15 @@ def _check_block_size(model: nn.Module, block_size: int) -> None:
 
 def log_likelihoods(
     model: nn.Module, pairs: list[tuple[list[int], list[int]]], block_size: int, machine: Machine
-) -> Tensor:
-    """(N,) ln p(continuation | context) for N such pairs of token lists. A context too long loses its beginning.
+) -> list[Tensor]:
+    """ln p of each token of the continuation, for pairs (context, continuation) of token lists; their sum is that of
+    the whole continuation. A context too long loses its beginning.
 
     Rows are context and continuation; the targets in the context are -100, which is not scored. Raises `UserError` for
     a continuation that does not fit in `block_size` tokens.
     """
     _check_block_size(model, block_size)
-    sums = torch.zeros(len(pairs), dtype=torch.float64)
+    found = [torch.empty(0)] * len(pairs)
     order = sorted(range(len(pairs)), key=lambda i: sum(map(len, pairs[i])))  # equal lengths together: little padding
     for first in range(0, len(pairs), BATCH):
         chosen, tokens, targets = order[first : first + BATCH], [], []
@@ -78,8 +79,9 @@ def log_likelihoods(
             nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=padding)
             for rows, padding in [(tokens, 0), (targets, -100)]
         )
-        sums[chosen] = -token_losses(model, tokens, targets, machine).sum(1)
-    return sums
+        for i, losses, scored in zip(chosen, token_losses(model, tokens, targets, machine), targets != -100):
+            found[i] = -losses[scored]
+    return found
 
 
 def score_choices(
@@ -90,7 +92,8 @@ def score_choices(
     "acc" takes the ending of highest likelihood, "acc_norm" that of highest likelihood per character.
     """
     pairs = [encode_pair(encoding, q["ctx"], " " + ending) for q in questions for ending in q["endings"]]
-    sums = log_likelihoods(model, pairs, block_size, machine).split([len(q["endings"]) for q in questions])
+    sums = torch.stack([ln_p.sum() for ln_p in log_likelihoods(model, pairs, block_size, machine)])
+    sums = sums.split([len(q["endings"]) for q in questions])
     right = {"acc": 0, "acc_norm": 0}
     for question, ln_p in zip(questions, sums):
         lengths = torch.tensor([len(ending) for ending in question["endings"]])
@@ -123,10 +126,20 @@ def score_documents(
     _check_block_size(model, block_size)
     with told("texts", problem="not text", advice="leave that character out"):  # half of a surrogate pair
         size = sum(len(text.encode()) for text in texts)
-    documents = ([encoding.eot_token, *encoding.encode_ordinary(text)] for text in texts)
+        documents = [[encoding.eot_token, *encoding.encode_ordinary(text)] for text in texts]
     pairs = [pair for ids in documents for pair in document_windows(ids, block_size)]
-    nats = -log_likelihoods(model, pairs, block_size, machine).sum().item()
+    nats = -torch.cat(log_likelihoods(model, pairs, block_size, machine)).sum().item()
     return {"bits_per_byte": nats / math.log(2) / size}
+
+
+def score_tokens(
+    model: nn.Module, encoding: Encoding, text: str, block_size: int, machine: Machine
+) -> list[tuple[str, float]]:
+    """The tokens of a document, as text, each with its loss in nats."""
+    pairs = document_windows([encoding.eot_token, *encoding.encode_ordinary(text)], block_size)
+    nats = [-ln_p for part in log_likelihoods(model, pairs, block_size, machine) for ln_p in part.tolist()]
+    tokens = [token for _, continuation in pairs for token in continuation]
+    return [(decode_text(encoding, [token]), loss) for token, loss in zip(tokens, nats)]
 
 
 def parse_share(model: nn.Module, data: TokenData, machine: Machine, generate: Callable) -> dict[str, float]:
