@@ -241,9 +241,11 @@ def cross_entropy(x: Tensor, table: Tensor, targets: Tensor) -> Tensor:
 
 def check_tokens(model: nn.Module, tokens: Tensor, *dimensions: str) -> None:
     """Raise `UserError` unless tokens are ids that the model has, in so many dimensions, T no more than it takes."""
-    whole = isinstance(tokens, Tensor) and tokens.dtype in (torch.int32, torch.int64)
+    whole = isinstance(tokens, Tensor) and tokens.dtype in (torch.int32, torch.int64) and not tokens.is_meta
     if not (whole and tokens.dim() == len(dimensions) and tokens.numel() and tokens.size(-1) <= model.max_length):
-        given = f"{tuple(tokens.shape)} of {tokens.dtype}" if isinstance(tokens, Tensor) else type(tokens).__name__
+        given = type(tokens).__name__
+        if isinstance(tokens, Tensor):
+            given = f"{tuple(tokens.shape)} of {tokens.dtype} on {tokens.device}"
         shape = str(dimensions).replace("'", "")
         raise UserError(f"tokens are {given}; give a tensor {shape} of whole numbers, T at most {model.max_length}")
     least, most, rows = int(tokens.min()), int(tokens.max()), model.embedding.num_embeddings

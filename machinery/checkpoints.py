@@ -224,8 +224,9 @@ def read_state(path: Path) -> dict:
         scores = state.get("scores", {})
         good = all(type(value) in (int, float) for value in scores.values()) and type(scores.get("best_step", 0)) is int
         good &= ("best_step" in scores) == ("best_val_bpb" in scores) and abs(scores.get("best_val_bpb", 0)) < 1e40
+        good &= all(type(value) in (int, float) for value in (state.get("scaler") or {}).values())
         if not (0 <= state.get("seconds", 0) < 1e12 and good):
-            raise CheckpointError(f"{path / 'state.json'}: seconds or scores are not what they should be")
+            raise CheckpointError(f"{path / 'state.json'}: seconds, scores or scaler are not what they should be")
     return state
 
 

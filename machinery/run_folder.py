@@ -87,6 +87,7 @@ class RunFolder:
         """Keep other trainers out until `unlock`, or until this process ends."""
         if not self.writes:
             return
+        self._contents()  # first: a lock would stay in somebody else's folder
         refuse_link(self._lock.lock_file)
         try:
             self._lock.acquire()
@@ -98,11 +99,6 @@ class RunFolder:
             raise FileError(
                 f"{self._lock.lock_file}: not to be locked ({error.strerror}); remove it, or set runs_dir elsewhere"
             ) from None
-        try:
-            self._contents()
-        except UserError:
-            self.unlock()
-            raise
 
     def _contents(self) -> list[Path]:
         """What is in the folder beside its lock. Raises `UserError` where that is of no run: it is somebody else's."""

@@ -364,6 +364,7 @@ def test_optimizers_with_factored_states_are_restored(tmp_path):
         {"scores": {"best_val_bpb": 1.0}},
         {"scores": {"best_val_bpb": 10**400, "best_step": 1}},
         {"scores": {"best_val_bpb": float("nan"), "best_step": 1}},
+        {"scaler": {"scale": "x"}},
     ],
     ids=str,
 )

@@ -131,7 +131,7 @@ QUOTES = [
     ),
     (
         DOCS,
-        "the step of Muon, # ms where AdamW takes #,",
+        "the step of Muon, # ms where nanoGPT's recipe, with AdamW, takes # (",
         RECIPE,
         "not compile): * the default # ms, * nanoGPT # ms",
         1,

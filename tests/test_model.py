@@ -367,6 +367,7 @@ def test_tokens_that_a_model_does_not_have_are_one_line(lm, tiny, token):
         torch.zeros(2, dtype=torch.long),
         torch.ones(1, 0),
         torch.zeros(1, 17, dtype=torch.long),
+        torch.zeros(1, 8, dtype=torch.long, device="meta"),
     ],
 )
 def test_what_are_no_tokens_is_one_line(lm, tiny, odd):
