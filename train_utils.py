@@ -26,7 +26,7 @@ from machinery.processes import lost_process
 from machinery.run_folder import PLACES, RunFolder, describe_environment, portable
 from machinery.screen import Screen, keep_printing
 from machinery.tokenizers import tokenizer_to_dict
-from machinery.watch import Watch, print_ending, print_preflight, refuse_what_does_not_fit, with_best
+from machinery.watch import Watch, is_lost, print_ending, print_preflight, refuse_what_does_not_fit, with_best
 from model_utils import choose_micro_batch, count_parameters, flops_per_token, predict
 
 # ------------------------------------------------------------------------------------------- schedules
@@ -286,7 +286,8 @@ class Run:
         best = at.scores.get("best_step") == at.step
         long = at.seconds - self._saved_seconds >= 60 * config.checkpoint_minutes
         due = (best or long or at.step % config.checkpoint_every == 0) and not at.bad_steps
-        return at.step > 0 and not diverged and (done or due)
+        lost = self.progress() >= 1 and is_lost(at.scores, config.vocab_size)
+        return at.step > 0 and not diverged and (due or done and not lost)
 
     def save(self) -> None:
         """Begin to write a checkpoint, beside training; the best one stays beside the newest."""
@@ -298,8 +299,7 @@ class Run:
     def finish(self, progress: float, diverged: bool) -> dict:
         """Write and return the summary; end a tokenization that still goes on."""
         at, machine = self.at, self.machine
-        guessing = math.log(self.config.vocab_size)  # the loss of all tokens alike; nan is above all
-        diverged |= not at.scores.get("val_loss", 0.0) <= 3 * guessing  # also after fewer bad steps than end a run
+        diverged |= is_lost(at.scores, self.config.vocab_size)  # also after fewer bad steps than end a run
         rate = self.folder.usual_rate()
         flops = flops_per_token(self.model, self.config) * rate / machine.processes
         summary = {

@@ -68,6 +68,11 @@ def with_best(
 TEXT_BYTES = 4  # of a token, roughly: English with some ten thousand tokens to choose from
 
 
+def is_lost(scores: dict[str, float], vocab_size: int) -> bool:
+    """Whether the latest "val_loss" is far above that of all tokens alike, ln V, or nan: no weights to keep."""
+    return not scores.get("val_loss", 0.0) <= 3 * math.log(vocab_size)
+
+
 def announce(config) -> None:
     """What a run is about to do, before anything is fetched, and where it takes hours, what to begin with."""
     limits = {"hours": config.max_hours, "tokens": config.max_tokens, "steps": config.max_steps}

@@ -1015,6 +1015,15 @@ def test_a_run_that_ends_far_worse_than_guessing_has_diverged(lm, settings, caps
     assert "diverged: go on from the last checkpoint, if any, " in capsys.readouterr().out
 
 
+def test_weights_that_diverged_at_the_end_replace_no_checkpoint(lm, settings):
+    """What is said then, to go on from the last checkpoint with a lower lr, works."""
+    rare = {"eval_every": 10**6, "checkpoint_every": 5, "keep_checkpoints": 1, "run_name": "late"}
+    assert lm.train(settings(max_steps=12, **rare))["status"] == "finished"
+    assert lm.train(settings(max_steps=20, lr=1e11, **rare))["status"] == "diverged"
+    summary = lm.train(settings(max_steps=20, lr=1e-4, **rare))
+    assert summary["status"] == "finished" and summary["val_loss"] < 7
+
+
 def test_a_run_whose_end_is_not_on_the_disk_has_not_finished(lm, settings, monkeypatch, capsys):
     config = settings(max_steps=3)
     with monkeypatch.context() as patch:
