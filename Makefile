@@ -45,7 +45,7 @@ lab: .venv/run
 	$(BIN)/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) LMHarness.ipynb
 
 test: .venv/dev
-	$(BIN)/python -m pytest -q -n 2
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 test-long: .venv/dev
 	$(BIN)/python -m pytest -q -m long
