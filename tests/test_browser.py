@@ -264,6 +264,8 @@ def test_report(chromium, report, screenshots, width, scheme):
     assert [m.text for m in complaints if not m.location["url"].startswith("http")] == []
     faults = page.locator("html").evaluate(FAULTS)
     assert not faults, faults
+    fonts = page.locator("main pre").evaluate_all("parts => parts.map(part => getComputedStyle(part).fontFamily)")
+    assert fonts and all("monospace" in font for font in fonts)
     page.close()
 
 
