@@ -100,6 +100,7 @@ def test_a_block_size_that_the_model_does_not_have_is_one_line(lm, tiny, block_s
     model, machine = lm.build_model(tiny()), Machine.find("cpu")
     for call in (
         lambda: score_documents(model, get_tokenizer("bytes", 257), ["a text"], block_size, machine),
+        lambda: score_tokens(model, get_tokenizer("bytes", 257), "a text", block_size, machine),
         lambda: log_likelihoods(model, [([1], [2])], block_size, machine),
     ):
         with pytest.raises(UserError, match="^block_size is .*; give a whole number of tokens from 1 to 16"):

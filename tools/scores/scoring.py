@@ -117,17 +117,22 @@ def document_windows(ids: list[int], block_size: int) -> list[tuple[list[int], l
     return pairs
 
 
-def score_documents(
-    model: nn.Module, encoding: Encoding, texts: list[str], block_size: int, machine: Machine
-) -> dict[str, float]:
-    """Bits per byte of whole documents, every token of which is predicted once. Raises `UserError` without a text."""
+def _windows(model: nn.Module, encoding: Encoding, texts: list[str], block_size: int) -> tuple[list, int]:
+    """Pairs that predict each token of the texts once, and how many bytes those have. `UserError` without a text."""
     if not (isinstance(texts, list | tuple) and all(isinstance(text, str) for text in texts) and any(texts)):
         raise UserError(f"texts are {texts!r:.80}; give a list of strings, one of them not empty")
     _check_block_size(model, block_size)
     with told("texts", problem="not text", advice="leave that character out"):  # half of a surrogate pair
         size = sum(len(text.encode()) for text in texts)
-        documents = [[encoding.eot_token, *encoding.encode_ordinary(text)] for text in texts]
-    pairs = [pair for ids in documents for pair in document_windows(ids, block_size)]
+    documents = ([encoding.eot_token, *encoding.encode_ordinary(text)] for text in texts)
+    return [pair for ids in documents for pair in document_windows(ids, block_size)], size
+
+
+def score_documents(
+    model: nn.Module, encoding: Encoding, texts: list[str], block_size: int, machine: Machine
+) -> dict[str, float]:
+    """Bits per byte of whole documents, every token of which is predicted once. Raises `UserError` without a text."""
+    pairs, size = _windows(model, encoding, texts, block_size)
     nats = -torch.cat(log_likelihoods(model, pairs, block_size, machine)).sum().item()
     return {"bits_per_byte": nats / math.log(2) / size}
 
@@ -135,8 +140,8 @@ def score_documents(
 def score_tokens(
     model: nn.Module, encoding: Encoding, text: str, block_size: int, machine: Machine
 ) -> list[tuple[str, float]]:
-    """The tokens of a document, as text, each with its loss in nats."""
-    pairs = document_windows([encoding.eot_token, *encoding.encode_ordinary(text)], block_size)
+    """The tokens of a document, as text, each with its loss in nats. Raises `UserError` without a text."""
+    pairs, _ = _windows(model, encoding, [text], block_size)
     nats = [-ln_p for part in log_likelihoods(model, pairs, block_size, machine) for ln_p in part.tolist()]
     tokens = [token for _, continuation in pairs for token in continuation]
     return [(decode_text(encoding, [token]), loss) for token, loss in zip(tokens, nats)]
