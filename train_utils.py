@@ -286,8 +286,8 @@ class Run:
         best = at.scores.get("best_step") == at.step
         long = at.seconds - self._saved_seconds >= 60 * config.checkpoint_minutes
         due = (best or long or at.step % config.checkpoint_every == 0) and not at.bad_steps
-        lost = self.progress() >= 1 and is_lost(at.scores, config.vocab_size)
-        return at.step > 0 and not diverged and (due or done and not lost)
+        lost = diverged or is_lost(config.vocab_size, at.scores.get("val_loss", 0.0), self._watch.latest)
+        return at.step > 0 and (due or done) and not lost
 
     def save(self) -> None:
         """Begin to write a checkpoint, beside training; the best one stays beside the newest."""
@@ -299,7 +299,7 @@ class Run:
     def finish(self, progress: float, diverged: bool) -> dict:
         """Write and return the summary; end a tokenization that still goes on."""
         at, machine = self.at, self.machine
-        diverged |= is_lost(at.scores, self.config.vocab_size)  # also after fewer bad steps than end a run
+        diverged |= is_lost(self.config.vocab_size, at.scores.get("val_loss", 0.0))  # in fewer bad steps than end it
         rate = self.folder.usual_rate()
         flops = flops_per_token(self.model, self.config) * rate / machine.processes
         summary = {

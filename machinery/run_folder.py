@@ -78,7 +78,7 @@ class RunFolder:
         self._unwritten: list[tuple[str, str]] = []
         self._continued: set[str] = set()  # the logs that have a line of this process
         self._files: dict[str, dict] = {}  # what `begin` wrote
-        with told(self.path, problem="cannot be made", advice="set runs_dir to a folder of yours"):
+        with told(self.path, problem="cannot be made", advice="use another run_name or a runs_dir of yours"):
             make_folder(self.path)
         # Let go by any thread; waits a moment, since a look at the run from elsewhere may have it
         self._lock = FileLock(self.path / ".lock", timeout=0.5, thread_local=False)

@@ -46,10 +46,12 @@ def require(condition: object, message: str) -> None:
 def one_of(name: str, value: str, known: Iterable[str]) -> None:
     """Raise `ConfigError`, naming the nearest, unless `value` is among `known`."""
     known = list(known)
+    if value in known:
+        return
     near = difflib.get_close_matches(str(value)[:100].lower(), known, n=1, cutoff=0.5)
     meant = f"; did you mean {near[0]!r}?" if near else "."
     listed = f" There are: {', '.join(known)}." if len(known) < 12 or not near else ""
-    require(value in known, f"{name} {value!r} is not known{meant}{listed}")
+    raise ConfigError(f"{name} {value!r} is not known{meant}{listed}")
 
 
 def takes(method: Callable, arguments: str, who: str) -> None:

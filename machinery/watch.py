@@ -22,6 +22,7 @@ class Watch:
     """The latest losses and speeds of a run."""
 
     def __init__(self) -> None:
+        self.latest = 0.0  # loss
         self.losses: deque[float] = deque(maxlen=50)
         self.rates: deque[float] = deque(maxlen=20)
         self.expected_rate = 0.0  # tokens per second; half of it is told once, until it halves again
@@ -39,6 +40,7 @@ class Watch:
             if loss > mean + 6 * spread:
                 spike = {"spike": loss - mean}
                 self.remarks.append(f"loss {loss:.3f} after a mean of {mean:.3f}")
+        self.latest = loss
         self.losses.append(loss)
         self.rates.append(tokens_per_second)
         rate = self.rate()
@@ -68,9 +70,9 @@ def with_best(
 TEXT_BYTES = 4  # of a token, roughly: English with some ten thousand tokens to choose from
 
 
-def is_lost(scores: dict[str, float], vocab_size: int) -> bool:
-    """Whether the latest "val_loss" is far above that of all tokens alike, ln V, or nan: no weights to keep."""
-    return not scores.get("val_loss", 0.0) <= 3 * math.log(vocab_size)
+def is_lost(vocab_size: int, *losses: float) -> bool:
+    """Whether one of these is far above the loss of all tokens alike, ln V, or nan: no weights to keep."""
+    return not all(loss <= 3 * math.log(vocab_size) for loss in losses)
 
 
 def announce(config) -> None:

@@ -222,6 +222,7 @@ def test_the_row_of_a_card_is_what_its_run_left(texts, tmp_path, tiny, capsys, m
     assert "| 50% |" in printed.out and "results/cards.md" in printed.err
 
 
+@pytest.mark.long
 def test_a_stream_of_half_the_width_is_read_and_written_as_often():
     """Sixteen times a block, forward and backward: planned for a card that is not there."""
     small = {"n_embd": 256, "n_head": 2, "n_kv_head": 1, "n_ffn": 512}

@@ -11,13 +11,13 @@ from tools.drills.services import bad_network, bad_wandb
 from tools.drills.storage import corrupt_checkpoints, corrupt_shards, full_disk
 
 SHORT = [
-    (kill_training, 3), (kill_tokenization, 2), (interrupt_kernel, 2), (terminate, 1), (full_disk, 1),
+    (kill_training, 3), (kill_tokenization, 2), (interrupt_kernel, 1), (terminate, 1), (full_disk, 1),
     (corrupt_checkpoints, 20), (corrupt_shards, 20), (fuzz, 400), (bad_network, 2), (bad_wandb, 1),
     (power_cuts, 40),
 ]  # fmt: skip
 
 
-LONG = {kill_tokenization, bad_network, bad_wandb, power_cuts}  # 10 to 20 seconds each
+LONG = {kill_training, kill_tokenization, bad_network, bad_wandb, power_cuts}  # 10 to 20 seconds each
 
 
 @pytest.mark.parametrize(

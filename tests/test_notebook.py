@@ -56,26 +56,19 @@ CASES = {
         "source": "texts/*.txt", "tokenizer": "bytes", "val_fraction": 0.2,
     },
     "RoPE MHA, AdamW": {"attention": "mha", "position": "rope", "optimizer": "adamw", "lr": 0.001},
-    "NoPE GQA with MLP, JSONL, W&B offline": {
-        "attention": "gqa", "position": "none", "ffn": "mlp", "tie_embeddings": False, "wandb": "offline",
-        "source": "texts/rows.jsonl", "text_column": "body", "val_source": "texts/7.txt", "vocab_size": 320,
-    },
+}  # fmt: skip
+TWICE = {  # NoPE GQA with MLP, JSONL, W&B offline
+    "attention": "gqa", "position": "none", "ffn": "mlp", "tie_embeddings": False, "wandb": "offline",
+    "source": "texts/rows.jsonl", "text_column": "body", "val_source": "texts/7.txt", "vocab_size": 320,
 }  # fmt: skip
 
 
-LONG = {"RoPE MHA, AdamW"}
-TWICE = "raw MHA, absolute positions, own text files, bytes"
-
-
-@pytest.mark.parametrize(
-    "case", [pytest.param(c, marks=pytest.mark.long if c in LONG else ()) for c in CASES if c != TWICE]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("case", CASES)
 def test_notebook_runs_to_the_end(tmp_path, case):
     make_texts(tmp_path / "texts")
     notebook, run = execute(tmp_path, **CASES[case])
     check_run(notebook, run, CASES[case])
-    if CASES[case].get("wandb") == "offline":
-        check_wandb(run)
 
 
 def check_run(notebook, run, overrides):
@@ -150,13 +143,14 @@ def test_a_mistake_in_the_knobs_is_one_line_in_the_notebook(tmp_path):
     assert not (tmp_path / "data").exists() and [path.name for path in (tmp_path / "runs").iterdir()] == [".sweep"]
 
 
-def test_running_again_needs_no_edit(tmp_path):
+def test_notebook_runs_to_the_end_and_again_without_an_edit(tmp_path):
     """Twice in the same folder: finished runs are found, tokenized text is reused."""
     make_texts(tmp_path / "texts")
-    notebook, run = execute(tmp_path, **CASES[TWICE])
-    check_run(notebook, run, CASES[TWICE])
+    notebook, run = execute(tmp_path, **TWICE)
+    check_run(notebook, run, TWICE)
+    check_wandb(run)
     first = json.loads((run / "summary.json").read_text())
-    notebook, run = execute(tmp_path, **CASES[TWICE])
+    notebook, run = execute(tmp_path, **TWICE)
     again = json.loads((run / "summary.json").read_text())
     assert (again["steps"], again["val_bpb"]) == (first["steps"], first["val_bpb"])
     assert "tokenizing" not in texts_of(notebook)

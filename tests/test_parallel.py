@@ -17,7 +17,7 @@ from machinery.checkpoints import newest_checkpoint, read_state
 from machinery.errors import UserError
 from machinery.files import read_json, read_jsonl
 from machinery.machine import Machine
-from machinery.notebook import NOTEBOOK
+from tools import execute
 
 PROGRAM = """
 import json, os, sys
@@ -84,7 +84,7 @@ def settings(texts, tmp_path, tiny):
 
     def make(**overrides):
         values = {"batch_tokens": 128, "micro_batch": 1, "max_steps": 50, "eval_every": 25, "sample_every": 50}
-        values |= {"checkpoint_every": 25, "keep_checkpoints": 9, "dtype": "float32", "val_fraction": 0.2}
+        values |= {"checkpoint_every": 25, "keep_checkpoints": 9, "dtype": "float32", "val_fraction": 0.05}
         return tiny(**folder | values | overrides)
 
     return make
@@ -310,17 +310,11 @@ def test_shares_of_a_batch(lm, settings):
         batches(1, 0, 3)
 
 
-def test_the_notebook_becomes_a_program_that_torchrun_starts(tmp_path):
-    """The two lines of the README."""
-    overrides = (
-        f"overrides: {{max_steps: 6, run_name: here, runs_dir: {tmp_path / 'runs'}, data_dir: {tmp_path / 'data'}}}"
-    )
-    prepared = tmp_path / "LMHarness.ipynb"
-    prepare = ["papermill", "--prepare-only", "-p", "preset", "smoke", "-y", overrides, str(NOTEBOOK), str(prepared)]
-    convert = ["jupyter", "nbconvert", "--to", "script", "--TagRemovePreprocessor.enabled=True"]
-    convert += ["--TagRemovePreprocessor.remove_cell_tags=show", str(prepared)]
-    for command in (prepare, convert):
-        subprocess.run([Path(sys.executable).parent / command[0], *command[1:]], check=True, capture_output=True)
+def test_the_notebook_becomes_a_program_that_torchrun_starts(tmp_path, monkeypatch):
+    """What `make script` does."""
+    folders = {"runs_dir": str(tmp_path / "runs"), "data_dir": str(tmp_path / "data")}
+    monkeypatch.setattr(execute, "PROGRAM", tmp_path / "LMHarness.py")
+    execute.write_program({"preset": "smoke", "overrides": json.dumps(folders | {"max_steps": 6, "run_name": "here"})})
     job = torchrun(2, str(tmp_path / "LMHarness.py"))
     printed, _ = job.communicate(timeout=300)
     assert job.returncode == 0, printed[-3000:]

@@ -25,7 +25,7 @@ class Result:
     note: str = ""
 
 
-def make_texts(folder: Path, files: int = 60, lines: int = 80) -> str:
+def make_texts(folder: Path, files: int = 20, lines: int = 80) -> str:
     """A folder of text files; returns their glob."""
     folder.mkdir(parents=True, exist_ok=True)
     for i in range(files):
@@ -38,7 +38,7 @@ def make_texts(folder: Path, files: int = 60, lines: int = 80) -> str:
 def tiny_config(folder: Path, **overrides):
     """A run of a few kilobytes per checkpoint, on local text, with bytes as tokens."""
     values = {
-        "source": make_texts(folder / "texts"), "val_fraction": 0.2, "tokenizer": "bytes", "vocab_size": 257,
+        "source": make_texts(folder / "texts"), "val_fraction": 0.1, "tokenizer": "bytes", "vocab_size": 257,
         "n_embd": 32, "n_ffn": 48, "block_size": 16, "batch_tokens": 64, "micro_batch": 2, "max_steps": 400,
         "eval_every": 50, "eval_tokens": 256, "sample_every": 10**6, "sample_tokens": 4, "checkpoint_every": 5,
         "data_dir": str(folder / "data"), "runs_dir": str(folder / "runs"), "run_name": "drill", "device": "cpu",

@@ -194,7 +194,10 @@ def compare_sweep(table: pd.DataFrame, y: str = "val_bpb") -> pd.DataFrame:
     which read the same batches, its standard error, the number of such pairs, and whether it is more than two errors.
     """
     _check_table(table, (y,), ("label", "seed", "status"))
-    finished = table[table.status == "finished"].groupby("label", sort=False)
+    finished = table[table.status == "finished"]
+    for label, seed in finished.loc[finished.duplicated(["label", "seed"]), ["label", "seed"]].itertuples(index=False):
+        raise UserError(f"{label!r} has two runs of seed {seed}; give runs of two sweeps labels of their own")
+    finished = finished.groupby("label", sort=False)
     losses = {label: runs.set_index("seed")[y].to_dict() for label, runs in finished}
     rows, first = [], next(iter(losses), None)
     for label in [label for label in losses if label != first and losses[label].keys() & losses[first].keys()]:
