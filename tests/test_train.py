@@ -334,7 +334,7 @@ def settings(texts, tmp_path, tiny):
 
     def make(**overrides):
         base = {
-            "source": texts[0], "val_fraction": 0.2, "vocab_size": 257, "block_size": 16, "max_steps": 12, "lr": 0.01,
+            "source": texts[0], "val_fraction": 0.1, "vocab_size": 257, "block_size": 16, "max_steps": 12, "lr": 0.01,
             "data_dir": str(tmp_path / "data"), "runs_dir": str(tmp_path / "runs"), "eval_tokens": 512, "eval_every": 4,
             "sample_every": 6, "checkpoint_every": 5, "sample_tokens": 4, "prompt": "line", "schedule": "cosine",
         }  # fmt: skip
@@ -1032,8 +1032,8 @@ def test_weights_that_diverged_at_the_end_replace_no_checkpoint(lm, settings):
     rare = {"eval_every": 10**6, "checkpoint_every": 5, "keep_checkpoints": 1, "run_name": "late"}
     assert lm.train(settings(max_steps=12, **rare))["status"] == "finished"
     assert lm.train(settings(max_steps=20, lr=1e11, **rare))["status"] == "diverged"
-    between = rare | {"checkpoint_every": 1}  # while training diverges, and no evaluation has seen it
-    assert lm.train(settings(max_steps=20, lr=1e11, **between))["status"] == "diverged"
+    between = rare | {"checkpoint_every": 2}  # while the loss is finite and huge, and no evaluation has seen it
+    assert lm.train(settings(max_steps=20, embedding_lr=1e12, **between))["status"] == "diverged"
     summary = lm.train(settings(max_steps=20, lr=1e-4, **rare))
     assert summary["status"] == "finished" and summary["val_loss"] < 7
 
