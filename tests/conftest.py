@@ -60,6 +60,11 @@ def pytest_configure(config):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
+def pytest_collection_modifyitems(items):
+    """The notebook comes first: it takes longest, and no core has to wait for it at the end."""
+    items.sort(key=lambda item: item.path.name != "test_notebook.py")
+
+
 def pytest_runtest_setup(item):
     if item.get_closest_marker("cuda") and not torch.cuda.is_available():
         pytest.skip("no CUDA device on this machine, or not asked for with -m cuda")
