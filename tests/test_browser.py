@@ -251,8 +251,7 @@ def test_no_script_of_a_text_runs_in_the_report(chromium, tmp_path):
     page.close()
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [1280, 700])
+@pytest.mark.parametrize("width, scheme", [(1280, "light"), (700, "dark")])
 def test_report(chromium, report, screenshots, width, scheme):
     """Offline: what MathJax and others would bring from the net is refused, and complaints about that do not count."""
     page = chromium.new_page(viewport={"width": width, "height": 1500}, color_scheme=scheme)
