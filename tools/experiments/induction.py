@@ -198,7 +198,7 @@ def say(table: pd.DataFrame) -> str:
         row = {"variant": label, "prefix matching of the best head": _spread(runs.prefix, ".2f")}
         row |= {"in-context score (nats)": _spread(runs.in_context, ".2f"), "bump (nats)": _spread(runs.bump, ".3f")}
         row |= {"runs with heads": f"{len(having)} of {len(runs)}", bump: (having.bump > limit).sum()}
-        row["heads half formed at (M tokens)"] = _spread(having.prefix_at / 1e6, ".2f") if len(having) > 1 else None
+        row["heads half formed at (M tokens)"] = _spread(having.prefix_at / 1e6, ".2f") if len(having) else None
         rows.append(row)
     shown, span = markdown(rows, dict.fromkeys(rows[0], "")), table.tokens.max() / 1e6
     formed_in = f"Induction heads (prefix matching above {FORMED}) formed in {len(formed)} of {len(found)} runs"
@@ -207,12 +207,13 @@ def say(table: pd.DataFrame) -> str:
     gap, clear = (formed.in_context_at - formed.prefix_at) / 1e6, formed[formed.bump > limit]
     away = (clear.bump_at - clear.prefix_at).abs() / 1e6
     together = gap.abs().max() < span / 5 and len(clear) == len(formed) and away.max() < span / 5
+    how = "together" if together else "together in no run" if clear.empty else "together in some runs only"
     return (
         f"{shown}\n\n{formed_in}. There, the in-context score was half way {abs(gap.mean()):.2f} ± {gap.std():.2f}M"
         f" tokens {'later' if gap.mean() > 0 else 'earlier'} (of {span:.1f}M), and {len(clear)} runs have a clear bump:"
-        f" **head, score and bump {'come together' if together else 'do not come together in each run'} here.**"
+        f" **head, score and bump come {how} here.**"
     )
 
 
 def _spread(values: pd.Series, form: str) -> str:
-    return f"{values.mean():{form}} ± {values.std():{form}}"
+    return f"{values.mean():{form}}" + (f" ± {values.std():{form}}" if len(values) > 1 else "")
