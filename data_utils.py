@@ -174,7 +174,7 @@ class TokenData:
     def bytes_of(self, targets: torch.Tensor) -> int:
         """UTF-8 bytes of the text that targets stand for; an end-of-text token has none."""
         if self._byte_counts is None:
-            self._byte_counts = token_byte_counts(self.encoding, self.encoding.n_vocab)
+            self._byte_counts = token_byte_counts(self.encoding)
         return int(self._byte_counts[targets[targets >= 0].cpu()].sum())
 
     def documents(self, split: str) -> Iterator[np.ndarray]:

@@ -21,7 +21,7 @@ from machinery.settings import LIMITS, kv_heads
 from machinery.sources import source_kind
 
 __all__ = [
-    "attend", "attention_maps", "best_shape", "cache_bytes_per_token", "choose_micro_batch",
+    "attend", "attention_maps", "best_shape", "choose_micro_batch",
     "compute_optimal", "count_parameters", "cross_entropy", "evaluation_mode", "expected_loss", "flops_per_token",
     "loss_rows", "multiplying_parameters", "predict", "short_attention", "training_memory",
 ]  # fmt: skip
@@ -54,11 +54,6 @@ def multiplying_parameters(model: nn.Module) -> int:
 def flops_per_token(model: nn.Module, config) -> float:
     """Training FLOPs per token, forward and backward, of a model (`training_flops`)."""
     return training_flops(multiplying_parameters(model), config)
-
-
-def cache_bytes_per_token(config, bytes_per_value: int = 2) -> int:
-    """Bytes that one token keeps in the key/value cache, over all layers (bfloat16 unless told)."""
-    return 2 * config.n_layer * kv_heads(config) * (config.n_embd // config.n_head) * bytes_per_value
 
 
 def best_shape(config, machine: Machine, hours: float, channels: int = 64) -> dict[str, int]:
@@ -117,7 +112,7 @@ def training_memory(
     matmul_bytes, stream_bytes = dtype.itemsize, 2 if dtype == torch.bfloat16 else 4
     tokens = micro_batch * config.block_size
     rows = min(tokens, loss_rows(tokens))
-    kv_width = cache_bytes_per_token(config, 1) // config.n_layer  # keys and values, per block
+    kv_width = 2 * kv_heads(config) * config.head_size  # keys and values, per block
     hidden = (3 if config.ffn == "gated" else 2) * config.n_ffn
     tables = sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())  # such as rotary angles
     weights = config.n_head * config.block_size if config.compile and config.block_size <= SHORT else 0

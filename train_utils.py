@@ -1,4 +1,4 @@
-"""Around the training loop: schedules, the budget, and the run: its folder, log, W&B, preflight, resume, checkpoints.
+"""Around the training loop: schedules, and the run: its budget, folder, log, preflight, resume, checkpoints.
 
 The loop itself, and all that decides what is learned, stands in the notebook.
 """
@@ -256,7 +256,7 @@ class Run:
 
     def _epochs(self, tokens: int) -> float:
         """How often so many tokens are the whole text; 0 while that is not known."""
-        return tokens / self.data.manifest["tokens"]["train"] if self.data.manifest["complete"] else 0.0
+        return tokens / known["tokens"]["train"] if (known := self.data.manifest)["complete"] else 0.0
 
     def progress(self, more_steps: float = 0.0) -> float:
         """The used share of the budget, 0 to 1; with `more_steps`, after so many more, at most halfway from it to 1."""

@@ -226,14 +226,13 @@ def legible(texts: list[str], family: str = "monospace") -> tuple[list[str], lis
     """
     families = [family]
     first = font_manager.findfont(font_manager.FontProperties(family=[family]))
-    missing = {ord(letter) for text in texts for letter in text} - _characters(first)
-    for font in font_manager.fontManager.ttflist if missing else ():
+    missing = {ord(letter) for text in texts for letter in text if letter != "\n"} - _characters(first)
+    for font in font_manager.fontManager.ttflist:
         of_the_machine = not font.fname.startswith(matplotlib.get_data_path()) and "emoji" not in font.name.lower()
-        if of_the_machine and (found := missing & _characters(font.fname)):
+        if missing and of_the_machine and (found := missing & _characters(font.fname)):
             families.append(font.name)
             missing -= found
-    blank = dict.fromkeys(missing - {ord("\n")}, "□")
-    return [text.translate(blank) for text in texts], families
+    return [text.translate(dict.fromkeys(missing, "□")) for text in texts], families
 
 
 def coloured_tokens(pieces: list[tuple[str, float, str]], width: int = 88):

@@ -58,7 +58,7 @@ def long_lines(content: bytes) -> list[bytes]:
         if len(line) >= surely or (len(line) > SPACED_LINE // 2 and _is_long(line, whole))
     ]
     if len(dense) > LONGEST_LINE:
-        found = [part for line in found for part in _in_parts(line)]
+        found = [part for line in found for part in _cut_line(line)]
     whole = b"".join(lines)
     if sum(map(len, found)) < FEW * len(whole):
         starts = accumulate(map(len, lines), initial=0)
@@ -66,7 +66,7 @@ def long_lines(content: bytes) -> list[bytes]:
     return found or [whole]
 
 
-def _in_parts(line: bytes) -> list[bytes]:
+def _cut_line(line: bytes) -> list[bytes]:
     """A line, or of one that is too long to count as one the longer parts."""
     return [line] if len(line) <= LONGEST_LINE else [part for part in CUT.split(line) if len(part) >= LONG_LINE]
 

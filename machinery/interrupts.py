@@ -21,10 +21,9 @@ class StopRequest:
     def __enter__(self) -> StopRequest:
         self._previous = {}
         if threading.current_thread() is threading.main_thread():
-            names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]  # no SIGHUP on Windows
-            for name in names:
-                number = getattr(signal, name)
-                if name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN:  # `nohup` is obeyed
+            for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+                number = getattr(signal, name, None)  # Windows has no SIGHUP
+                if number and (name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN):  # `nohup` is obeyed
                     self._previous[number] = signal.signal(number, self._handle)
         return self
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import html
 import io
 import os
 import secrets
@@ -17,7 +18,7 @@ import psutil
 
 from machinery.errors import first_line
 from machinery.figures import describe, draw_run, in_notebook
-from machinery.files import json_digest, read_json, read_jsonl, refuse_link, regular_file, write_atomic
+from machinery.files import json_digest, read_jsonl, read_note, refuse_link, regular_file, write_atomic
 from machinery.run_folder import as_sample
 
 
@@ -78,8 +79,6 @@ class WandbLogger(Logger):
 
     def sample(self, step: int, prompt: str, text: str) -> None:
         if self.run:
-            import html
-
             import wandb
 
             page = f"<pre><b>{html.escape(prompt)}</b>{html.escape(text)}</pre>"
@@ -135,7 +134,7 @@ class FigureLogger(Logger):
         from IPython.display import display
 
         self.lines = read_jsonl(folder / "metrics.jsonl")
-        self.expected = read_json(folder / "expected.json", missing={})
+        self.expected = read_note(folder / "expected.json")
         self.started, self.spent = time.perf_counter(), 0.0  # seconds
         picture, options = self._picture()  # empty axes, or the steps of an earlier part; the first one takes longer
         self.curves = display(picture, **options, display_id=True)

@@ -1,9 +1,9 @@
-"""The seam between the notebook and plain Python: its definitions as a module, its errors as one line.
+"""The seam between the notebook and plain Python: its definitions as a module, and processes that train by them.
 
 `tests/`, `tools/` and any script of yours get the notebook's classes and functions from here, so that
 nothing is written twice:
 
-    lm = load_definitions("LMHarness.ipynb")
+    lm = load_definitions()
     model = lm.build_model(lm.Config.from_preset("smoke"))
 """
 

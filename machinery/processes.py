@@ -15,8 +15,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from machinery.errors import UserError, first_line, plain_errors
@@ -84,6 +82,8 @@ def parallelize(model: nn.Module, device: torch.device, dtype: torch.dtype, proc
             return DistributedDataParallel(model, devices, broadcast_buffers=False, gradient_as_bucket_view=True)
     if dtype == torch.float16:
         raise UserError("parallel is 'fsdp' but this device computes in float16; use parallel='ddp' or dtype='float32'")
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # half a second, for these alone
+
     mesh, policy = init_device_mesh(device.type, (processes,)), MixedPrecisionPolicy()
     if dtype == torch.bfloat16:  # half the bytes on the wire; gradients are added in float32
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
@@ -98,7 +98,7 @@ def gather(value, keep: bool = True, whole: bool = True):
     Takes dicts and lists of them too. Every process has to call it, also one that will not `keep` what is gathered.
     """
     if isinstance(value, Tensor):
-        value = value.full_tensor() if whole and isinstance(value, DTensor) else value
+        value = value.full_tensor() if whole and hasattr(value, "full_tensor") else value
         return value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format) if keep else None
     if isinstance(value, dict):
         return {key: gather(part, keep, whole) for key, part in value.items()}
@@ -107,6 +107,8 @@ def gather(value, keep: bool = True, whole: bool = True):
 
 def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
     """This process's share of `tensor`, where `like` is sharded; else `tensor` itself."""
-    if not isinstance(like, DTensor):
+    if not hasattr(like, "device_mesh"):
         return tensor
+    from torch.distributed.tensor import distribute_tensor
+
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)

@@ -2,6 +2,7 @@
 
 runs/<run_name>/
     config.json  environment.json  tokenizer.json     what the run is, and what produced it
+    data.json  expected.json                          which text it reads, and the band of its loss
     metrics.jsonl  samples.jsonl                      a line a step, complete at every moment
     summary.json                                      how it ended
     checkpoints/                                      machinery/checkpoints.py
@@ -240,16 +241,16 @@ class RunFolder:
         """Add a line to a file; on a full disk, keep it and try again with the next one. The first may be of a step
         that an earlier process has logged, scored again: then it takes the place of that line.
         """
-        if self.writes and name not in self._continued:
+        if not self.writes:
+            return
+        if name not in self._continued:
             self._continued.add(name)
             with contextlib.suppress(UserError):
                 if self._replace(self.path / name, line):
                     return
-        if self.writes:
-            self._unwritten.append((name, json.dumps(_finite(line)) + "\n"))
+        self._unwritten.append((name, json.dumps(_finite(line)) + "\n"))
         try:
-            if self._unwritten:
-                self._make_again()
+            self._make_again()
             while self._unwritten:
                 name, text = self._unwritten[0]
                 with open(self.path / name, "a", encoding="utf-8", opener=no_links) as file:
@@ -372,7 +373,7 @@ def run_state(folder: str | Path) -> dict:
     folder = folder_path(folder)
     running = _is_locked(folder / ".lock")
     missing = {} if running else None  # a new run makes its model and reads its text before it writes
-    config = read_json(folder / "config.json", missing, advice=IS_IT_A_RUN)
+    read_json(folder / "config.json", missing, advice=IS_IT_A_RUN)  # else it is no run
     metrics = read_jsonl(folder / "metrics.jsonl")
     last = {name: value for line in metrics for name, value in line.items()}  # the latest of each
     ended = read_note(folder / "summary.json").get("status")
@@ -381,7 +382,6 @@ def run_state(folder: str | Path) -> dict:
         "progress": last.get("progress", float(ended == "finished" and not running)) or 0.0,
         "seconds_left": last.get("seconds_left"),
         "last": last,
-        "config": config,
         "metrics": metrics,
         "samples": read_jsonl(folder / "samples.jsonl"),
         "expected": read_note(folder / "expected.json"),

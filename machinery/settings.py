@@ -84,8 +84,9 @@ class Settings:
     def from_dict(cls, values: dict):
         """The settings with these values, such as `to_dict` gives; the rest are defaults. Raises `ConfigError`."""
         require(isinstance(values, dict), f"a configuration is {type(values).__name__}; it takes names with values")
+        known = [rule.name for rule in fields(cls)]
         for name in values:
-            one_of("config field", name, [known.name for known in fields(cls)])
+            one_of("config field", name, known)
         return cls(**values)
 
     @classmethod
@@ -176,15 +177,16 @@ def _check(name: str, value, rule) -> None:
     """Raise `ConfigError` unless a value has the type of its field and keeps its rule."""
     kinds = get_args(rule.type) or (rule.type,)
     least, most, choices = (rule.metadata.get(part) for part in ("least", "most", "choices"))
-    takes = f"it takes {' or '.join(kind.__name__ for kind in kinds)}, like {rule.default!r}"
-    require(type(value) in kinds, f"{name} is {value!r} ({type(value).__name__}); {takes}")
+    if type(value) not in kinds:
+        takes = f"it takes {' or '.join(kind.__name__ for kind in kinds)}, like {rule.default!r}"
+        raise ConfigError(f"{name} is {value!r} ({type(value).__name__}); {takes}")
     if choices is not None:
         one_of(name, value, choices)
     if type(value) in (int, float):
         most = LIMITS.get(name, 1 << 40) if most is None else most
-        within = f"lie between {least or 0:,} and {most:,}" if least is not None or value > 0 else "be above 0"
-        least = ABOVE_ZERO[type(value)] if least is None else least
-        require(least <= value <= most, f"{name} is {value}; it must {within}")
+        if not (ABOVE_ZERO[type(value)] if least is None else least) <= value <= most:
+            within = f"lie between {least or 0:,} and {most:,}" if least is not None or value > 0 else "be above 0"
+            raise ConfigError(f"{name} is {value}; it must {within}")
     if isinstance(value, str):
         require("\0" not in value, f"{name} is {value!r}; it holds a character of code 0")
 

@@ -90,11 +90,10 @@ def tokenizer_hash(encoding: tiktoken.Encoding) -> str:
     return json_digest(tokenizer_to_dict(encoding))
 
 
-def token_byte_counts(encoding: tiktoken.Encoding, vocab_size: int) -> torch.Tensor:
-    """(vocab_size,) int64: how many UTF-8 bytes each token stands for; 0 for special and unused ids."""
-    counts = torch.zeros(vocab_size, dtype=torch.int64)
-    for token, rank in encoding._mergeable_ranks.items():
-        counts[rank] = len(token)
+def token_byte_counts(encoding: tiktoken.Encoding) -> torch.Tensor:
+    """(n_vocab,) int64: how many UTF-8 bytes each token stands for; 0 for special and unused ids."""
+    counts, ranks = torch.zeros(encoding.n_vocab, dtype=torch.int64), encoding._mergeable_ranks
+    counts[list(ranks.values())] = torch.tensor([*map(len, ranks)])
     return counts
 
 

@@ -82,8 +82,6 @@ def announce(config) -> None:
     print(
         f"{config.run_name} trains for {budget} on {config.source!r}; before it starts, a table shows what it will take"
     )
-    if config.induction and config.position != "rope":
-        print(f"  induction is for position='rope'; with {config.position!r} all weights begin at random")
     if source_kind(config.source) == "hub":
         named = re.search(r"(\d+)BT\b", config.source)  # sample-10BT: ten billion tokens
         known = [tokens for tokens in (config.max_tokens / 1e9, named and int(named[1])) if tokens]

@@ -23,7 +23,7 @@ from test_data import TOKENIZERS
 from data_utils import get_tokenizer
 from machinery.checkpoints import take_checkpoint
 from machinery.errors import DataError, UserError
-from machinery.huggingface.families import FAMILIES, ExportError, families_table, family_of, to_hf_config
+from machinery.huggingface.families import FAMILIES, ExportError, family_of, to_hf_config
 from machinery.huggingface.tokenizers import (
     merges_of,
     read_tokenizer,
@@ -117,10 +117,11 @@ def test_transformers_computes_the_same_and_the_way_back_is_exact(lm, tiny, tmp_
         ours, logits = model(tokens), theirs(tokens).logits
     assert (ours - logits).abs().max() < 1e-4
     assert (ours - logits).norm() / ours.norm() < 1e-5 and (ours - logits).abs().max() < 1e-5 * ours.abs().max()
-    theirs.generation_config.eos_token_id = None  # an untrained model may well write it
-    mask = torch.ones_like(tokens[:, :16])
-    written = theirs.generate(tokens[:, :16], attention_mask=mask, max_new_tokens=64, do_sample=False)
-    assert torch.equal(written, lm.generate(model, tokens[:, :16], 64, temperature=0))
+    if change == {"tie_embeddings": True}:  # their cache and positions, once for each family
+        theirs.generation_config.eos_token_id = None  # an untrained model may well write it
+        mask = torch.ones_like(tokens[:, :16])
+        written = theirs.generate(tokens[:, :16], attention_mask=mask, max_new_tokens=64, do_sample=False)
+        assert torch.equal(written, lm.generate(model, tokens[:, :16], 64, temperature=0))
 
     values, state = import_hf(out)
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
@@ -153,7 +154,6 @@ def test_export_of_an_import_is_the_same_files(tiny, tmp_path, family):
 
 
 def test_every_combination_exports_or_names_the_part_in_the_way(lm, tiny):
-    assert len(families_table().splitlines()) == 1 + len(FAMILIES)
     parts = {"position": lm.POSITIONS, "ffn": lm.FFNS, "norm": lm.NORMS, "qk_norm": (False, True)}
     mapped = {tuple(getattr(family, part) for part in parts) for family in FAMILIES}
     refused = 0

@@ -11,7 +11,7 @@ from conftest import FLAT_LAW
 from machinery import drawings, figures
 from machinery.errors import UserError
 from machinery.figures import coloured_tokens, describe, plot_runs
-from machinery.huggingface.families import families_table
+from machinery.huggingface.families import FAMILIES
 from machinery.notebook import NOTEBOOK
 
 nbformat = pytest.importorskip("nbformat")
@@ -138,7 +138,11 @@ def test_links_within_the_notebook_lead_to_headings_and_those_out_of_it_to_files
 
 
 def test_the_docs_hold_the_table_of_families():
-    assert families_table() in (NOTEBOOK.parent / "docs" / "huggingface.md").read_text("utf-8")
+    heads = {"any": "mha or gqa", "mha": "mha", "mqa": "gqa of 1"}
+    rows = [("position", "attention", "ffn", "norm", "qk_norm", "transformers", "llama.cpp")]
+    rows += [(f.position, heads[f.attention], f.ffn, f.norm, str(f.qk_norm), f.model_type, f.gguf) for f in FAMILIES]
+    table = "\n".join("{:9s} {:11s} {:6s} {:6s} {:8s} {:13s} {}".format(*row) for row in rows)
+    assert table in (NOTEBOOK.parent / "docs" / "huggingface.md").read_text("utf-8")
 
 
 CELL = """

@@ -608,18 +608,13 @@ def run_config(path, **options):
 
 
 def test_killed_run_goes_on_from_its_checkpoint(lm, settings, tmp_path):
-    straight = settings(run_name="straight", max_steps=30)
+    straight, killed = (settings(run_name=name, max_steps=30) for name in ("straight", "killed"))
     lm.train(straight)
-    killed = settings(run_name="killed", max_steps=30)
-    (tmp_path / "config.json").write_text(json.dumps(killed.to_dict()))
-    process = subprocess.Popen(
-        [sys.executable, "-c", TRAIN_PROGRAM, str(tmp_path / "config.json")], stdout=subprocess.DEVNULL
-    )
     folder = tmp_path / "runs" / "killed"
-    while not checkpoint_folders(folder) and process.poll() is None:
-        time.sleep(0.005)
-    process.kill()
-    process.wait()
+    with train_elsewhere(killed) as process:
+        while not checkpoint_folders(folder) and process.poll() is None:
+            time.sleep(0.005)
+        process.kill()
     assert newest_checkpoint(folder) is not None and not (folder / "summary.json").exists()
     assert lm.train(killed)["status"] == "finished"
     assert same(weights_of(lm, tmp_path / "runs" / "straight"), weights_of(lm, folder))

@@ -39,7 +39,7 @@ UNMOVED = (1024, 8192)  # for the first, also tried with the rates of the preset
 PRESET = lm.PRESETS["demo"]
 
 
-def with_batch(size: tuple[int, int], tokens: int, batch: int = PRESET["batch_tokens"], power: float = 0.5) -> Run:
+def with_batch(size: tuple[int, int], tokens: int, batch: int, power: float = 0.5) -> Run:
     """A run with this batch, and rates that move with this power of it."""
     factor = (batch / PRESET["batch_tokens"]) ** power
     rates = {name: PRESET[name] * factor for name in RATE_FIELDS}

@@ -18,10 +18,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from machinery.budget import multiplying_and_flops
 from machinery.errors import UserError
 from machinery.files import write_atomic, write_json
 from machinery.forecast import by_law, expected
-from model_utils import multiplying_parameters
 from tools.bench import recipe
 from tools.common import RESULTS, lm, table
 from tools.runs import Results, Run, parser_of_runs, run_missing
@@ -91,8 +91,7 @@ def line_of(results: Results, run: Run) -> dict | None:
     line = results.lines.get(run.key)
     if not line or "val_bpb" not in line:
         return None
-    with torch.device("meta"):
-        return line | {"multiplying": multiplying_parameters(lm.build_model(run.config()))}
+    return line | {"multiplying": multiplying_and_flops(run.config())[0]}
 
 
 def recipe_of(config) -> dict:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from datetime import date
+from functools import cached_property
 from pathlib import Path
 
 from data_utils import prepare_data
@@ -51,7 +52,7 @@ class Run:
         steps = self.tokens / config.batch_tokens
         return lm.replace(config, eval_every=never if self.scores == 1 else max(1, round(steps / self.scores)))
 
-    @property
+    @cached_property
     def key(self) -> str:
         """What the result depends on: when the recipe changes, so do the keys of all runs that share it."""
         return f"{self.config().identity} {self.tokens} {self.by} {self.scale:g} {self.scores}"

@@ -99,15 +99,6 @@ HARMLESS = {
 }  # fmt: skip
 
 
-def families_table() -> str:
-    """`FAMILIES` to read: the choices, the architecture they are, and whether llama.cpp computes the same."""
-    heads = {"any": "mha or gqa", "mha": "mha", "mqa": "gqa of 1"}
-    rows = [("position", "attention", "ffn", "norm", "qk_norm", "transformers", "llama.cpp")]
-    for f in FAMILIES:
-        rows.append((f.position, heads[f.attention], f.ffn, f.norm, str(f.qk_norm), f.model_type, f.gguf))
-    return "\n".join("{:9s} {:11s} {:6s} {:6s} {:8s} {:13s} {}".format(*row) for row in rows)
-
-
 def family_of(config: dict) -> Family:
     """The row of `FAMILIES` that is `config`.
 

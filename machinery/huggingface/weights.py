@@ -338,18 +338,6 @@ def _check_same(folder: Path, values: dict, config: dict) -> None:
             )
 
 
-def check_tokenizer(checkpoint: str | Path, encoding: tiktoken.Encoding) -> None:
-    """Raise `ExportError` unless `encoding` gives the ids that the checkpoint was trained on, where it says which."""
-    folder = checkpoint_folder(checkpoint)
-    if (folder / "tokenizer.json").exists():
-        theirs = read_tokenizer(folder)
-        if (theirs._mergeable_ranks, theirs.eot_token) != (encoding._mergeable_ranks, encoding.eot_token):
-            raise ExportError(
-                f"tokenizer {encoding.name!r} ({encoding.n_vocab} tokens) is not that of init_from {str(checkpoint)!r}"
-                f" ({theirs.n_vocab} tokens); set tokenizer to that folder"
-            )
-
-
 def _tensor_files(folder: Path) -> tuple[dict[str, Path], dict[str, tuple]]:
     """Which file of a checkpoint holds each tensor, and its shape, from the headers of the files."""
     index = folder / "model.safetensors.index.json"
@@ -372,7 +360,16 @@ def _tensor_files(folder: Path) -> tuple[dict[str, Path], dict[str, tuple]]:
 
 
 def begin_with(checkpoint: str | Path, model: torch.nn.Module, config: dict, encoding: tiktoken.Encoding) -> None:
-    """Copy the weights of a Hugging Face checkpoint into `model`. Raises `ExportError` where anything does not fit."""
-    weights = import_hf(checkpoint, config)[1]
-    check_tokenizer(checkpoint, encoding)
+    """Copy the weights of a Hugging Face checkpoint into `model`. Raises `ExportError` where anything does not fit,
+    also an `encoding` that gives other ids than it was trained on, where it says which those are.
+    """
+    folder = checkpoint_folder(checkpoint)
+    weights = import_hf(folder, config)[1]
+    if (folder / "tokenizer.json").exists():
+        theirs = read_tokenizer(folder)
+        if (theirs._mergeable_ranks, theirs.eot_token) != (encoding._mergeable_ranks, encoding.eot_token):
+            raise ExportError(
+                f"tokenizer {encoding.name!r} ({encoding.n_vocab} tokens) is not that of init_from {str(checkpoint)!r}"
+                f" ({theirs.n_vocab} tokens); set tokenizer to that folder"
+            )
     copy_weights(weights, model)

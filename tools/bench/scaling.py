@@ -58,6 +58,6 @@ def measure_scaling(machine, grid=GRID, batch_tokens: int = 2048, rounds: int = 
     return rows
 
 
-def grows_faster(rows: list[dict], tolerance: float = TOLERANCE) -> list[dict]:
+def grows_faster(rows: list[dict]) -> list[dict]:
     """The points whose time grew by more than their formula."""
-    return [row for row in rows if row["ratio"] > tolerance]
+    return [row for row in rows if row["ratio"] > TOLERANCE]

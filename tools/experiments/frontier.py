@@ -9,11 +9,11 @@ from __future__ import annotations
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import torch
 from matplotlib.ticker import NullFormatter
 
-from machinery.notebook import load_definitions
-from model_utils import compute_optimal, flops_per_token
+from machinery.budget import multiplying_and_flops
+from model_utils import compute_optimal
+from tools.common import lm
 from tools.common import table as markdown
 from tools.experiments.scales import CPU, GPU
 from tools.experiments.tool import COLOURS, MARKERS, sweep
@@ -35,14 +35,13 @@ SCALES = {
 
 def variants(scale: dict) -> dict[str, dict]:
     """Labels and overrides: at each budget, every size for as many steps as the budget pays for."""
-    lm, common, found = load_definitions(), scale["common"], {}
+    common, found = scale["common"], {}
     for budget in scale["budgets"]:
         for n_layer, n_embd in scale["sizes"]:
             n_head = max(1, n_embd // scale["head_size"])
             values = {"n_layer": n_layer, "n_embd": n_embd, "n_head": n_head, "n_ffn": n_embd * 8 // 3}
             config = lm.Config.from_preset("smoke", **(common | values))
-            with torch.device("meta"):
-                step = flops_per_token(lm.build_model(config), config) * config.batch_tokens
+            step = multiplying_and_flops(config)[1] * config.batch_tokens
             if budget / step >= 20:
                 found[f"{n_layer} × {n_embd}, {budget:g}"] = values | {"max_steps": round(budget / step)}
     return found

@@ -22,8 +22,8 @@ from data_utils import prepare_data
 from machinery.checkpoints import checkpoint_folders, load_checkpoint
 from machinery.files import read_json
 from machinery.machine import Machine
-from machinery.notebook import load_definitions
 from model_utils import attention_maps
+from tools.common import lm
 from tools.common import table as markdown
 from tools.experiments.scales import CPU, GPU
 from tools.experiments.tool import COLOURS, places, plot_sweep, sweep
@@ -91,7 +91,7 @@ def measure_run(folder: str | Path, sequences: int = 8, windows: int = 128, **wh
     `where` are fields that a run directory does not keep: data_dir, and a source by its absolute path. The table stays
     in the run's folder as induction.csv; all checkpoints but the newest are then removed.
     """
-    lm, folder = load_definitions(), Path(folder)
+    folder = Path(folder)
     if (folder / "induction.csv").exists():
         return pd.read_csv(folder / "induction.csv")
     config = replace(lm.Config.from_dict(read_json(folder / "config.json")), **where)

@@ -1,5 +1,5 @@
 # ruff: noqa: E501
-"""What the three scripts share: the project's definitions, a clock with a deadline, lines that are kept as they come."""
+"""What the three scripts share: options, a clock with a deadline, lines that are kept as they come, and a timer."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from pathlib import Path
 
 STARTED = time.monotonic()
 SCRATCH = Path(tempfile.gettempdir()) / "lmh"  # lives as long as the machine: tokens, compiled kernels
+DATA = SCRATCH / "data"  # the tokens: gpu_check.py begins them, gpu_day.py trains on them
 ROOT = Path(__file__).resolve().parents[2]
 OUT = Path(os.environ.get("OUT", "gpu-out")).resolve()
 
@@ -79,7 +80,7 @@ class Report:
         self.numbers |= values
         self.json.write_text(json.dumps(self.numbers, indent=1, default=str) + "\n")
 
-    def part(self, name: str, function, needs: float = 0, *arguments, **options):
+    def part(self, name: str, function, needs: float = 0, *arguments):
         """What `function` returns; None, with a line that says why, where it fails or `needs` more seconds than are left."""
         if self.only and name.split()[0] not in self.only:
             return None
@@ -88,7 +89,7 @@ class Report:
             return None
         begun = time.monotonic()
         try:
-            result = function(*arguments, **options)
+            result = function(*arguments)
             self.say(f"ok {name} ({time.monotonic() - begun:.0f} s)")
             return result
         except BaseException as error:  # SystemExit of a UserError too: the next part is worth as much

@@ -17,9 +17,7 @@ from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for a program that is started by its path
 
-from tools.gpu.common import ROOT, SCRATCH, Report, options, pair_for, seconds_of
-
-DATA = SCRATCH / "data"  # where gpu_day.py looks
+from tools.gpu.common import DATA, ROOT, SCRATCH, Report, options, pair_for, seconds_of
 
 
 def versions() -> None:

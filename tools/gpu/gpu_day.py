@@ -18,9 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for a program that is started by its path
 
-from tools.gpu.common import OUT, SCRATCH, Report, options
-
-DATA = SCRATCH / "data"  # begun by gpu_check.py, where the machine is the same
+from tools.gpu.common import DATA, OUT, Report, options
 
 
 class Both:

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from machinery.errors import first_line
-from machinery.machine import Machine, compile_or_eager, measure_matmul_flops
+from machinery.machine import Machine, compile_or_eager, measure_matmul_flops, time_per_call
 from model_utils import LinearCrossEntropy, flops_per_token, training_memory
 from tools.bench.traffic import OneProduct, OneProductFFN
 from tools.common import lm
@@ -295,34 +295,28 @@ def optimizers() -> None:
     shapes = {p.shape: sum(q.shape == p.shape for q in matrices) for p in matrices}
     flops = sum(n * 5 * (4 * min(s) ** 2 * max(s) + 2 * min(s) ** 3) for s, n in shapes.items())
 
-    def wall(call, calls: int = 5) -> float:
-        call()
-        machine.synchronize()
-        begun = time.perf_counter()
-        for _ in range(calls):
-            call()
-        machine.synchronize()
-        return (time.perf_counter() - begun) / calls
-
     def say(name: str, seconds: float, extra: str = "") -> None:
         report.say(f"weights: {name:40s} {seconds * 1e3:8.2f} ms{extra}")
         report.keep(**{f"weights_ms {name}": seconds * 1e3})
 
-    seconds = wall(muon.step)
+    seconds = time_per_call(muon.step, machine)
     say("Muon, bfloat16", seconds, f", {flops / seconds / 1e12:.0f} TFLOP/s of its iterations")
-    say("AdamW for the rest, fused", wall(lambda: [adamw.step() for adamw in rest]))
-    say("clip_grad_norm_ and its number", wall(lambda: nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()))
+    say("AdamW for the rest, fused", time_per_call(lambda: [adamw.step() for adamw in rest], machine))
+    say(
+        "clip_grad_norm_ and its number",
+        time_per_call(lambda: nn.utils.clip_grad_norm_(model.parameters(), 1.0).item(), machine),
+    )
     slow = lm.Muon([{"params": matrices}], 0.02, 0.1, torch.float32)
-    say("Muon, float32 (TF32)", wall(slow.step, 3))
+    say("Muon, float32 (TF32)", time_per_call(slow.step, machine, 3))
     try:
         lm.orthogonalise = torch.compile(real, dynamic=False)
-        say("Muon, the iteration compiled", wall(muon.step))
+        say("Muon, the iteration compiled", time_per_call(muon.step, machine))
     finally:
         lm.orthogonalise = real
     theirs = torch.optim.Muon(matrices, lr=0.02, weight_decay=0.1)
-    say("torch.optim.Muon", wall(theirs.step, 3))
+    say("torch.optim.Muon", time_per_call(theirs.step, machine, 3))
     alone = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
-    say("AdamW for all, fused", wall(alone.step))
+    say("AdamW for all, fused", time_per_call(alone.step, machine))
 
 
 # ------------------------------------------------------------------------------------------ other libraries

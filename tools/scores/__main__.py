@@ -44,7 +44,7 @@ def by_ours(run: Path, folder: Path, machine: Machine) -> dict[str, dict[str, fl
     return scores
 
 
-def by_lm_eval(checkpoint: Path, folder: Path, block_size: int, device: str = "cpu") -> dict[str, dict[str, float]]:
+def by_lm_eval(checkpoint: Path, folder: Path, block_size: int, device: str) -> dict[str, dict[str, float]]:
     """The scores of a Hugging Face checkpoint on the same tasks, from lm_eval, in float32."""
     try:
         import lm_eval
