@@ -286,7 +286,7 @@ class Run:
         best = at.scores.get("best_step") == at.step
         long = at.seconds - self._saved_seconds >= 60 * config.checkpoint_minutes
         due = (best or long or at.step % config.checkpoint_every == 0) and not at.bad_steps
-        lost = diverged or is_lost(config.vocab_size, at.scores.get("val_loss", 0.0), self._watch.latest)
+        lost = diverged or is_lost(config.vocab_size, at.scores.get("val_loss", 0.0), *list(self._watch.losses)[-1:])
         return at.step > 0 and (due or done) and not lost
 
     def save(self) -> None:

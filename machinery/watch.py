@@ -22,7 +22,6 @@ class Watch:
     """The latest losses and speeds of a run."""
 
     def __init__(self) -> None:
-        self.latest = 0.0  # loss
         self.losses: deque[float] = deque(maxlen=50)
         self.rates: deque[float] = deque(maxlen=20)
         self.expected_rate = 0.0  # tokens per second; half of it is told once, until it halves again
@@ -40,7 +39,6 @@ class Watch:
             if loss > mean + 6 * spread:
                 spike = {"spike": loss - mean}
                 self.remarks.append(f"loss {loss:.3f} after a mean of {mean:.3f}")
-        self.latest = loss
         self.losses.append(loss)
         self.rates.append(tokens_per_second)
         rate = self.rate()
