@@ -42,7 +42,8 @@ WANDB_SECONDS = 60.0  # to end in; then it is left
 
 
 class WandbLogger(Logger):
-    """Weights & Biases, where `wandb` is "online" or "offline". Never asks for a key: without one it logs offline.
+    """Weights & Biases, where `wandb` is "online" or "offline". Never asks for a key: without one, or where the service
+    is not reached, it logs offline.
 
     A process of its own, `wandb-core`, writes and sends. Where that has died or does not end, it is told and left.
     """
@@ -54,9 +55,14 @@ class WandbLogger(Logger):
         import wandb
 
         mode = config["wandb"]
-        if mode == "online" and not wandb.login(prompt=False):
-            mode = "offline"
-            print("W&B: no API key here, logging offline (later: wandb login, then wandb sync)")
+        if mode == "online":
+            try:
+                missing = "" if wandb.login(prompt=False) else "no API key here"
+            except wandb.Error as error:
+                missing = first_line(error)
+            if missing:
+                mode = "offline"
+                print(f"W&B: {missing}, logging offline (later: wandb login, then wandb sync)")
         settings = wandb.Settings(console="off", silent=True, init_timeout=60, disable_git=True, disable_code=True)
         id_file = folder / "wandb_id"
         refuse_link(id_file)

@@ -1268,20 +1268,40 @@ def test_a_second_training_leaves_no_first_model_behind(lm, settings, compile):
 # ------------------------------------------------------------------------------------------------- W&B
 
 
-def test_wandb_that_cannot_start_never_stops_a_run(lm, settings, monkeypatch, capsys):
+@pytest.fixture
+def fresh_wandb():
+    """It reads the environment when it is first used in a process."""
+    import wandb
+
+    wandb.teardown()
+    yield
+    wandb.teardown()
+
+
+def test_wandb_that_cannot_start_never_stops_a_run(lm, settings, monkeypatch, capsys, fresh_wandb):
     monkeypatch.setenv("WANDB_BASE_URL", "not a url")
     summary = lm.train(settings(wandb="online", max_steps=2))
     assert summary["status"] == "finished"
     assert "wandb is off" in capsys.readouterr().out
 
 
-def test_wandb_online_without_a_key_never_asks(lm, settings, monkeypatch, capsys, tmp_path):
+@pytest.mark.parametrize(
+    "missing",
+    ["no API key here", pytest.param("Failed to authenticate with http://127.0.0.1:9", marks=pytest.mark.long)],
+)
+def test_wandb_online_without_a_key_or_a_way_to_it_logs_offline_and_never_asks(
+    lm, settings, monkeypatch, capsys, tmp_path, fresh_wandb, missing
+):
     monkeypatch.setenv("NETRC", str(tmp_path / "no_netrc"))
     monkeypatch.setenv("HOME", str(tmp_path))
+    if missing != "no API key here":
+        monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # nobody listens there
+        monkeypatch.setenv("WANDB_API_KEY", "0123456789" * 4)
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked for input"))
     summary = lm.train(settings(wandb="online", max_steps=2))
     assert summary["status"] == "finished"
-    assert "logging offline" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert missing in said and "logging offline" in said and list((tmp_path / "runs").glob("wandb/offline-run-*"))
 
 
 @pytest.mark.parametrize("what", ["hangs", "has died"])
