@@ -124,6 +124,7 @@ def test_tables_without_what_is_asked_of_them_are_one_line(tmp_path):
         (lambda: plot_sweep(curves(table.assign(status="failed"))), "no column 'label'; its columns are none, as when"),
         (lambda: curves(table), "has no steps in metrics.jsonl"),
         (lambda: equal_size({"a": {}}, parameters="many"), "parameters is 'many'; give a whole number"),
+        (lambda: equal_size({"a": {}}, parameters=10**18), "^'a': n_ffn is 2604166666666601"),
     ):
         with pytest.raises(UserError, match=message):
             call()

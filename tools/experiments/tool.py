@@ -24,7 +24,7 @@ import torch
 from tqdm import tqdm
 
 from machinery.budget import settle_batch
-from machinery.errors import UserError
+from machinery.errors import UserError, told
 from machinery.files import free_bytes, json_digest, read_jsonl, read_note
 from machinery.machine import Machine
 from machinery.notebook import defining_cells, load_definitions
@@ -164,6 +164,8 @@ def equal_size(
                 " give it a smaller n_embd or n_layer"
             )
         sized[label] = values | {"n_ffn": n_ffn}
+        with told(repr(label)):
+            lm.Config.from_preset(preset, **(common | sized[label]))
     return sized
 
 
