@@ -7,6 +7,7 @@ import json
 import math
 import os
 from array import array
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -336,6 +337,7 @@ def write_shards(
     """
     settings = manifest["settings"]
     train, held_out = ShardWriter(folder, "train", manifest), HeldOut(folder, manifest, encoding)
+    source.passed_over |= Counter(manifest["passed_over"])  # of a stream that goes on, what came before
     manifest["passed_over"] = source.passed_over
     if val_source and held_out.is_open:
         documents = (("val", *document) for document in val_source.read("validation"))

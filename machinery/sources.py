@@ -254,6 +254,8 @@ class HubSource(Source):
         A position is the state of the stream after so many rows, and how many documents of the next row were taken.
         """
         failures, position, reached = 0, start or {"stream": None, "rows": 0, "taken": 0}, False
+        if not start:
+            self.passed_over[EMPTY_ROWS] = 0  # anew however often the source is read
         while True:
             try:
                 rows, texts_of = self._open(split)
@@ -261,10 +263,12 @@ class HubSource(Source):
                     rows.load_state_dict(position["stream"])
                 taken = position["taken"]
                 for number, row in enumerate(rows, position["rows"] + 1):
-                    documents = [part for text in texts_of(row, number) for part in self.split_text(text)]
+                    texts = list(texts_of(row, number))
+                    documents = [part for text in texts for part in self.split_text(text)]
                     for at, text in enumerate(documents[taken:], taken + 1):
                         if at == len(documents):
                             position = {"stream": rows.state_dict(), "rows": number, "taken": 0}
+                            self.passed_over[EMPTY_ROWS] += sum(not text for text in texts)
                         else:
                             position = position | {"taken": at}
                         failures, reached = 0, True

@@ -204,13 +204,15 @@ def test_a_json_array_of_a_hub_is_read_by_its_text_column_alone(tmp_path):
     (tmp_path / "served" / "train.json").write_text(json.dumps(rows, indent=1), "utf-8")
     program = (
         "import json; from machinery.sources import *\n"
-        "read = list(open_source('owner/name').read())\n"
-        "rest = [text for text, _ in open_source('owner/name').read(start=json.loads(json.dumps(read[1][1])))]\n"
-        "print(json.dumps([[text for text, _ in read], rest]))"
+        "source = open_source('owner/name')\n"
+        "read = list(source.read())\n"
+        "rest = [text for text, _ in source.read(start=json.loads(json.dumps(read[1][1])))]\n"
+        "print(json.dumps([[text for text, _ in read], rest, source.passed_over[EMPTY_ROWS]]))"
     )
     with Hub(tmp_path / "served") as hub:
-        texts, rest = run(hub, tmp_path, program)
+        texts, rest, empty = run(hub, tmp_path, program)
     assert texts == ["one", "2024-01-01", "a\u2028b", "last"] and rest == texts[2:]
+    assert empty == 2  # the row without text, once at each reading of it
 
 
 def test_parquet_of_a_hub_is_read_by_its_text_column_alone(tmp_path):
