@@ -426,5 +426,5 @@ def refuse_overlap(source: Source, held_out: Source) -> None:
 def _same_text(held_out: Source, source: Source, reason: str) -> DataError:
     return DataError(
         f"val_source is the same text as source, or a part of it: {held_out.name!r} and {source.name!r} ({reason});"
-        " leave val_source empty to hold documents out, or name other text"
+        " move it out of the source, name other text, or leave val_source empty to hold documents out"
     )

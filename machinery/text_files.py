@@ -339,7 +339,7 @@ def no_column(where: str, text_column: str, names: Iterable[str]) -> DataError:
     names = [_spelt(name) for name in names]
     shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
     missing = f"{where}: no column {_spelt(text_column)}; there are {shown or 'none'}"
-    return DataError(f"{missing}: set text_column to one that every row has")
+    return DataError(f"{missing}: set text_column to one that every row has, null where it has no text")
 
 
 def _spelt(name: str) -> str:
