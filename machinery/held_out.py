@@ -1,10 +1,10 @@
 """Held-out text: which documents it is, and that none of them has a near-copy in the training text.
 
-Documents are compared by their longer lines, blank space, line ends and ways to write an accent aside. The side of a
-document is that of its smallest line, by a hash: a function of its content alone, in which near-copies mostly agree,
-since two documents have the same smallest line as often as they have lines in common (MinHash; Broder 1997). What then
-still stands on both sides is set aside. A copy in other words, in other case, or with its lines cut at other places is
-not found.
+Documents are compared by their longer lines; blank space, line ends, ways to write an accent and the ">" of a quoted
+line do not count. The side of a document is that of its smallest line, by a hash: a function of its content alone, in
+which near-copies mostly agree, since two documents have the same smallest line as often as they have lines in common
+(MinHash; Broder 1997). What then still stands on both sides is set aside. A copy in other words, in other case, or with
+its lines cut at other places is not found.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ NO_WIDTH = {sign.encode() for sign in "\xad\u200b\u200c\u200d\u200e\u200f\u2060\
 LONG_LINE, SPACED_LINE = 16, 20  # characters of a line that tells one document from another, without and with blanks
 FOLLOWING = 32  # bytes of a short line with what follows
 CONTINUED = bytes(range(0x80, 0xC0))  # what follows the first byte of a character
-FEW = 0.25  # share of a text in such lines, under which its short lines count too
+FEW, FEW_LINES = 0.25, 0.15  # share of a text, or of its lines, that is longer, under which its short lines count too
+QUOTED = re.compile(rb"(?m)^(?:[ \t]*>(?!>>))+")  # as in a reply; ">>>" is Python's
 LONGEST_LINE = 1 << 16  # bytes of a line that counts as one
 CUT = re.compile(rb"(?<=[%b]{2})" % re.escape(bytes(range(5, 256, 16))))  # of a longer one: between some pairs of bytes
 NEAR_COPY = 0.5  # share of a document's longer lines that makes a near-copy
@@ -60,7 +61,7 @@ def long_lines(content: bytes) -> list[bytes]:
     if len(dense) > LONGEST_LINE:
         found = [part for line in found for part in _cut_line(line)]
     whole = b"".join(lines)
-    if sum(map(len, found)) < FEW * len(whole):
+    if sum(map(len, found)) < FEW * len(whole) or len(found) < FEW_LINES * sum(map(bool, lines)):
         starts = accumulate(map(len, lines), initial=0)
         found += [b"\n" + whole[start : start + FOLLOWING] for start in starts if start + FOLLOWING <= len(whole)]
     return found or [whole]
@@ -94,7 +95,8 @@ def _plain(content: bytes) -> bytes:
         if not unicodedata.is_normalized("NFC", text):
             content = unicodedata.normalize("NFC", text).encode("utf-8", "surrogatepass")
         content = ODD_BLANKS.sub(lambda found: _plain_blank(found[0]), content)
-    return content.translate(LINE_ENDS)
+    content = content.translate(LINE_ENDS)
+    return QUOTED.sub(b"", content) if content.startswith(b">") or b"\n>" in content else content
 
 
 def _plain_blank(blank: bytes) -> bytes:

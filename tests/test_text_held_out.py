@@ -51,6 +51,7 @@ VARIANTS = {  # how a copy may differ from its original
     "one more line end": lambda text, i: text + "\n",
     "blank lines": lambda text, i: text.replace("\n", "\n\n"),
     "indented": lambda text, i: re.sub("(?m)^", "\t", text),
+    "quoted twice": lambda text, i: re.sub("(?m)^", ">> " if i % 2 else "> > ", text),
     "blank space at line ends": lambda text, i: text.replace("\n", "  \n"),
     "blank space of other kinds": lambda text, i: text.replace(" ", "\u3000\xa0\u2003"),
     "blank space of any kind": lambda text, i: text.replace(" ", BLANKS),
@@ -87,7 +88,9 @@ def test_near_copies_are_not_on_both_sides(tmp_path, variant, kind):
     assert 0.05 * size < sum(map(len, held_out)) < 0.4 * size
     aside = data.manifest["set_aside"]["documents"]
     assert len(held_out) + len(texts_of(data, "train")) + aside == len(texts)
-    if variant in list(VARIANTS)[:12]:  # nothing but line ends, blank space and accents: all copies on one side
+    if (
+        variant in list(VARIANTS)[:13]
+    ):  # nothing but line ends, blank space, quotation and accents: all copies on one side
         assert aside == 0 and data.manifest["grouped"] == len(held_out) / 2
 
 
@@ -486,6 +489,24 @@ def test_texts_of_which_few_lines_are_long_have_no_copy_in_the_training_text(tmp
     root = write(tmp_path / "t", {f"{i}.txt": text for i, text in enumerate(texts + copies)})
     data = prepare(tmp_path, root)
     assert leaked(data) == 0 and data.manifest["held_out"] == "documents"
+
+
+@pytest.mark.parametrize(
+    "own", ["https://poems.example.org/collection/{:09}/{:020}", "[{:024} closed at {:020}]\n" * 2]
+)
+@pytest.mark.parametrize("at_start", [False, True])
+def test_texts_of_short_lines_have_no_copy_with_a_long_line_more_in_the_training_text(tmp_path, own, at_start):
+    """As poems, songs and chats, whose copies say where they were found."""
+    chance = random.Random(0)
+    texts = ["".join(f"{chance.choice(WORDS)} {chance.randrange(999)}\n" for _ in range(16)) for _ in range(200)]
+    lines = [own.format(chance.randrange(10**9), i, i, 9 * i) + "\n" for i in range(200)]
+    copies = [line + text if at_start else text + line for text, line in zip(texts, lines)]
+    root = write(tmp_path / "t", {f"{i}.txt": text for i, text in enumerate(texts + copies)})
+    data = prepare(tmp_path, root, val_fraction=0.1)
+    trained, held_out = texts_of(data, "train"), texts_of(data, "val")
+    assert len(held_out) > 20 and data.manifest["held_out"] == "documents"
+    both = ["".join(documents) for documents in (trained, held_out)]
+    assert not [text for text in texts if all(text in side for side in both)]
 
 
 def spaced(seed, lines=60):
