@@ -179,7 +179,7 @@ class Run:
                 one, two = (lambda n=n: (batches.retry(self.model, lambda: gradient(n)), update()) for n in (1, 2))
                 step = time_per_call(one, machine, 3, long)
                 if more := batches.micro_steps - 1:
-                    step += more * (time_per_call(two, machine, 3, long) - step)
+                    step += more * max(0.0, time_per_call(two, machine, 3, long) - step)
             scoring = time_per_call(lambda: batches.retry(self.model, evaluation), machine, 1)
             tokens = min(budget_left(config, config.batch_tokens / step, spent).values())
             steps = max(1, math.ceil(tokens / config.batch_tokens))

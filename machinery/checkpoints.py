@@ -61,19 +61,27 @@ def take_checkpoint(
     """Copy a checkpoint of a run into memory; what is returned writes `checkpoints/step_…` and gives its path.
 
     It is written beside, flushed, renamed; then older ones are removed. Of the whole ones stay the `keep` newest, this
-    one among them, and the one of `keep_step`. `state` holds "step" and whatever else continues the run, as JSON
-    values. Writing raises `CheckpointError` where it cannot; what was there before is untouched. Where several
-    processes train, all call this, since weights may be shared out among them; one `writes`.
+    one among them, and the one of `keep_step`; where the disk is full, older ones than the newest before make room.
+    `state` holds "step" and whatever else continues the run, as JSON values. Writing raises `CheckpointError` where it
+    cannot. Where several processes train, all call this, since weights may be shared out among them; one `writes`.
     """
     target = run / "checkpoints" / f"step_{state['step']:08d}"
     weights = gather(_without_ties(model), keep=writes)
     training = {"optimizers": gather([optimizer.state_dict() for optimizer in optimizers], keep=writes)}
 
     def write() -> Path:
+        needed = _bytes_needed(weights, training)
         try:
-            _write(target, weights, training, state)
-        except Exception as error:  # each library reports a full disk in its own way
-            needed, free = _bytes_needed(weights, training), free_bytes(run)
+            try:
+                _write(target, weights, training, state)
+            except Exception:  # each library reports a full disk in its own way
+                whole = [path for path in checkpoint_folders(run) if _is_whole(path)]
+                if free_bytes(run) > 1.2 * needed or len(whole) < 2:
+                    raise
+                _remove_older(whole[-1], 1, keep_step)
+                _write(target, weights, training, state)
+        except Exception as error:
+            free = free_bytes(run)
             raise CheckpointError(
                 f"{target} was not written ({first_line(error)}): it takes {needed / 1e9:,.4f} GB and {free / 1e9:,.4f}"
                 f" GB are free there; earlier checkpoints, if any, are kept, and a run goes on from them"

@@ -465,6 +465,34 @@ def test_a_disk_that_fails_is_told_and_loses_nothing(tmp_path, monkeypatch, of_f
     assert not (tmp_path / "x.json.part").exists()
 
 
+@pytest.mark.parametrize("keep_step", [None, 2])
+def test_where_the_disk_is_full_older_checkpoints_make_room_and_the_newest_stays(tmp_path, monkeypatch, keep_step):
+    (model, optimizers), written = small_model(), checkpoints._write
+    step(model, optimizers)
+
+    def used():
+        return sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file())
+
+    def write(target, *what):
+        assert newest_checkpoint(tmp_path)
+        if used() + size > room:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return written(target, *what)
+
+    save(tmp_path, 1)
+    size = used()
+    room = 3.5 * size
+    monkeypatch.setattr(checkpoints, "_write", write)
+    monkeypatch.setattr(checkpoints, "free_bytes", lambda run: max(0, room - used() - size))
+    for number in range(2, 6):
+        take_checkpoint(tmp_path, model, optimizers, {"step": number}, 3, True, keep_step)()
+    assert names(tmp_path) == [f"step_0000000{n}" for n in (keep_step or 3, 4, 5)]
+    room = 0
+    with pytest.raises(CheckpointError, match="No space left"):
+        take_checkpoint(tmp_path, model, optimizers, {"step": 6}, 3)()
+    assert newest_checkpoint(tmp_path).name == "step_00000005"
+
+
 @posix
 @pytest.mark.parametrize("mask", [0o022, 0o027, 0o077])
 def test_new_files_are_for_all_who_may_read_the_folder(tmp_path, mask):
