@@ -1,5 +1,10 @@
 """`make run` and `make script`: values of the knobs come in, each run keeps its own notebook and page."""
 
+import signal
+import subprocess
+import sys
+import time
+
 import pytest
 
 from machinery.errors import UserError
@@ -39,6 +44,37 @@ def test_each_run_keeps_its_own_notebook_and_page(notebook, tmp_path, capfd):
     execute.run_notebook(notebook("print('again')"))
     assert (folder / "report.1.html").read_bytes() == first and "again" in (folder / "LMHarness.ipynb").read_text()
     assert [path.name for path in folder.parent.iterdir()] == ["mine"]  # nothing else is left
+
+
+WAITS = """
+import time
+from pathlib import Path
+from machinery.interrupts import StopRequest
+from machinery.settings import parse_overrides
+here = Path(parse_overrides(overrides)["runs_dir"])
+with StopRequest() as stop:
+    (here / "begun").touch()
+    while not stop.requested:
+        time.sleep(0.01)
+    time.sleep(6)  # a step, and a checkpoint
+    (here / "saved").touch()
+"""
+
+
+@pytest.mark.parametrize(
+    "name", ["SIGTERM", *(pytest.param(name, marks=pytest.mark.long) for name in ("SIGINT", "SIGHUP"))]
+)
+def test_a_run_that_is_told_to_end_has_the_time_it_needs(notebook, tmp_path, name):
+    parameters, runs = notebook(WAITS), tmp_path / "runs {preset}"
+    program = f"from tools import execute; execute.NOTEBOOK = execute.Path({str(execute.NOTEBOOK)!r}); execute.main()"
+    command = [sys.executable, "-c", program, "--preset", "smoke", "--overrides", str(parameters["overrides"])]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        while not (runs / "begun").exists():
+            assert process.poll() is None, process.stdout.read()
+            time.sleep(0.05)
+        process.send_signal(getattr(signal, name))
+        *_, last = process.communicate(timeout=60)[0].splitlines()
+    assert last == execute.STOPPED and {path.name for path in runs.iterdir()} == {"begun", "saved"}
 
 
 def test_a_cell_that_fails_and_a_kernel_that_dies_are_one_line(notebook, tmp_path):

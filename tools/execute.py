@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import itertools
+import logging
 import os
 import signal
 import sys
@@ -19,6 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 STOPPED = "stopped; the same command goes on from the last checkpoint"
+STOPPING = 3600.0  # seconds for a training to end a step, write a checkpoint and close its loggers
 if __name__ == "__main__":  # until `main`: the rest takes seconds to import
     signal.signal(signal.SIGINT, lambda *_: sys.exit(STOPPED))
 
@@ -27,6 +29,7 @@ import papermill
 from nbclient.exceptions import DeadKernelError
 from nbconvert import HTMLExporter, ScriptExporter
 from nbconvert.preprocessors import CoalesceStreamsPreprocessor, TagRemovePreprocessor
+from traitlets.config import Config
 
 from machinery.errors import UserError, first_line, told
 from machinery.files import folder_path
@@ -86,6 +89,7 @@ def execute(parameters: dict, unfinished: Path) -> nbformat.NotebookNode:
             papermill.execute_notebook(
                 verbatim(NOTEBOOK), verbatim(unfinished), parameters, kernel_name="python3", progress_bar=False,
                 stdout_file=sys.stdout, stderr_file=sys.stdout,
+                config=Config({"KernelManager": {"shutdown_wait_time": STOPPING}}),
             )  # fmt: skip
         return nbformat.read(unfinished, as_version=4)
     except papermill.PapermillExecutionError as error:
@@ -141,9 +145,23 @@ def write_program(parameters: dict) -> None:
         PROGRAM.write_text(program, encoding="utf-8")
 
 
+def stop(number: int, frame: object) -> None:
+    """Once: have the kernel interrupted and wait for its training to end. Twice: end at once."""
+    for other in STOPS:
+        signal.signal(other, signal.default_int_handler)
+    print("\nstopping: a training ends its step and writes a checkpoint first (interrupt again to stop at once)")
+    raise KeyboardInterrupt
+
+
+STOPS = [signal.SIGINT, signal.SIGTERM] + ([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])
+
+
 def main() -> None:
     keep_printing()
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # it reports a kernel that was told to end
+    for number in STOPS:
+        if signal.getsignal(number) != signal.SIG_IGN:  # as `nohup` has it
+            signal.signal(number, stop)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="auto")
     parser.add_argument("--overrides", default="", help="fields of the configuration, in YAML or JSON")
