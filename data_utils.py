@@ -14,7 +14,6 @@ import os
 import re
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import lru_cache
@@ -192,7 +191,7 @@ class TokenData:
                 said = open(log, "w", opener=no_links)  # noqa: SIM115 - of an earlier one too, and of other processes
             _background[self.folder] = start_python(
                 "import data_utils; data_utils.work()", str(self.folder), json.dumps(self.task),
-                stdin=subprocess.PIPE, stderr=said, start_new_session=True,  # a Ctrl-C is for the process that trains
+                stderr=said, start_new_session=True,  # a Ctrl-C is for the process that trains
             )  # fmt: skip
 
     def wait(self, shards: int = 1, progress: bool = False) -> None:
@@ -235,15 +234,9 @@ _background: dict[Path, subprocess.Popen] = {}  # tokenizations that this proces
 
 
 def work() -> None:
-    """The body of a background tokenization. Ends when the process that started it is gone: its stdin closes then."""
-
-    def watch() -> None:
-        sys.stdin.read()
-        os._exit(1)
-
+    """The body of a background tokenization."""
     if hasattr(os, "nice"):
         os.nice(10)  # training comes first
-    threading.Thread(target=watch, daemon=True).start()
     task = json.loads(sys.argv[2])
     tokenize(Path(sys.argv[1]), task, False, *open_sources(task))
 

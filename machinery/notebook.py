@@ -13,8 +13,10 @@ import io
 import json
 import linecache
 import os
+import signal
 import subprocess
 import sys
+import threading
 import tokenize
 import types
 from pathlib import Path
@@ -75,12 +77,25 @@ def start_python(
 ) -> subprocess.Popen:
     """A process of `program`, which finds this project's modules; `options` are those of Popen, or of a `kind` of it.
 
-    It prints nothing, and its errors are UTF-8, whatever other programs here write.
+    It prints nothing, and its errors are UTF-8, whatever other programs here write. It ends with this one.
     """
     path = os.pathsep.join([str(NOTEBOOK.parent), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"PYTHONPATH": path, "PYTHONIOENCODING": "utf-8"} | (env or {})
-    command = [sys.executable, "-c", program, *arguments]
-    return kind(command, env=environment, stdout=subprocess.DEVNULL, **options)
+    command = [sys.executable, "-c", f"{ENDS_WITH_PARENT}; {program}", *arguments]
+    return kind(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, **options)
+
+
+ENDS_WITH_PARENT = "from machinery.notebook import end_with_parent; end_with_parent()"
+
+
+def end_with_parent() -> None:
+    """Have this process told to end, as by SIGTERM, once the one that started it is gone: its stdin closes then."""
+
+    def watch() -> None:
+        sys.stdin.read()
+        signal.raise_signal(signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def source_digest(notebook: str | Path = NOTEBOOK) -> str:

@@ -620,6 +620,16 @@ def test_killed_run_goes_on_from_its_checkpoint(lm, settings, tmp_path):
     assert same(weights_of(lm, tmp_path / "runs" / "straight"), weights_of(lm, folder))
 
 
+def test_a_run_elsewhere_ends_with_who_started_it_and_keeps_a_checkpoint(settings, tmp_path):
+    folder = tmp_path / "runs" / "apart"
+    with train_elsewhere(settings(run_name="apart", max_steps=10**6, checkpoint_every=10**6)) as process:
+        while not read_jsonl(folder / "metrics.jsonl") and process.poll() is None:
+            time.sleep(0.005)
+        process.stdin.close()  # as where the other process is gone
+        assert process.wait(timeout=60) == 0
+    assert json.loads((folder / "summary.json").read_text())["status"] == "interrupted" and newest_checkpoint(folder)
+
+
 def test_a_run_that_fails_elsewhere_is_not_taken_for_a_killed_one(settings):
     with train_elsewhere(replace(settings(), ffn="of another notebook"), stderr=subprocess.DEVNULL) as process:
         process.wait()
