@@ -146,4 +146,5 @@ def _make_tokenizer(
 def tokenizer_digest(name: str) -> str:
     """Changes with the content of a tokenizer's folder; "" for a tokenizer that is none."""
     path = tokenizer_file(name)
-    return file_digest(path) if path else ""
+    files = [path, path.with_name("tokenizer_config.json")] if path else []  # the second may name the end of text
+    return ":".join(file_digest(file) for file in files if file.is_file())

@@ -98,7 +98,8 @@ class RunFolder:
             ) from None
         except OSError as error:
             raise FileError(
-                f"{self._lock.lock_file}: not to be locked ({error.strerror}); remove it, or set runs_dir elsewhere"
+                f"{self._lock.lock_file}: not to be locked ({error.strerror}); remove it where it is yours, or set"
+                " runs_dir elsewhere"
             ) from None
 
     def _contents(self) -> list[Path]:

@@ -11,7 +11,7 @@ import torch
 from machinery.checkpoints import check_weights, load_weights, read_newest
 from machinery.errors import DataError, told
 from machinery.files import IS_IT_A_RUN, folder_path, read_json
-from machinery.settings import Settings
+from machinery.settings import FOLDERS, Settings
 from machinery.tokenizers import tokenizer_from_dict
 
 COPY = "bring it back from a copy of the run"
@@ -45,8 +45,9 @@ class SavedRun:
 
     def settings(self, kind: type[Settings]) -> Settings:
         """The config as a `kind` of settings. Raises `UserError` for fields and values that it does not have."""
+        known = {n: v for n, v in self.config.items() if not (n in FOLDERS and str(v).startswith("…/"))}  # of elsewhere
         with told(self._path):
-            return kind.from_dict(self.config)
+            return kind.from_dict(known)
 
     def model(self, build: Callable[[], torch.nn.Module], device: str | torch.device = "cpu") -> torch.nn.Module:
         """The model that `build()` makes, with the weights of the checkpoint, on a device and in evaluation mode.

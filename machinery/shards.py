@@ -362,11 +362,14 @@ def write_shards(
         train.add(document)
         whole = document.side != "val"  # and no tail, whose head is still to come
         if whole and max(train.tokens, held_out.documents.tokens) >= settings["shard_tokens"]:
-            if held_out.is_open:
+            is_first = held_out.is_open
+            if is_first:
                 manifest["text"] = text_digest(source, val_source)
             _close(folder, manifest, train, held_out, position)
             if is_enough(manifest, train_tokens):
                 return
+            if is_first and manifest["held_out"] == "tails":  # what follows is read on without a cut
+                return write_shards(folder, manifest, encoding, source, val_source, train_tokens, advance)
     manifest["complete"] = True
     _close(folder, manifest, train, held_out, position)
 
@@ -402,11 +405,15 @@ def _close(folder: Path, manifest: dict, train: ShardWriter, held_out: HeldOut, 
 
 
 def with_sides(source: Source, start: Position, held_out: str, fraction: float) -> Iterator[tuple[str, str, Position]]:
-    """(side, text, position) of every document; the side is "" where the lines of the document decide."""
-    common = common_lines(text for text, _ in source.read()) if held_out == "tails" else ()
+    """(side, text, position) of every document; the side is "" where the lines of the document decide.
+
+    Tails are cut off where reading begins; later documents, of which nothing is held out, are whole.
+    """
+    is_cut = held_out == "tails" and not start
+    common = common_lines(text for text, _ in source.read()) if is_cut else ()
     for text, position in source.read("train", start):
-        if held_out != "tails":
-            yield ("train" if held_out == "val_source" else ""), text, position
+        if not is_cut:
+            yield ("" if held_out in ("documents", "ranked") else "train"), text, position
         else:
             head, tail = cut_tail(text, fraction, common)
             yield "val", tail, position

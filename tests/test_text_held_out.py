@@ -339,6 +339,8 @@ def test_a_tokenizer_folder_that_changes_is_noticed(tmp_path):
         data = prepare(tmp_path, root, tokenizer=str(tmp_path / "tokenizer"), vocab_size=512)
         found.append((data.key, data.folder, data.encoding.n_vocab))
     assert found[0][2] == 300 and found[1][2] == 400 and len(set(found)) == 2 and found[0][0] != found[1][0]
+    (tmp_path / "tokenizer/tokenizer_config.json").write_text(json.dumps({"eos_token": "another"}))
+    assert prepare(tmp_path, root, tokenizer=str(tmp_path / "tokenizer"), vocab_size=512).folder != found[1][1]
 
 
 def test_other_text_is_read_with_the_tokenizer_of_a_run(tmp_path):
@@ -593,6 +595,19 @@ def test_ends_and_beginnings_of_documents_are_kept_where_tokenization_stops(tmp_
     while not data.manifest["complete"]:
         data = prepare(tmp_path / "parts", root, max_tokens=data.manifest["tokens"]["train"] + 1)
     assert data.manifest["bytes"] == whole["bytes"] and data.manifest["set_aside"] == whole["set_aside"]
+
+
+def test_where_ends_are_held_out_later_documents_are_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(data_utils, "SHARD_TOKENS", 20_000)
+    books = [f"Book {i}\n" + prose(i, 150) + f"The end of {i}\n" for i in range(9)]
+    data = prepare(
+        tmp_path, write(tmp_path / "t", {f"{i}.txt": book for i, book in enumerate(books)}), val_fraction=0.01
+    )
+    trained, held_out = texts_of(data, "train"), texts_of(data, "val")
+    assert data.manifest["held_out"] == "tails" and len(data.manifest["shards"]["train"]) > 2
+    cut = [book for book in books if book not in trained]
+    assert len(cut) == len(held_out) < 4 and len(trained) == len(books)
+    assert sum(map(len, trained + held_out)) == sum(map(len, books))
 
 
 def test_a_long_text_of_short_and_long_lines_has_one_side():

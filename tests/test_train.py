@@ -620,6 +620,14 @@ def test_killed_run_goes_on_from_its_checkpoint(lm, settings, tmp_path):
     assert same(weights_of(lm, tmp_path / "runs" / "straight"), weights_of(lm, folder))
 
 
+def test_a_loaded_run_asks_for_the_whole_path_of_its_text_and_makes_no_folder_of_half_a_path(lm, settings, tmp_path):
+    lm.train(settings(run_name="loaded", max_steps=2))
+    config = lm.load_run(tmp_path / "runs" / "loaded")[0]
+    assert (config.data_dir, config.runs_dir) == ("data", "runs") and config.source.startswith("…/")
+    with pytest.raises(UserError, match="source '…/.*' is the end of a path"):
+        lm.prepare_data(config)
+
+
 def test_a_run_elsewhere_ends_with_who_started_it_and_keeps_a_checkpoint(settings, tmp_path):
     folder = tmp_path / "runs" / "apart"
     with train_elsewhere(settings(run_name="apart", max_steps=10**6, checkpoint_every=10**6)) as process:
@@ -633,7 +641,9 @@ def test_a_run_elsewhere_ends_with_who_started_it_and_keeps_a_checkpoint(setting
 def test_a_run_that_fails_elsewhere_is_not_taken_for_a_killed_one(settings):
     with train_elsewhere(replace(settings(), ffn="of another notebook"), stderr=subprocess.DEVNULL) as process:
         process.wait()
-        with pytest.raises(UserError, match="failed before it was killed; it knows the saved LMHarness.ipynb alone"):
+        with pytest.raises(
+            UserError, match="failed before it was killed, as it says above; it knows the saved LMHarness.ipynb alone"
+        ):
             process.kill()
 
 

@@ -189,6 +189,10 @@ def model_fields(folder: Path) -> dict:
     path = folder / "config.json"
     if not path.exists() and (folder / "adapter_config.json").exists():
         raise ExportError(f"{folder}: holds an adapter (LoRA); merge it into its base model first: merge_and_unload()")
+    if not path.exists():
+        raise ExportError(
+            f"{str(folder)!r} holds no config.json; init_from takes the folder of a checkpoint, or its hub name"
+        )
     raw = read_json(path)
     with told(path, ExportError):
         return _model_fields(folder, raw)

@@ -234,7 +234,10 @@ def _pattern(spec: dict, path: Path) -> str:
 def _end_of_text(folder: Path) -> str | None:
     path = folder / "tokenizer_config.json"
     token = read_json(path).get("eos_token") if path.exists() else None
-    return token["content"] if isinstance(token, dict) else token
+    token = token.get("content") if isinstance(token, dict) else token
+    if not isinstance(token, str | None):
+        raise DataError(f"{path}: eos_token is {token!r:.80}; name a token")
+    return token
 
 
 def _refuse(path: Path, part: str, condition: object, what: str) -> None:
