@@ -240,6 +240,7 @@ def _decode(text: str) -> object:
     return value
 
 
+MANY_VALUES = 1 << 20  # in a row
 ROW = "a row is one object on one line"
 
 
@@ -276,8 +277,13 @@ def _decode_json(content: str | bytes, text_column: str, where: str, expected: s
 def _decode_row(line: bytes, text_column: str) -> object:
     """A row from its bytes. As a `str`, a long line takes four times as many where it holds a single emoji.
 
-    JSON is ASCII but for what stands in its texts, so bytes can be taken for characters until those are found.
+    JSON is ASCII but for what stands in its texts, so bytes can be taken for characters until those are found. Of a
+    row with very many values, the others are not made, which would take some twenty times its bytes.
     """
+    if len(line) > MANY_VALUES and line.count(b",") > MANY_VALUES:
+        with contextlib.suppress(ValueError):  # told below
+            if text := _text_alone(line, text_column):
+                return {text_column: text}
     if not line.isascii() and b"\\u" not in line:
         with contextlib.suppress(ValueError, AttributeError):  # told below
             row = _decode(line.decode("latin-1"))
@@ -291,6 +297,16 @@ def _decode_row(line: bytes, text_column: str) -> object:
             row[text_column].encode()
             return row
         raise
+
+
+def _text_alone(line: bytes, text_column: str) -> str | None:
+    """The text of a row; None where it has none. Raises `ValueError` for what it does not read."""
+    from pyarrow import BufferReader, json, schema, string
+
+    reading = json.ReadOptions(use_threads=False, block_size=len(line) + 1)
+    parsing = json.ParseOptions(schema([(text_column, string())]), unexpected_field_behavior="ignore")
+    (text,) = json.read_json(BufferReader(line), reading, parsing)[text_column].to_pylist()
+    return text
 
 
 def _as_utf8(value: object) -> object:

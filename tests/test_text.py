@@ -5,6 +5,7 @@ import gzip
 import json
 import os
 import tarfile
+import tracemalloc
 import unicodedata
 import zipfile
 import zlib
@@ -494,6 +495,22 @@ OTHERS = {  # what stands in other columns, at first and later: none of it is lo
 }
 
 
+@pytest.fixture(params=[1 << 20, 0], ids=["few values", "many values"])
+def rows_of(monkeypatch, request):
+    """Rows of two kinds: of those with very many values, only the text is made."""
+    monkeypatch.setattr(text_files, "MANY_VALUES", request.param)
+
+
+def test_of_a_row_with_very_many_values_only_the_text_is_made(tmp_path):
+    write(tmp_path, {"a.jsonl": '{"x": [' + "1, " * 2_000_000 + '[], {"y": 2}], "text": "one"}\n{"text": "two"}\n'})
+    tracemalloc.start()
+    assert list(iter_documents(str(tmp_path))) == ["one", "two"]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 30e6, peak
+
+
+@pytest.mark.usefixtures("rows_of")
 @pytest.mark.parametrize("others", OTHERS)
 def test_other_columns_are_not_looked_at(tmp_path, others):
     first, later = OTHERS[others]
@@ -509,6 +526,7 @@ def test_texts_are_not_read_as_anything_else(tmp_path, texts):
     assert list(iter_documents(str(tmp_path))) == texts
 
 
+@pytest.mark.usefixtures("rows_of")
 @pytest.mark.parametrize(
     "value", ['"é🙂 ÿ"', '"\\u00e9\\ud83d\\ude42 \\u00ff"', '"é\\ud83d\\ude42 ÿ"', '"é🙂 \\u00ff"']
 )
@@ -537,6 +555,7 @@ WRONG_ROWS = {
 }
 
 
+@pytest.mark.usefixtures("rows_of")
 @pytest.mark.parametrize("row", WRONG_ROWS, ids=lambda row: row[:24])
 def test_a_wrong_row_is_named_the_same_wherever_it_stands(tmp_path, row):
     for before in (0, 1, 300):
