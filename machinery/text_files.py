@@ -210,18 +210,23 @@ def texts(path: Path, separator: re.Pattern | None) -> Iterator[str]:
                 raise _no_text(path, min(at, before + found.start())) from None
             if len(after) >= SHORT and _controls(after) > len(after) * FEW_CONTROLS / 5:
                 raise _no_text(path, at) from None
-            # In other encodings, few bytes happen to be UTF-8; Java and Oracle write halves of characters so
-            text = HALF.sub("\u20ac".encode(), error.object).decode(errors="replace")
-            wrong, beyond_ascii = text.count("\ufffd"), len(text) - len(text.encode("ascii", "ignore"))
-            advice = (
-                "before that it is; mend these bytes, or leave such out with iconv -c -f utf-8 -t utf-8"
-                if is_utf8 or beyond_ascii > 2 * wrong
-                else "convert it from the encoding that it is in, for example with iconv -f cp1252 -t utf-8, or"
-                " cp1251 for Russian, gb18030 for Chinese, shift_jis for Japanese"
-            )
+            advice = _mend_or_convert(error.object, is_utf8)
             if file.tell() < SHORT and file.tell() % 2 == 0:
                 advice += "; or it is UTF-16, in so few bytes hard to tell: iconv -f utf-16-le -t utf-8"
             raise DataError(f"{path}: not UTF-8 at byte {at} (0x{error.object[error.start]:02x}); {advice}") from None
+
+
+def _mend_or_convert(content: bytes, is_utf8: bool = False) -> str:
+    """What to do with content that is not all UTF-8, and with `is_utf8` comes after some that is."""
+    # In other encodings, few bytes happen to be UTF-8; Java and Oracle write halves of characters so
+    text = HALF.sub("\u20ac".encode(), content).decode(errors="replace")
+    wrong, beyond_ascii = text.count("\ufffd"), len(text) - len(text.encode("ascii", "ignore"))
+    if is_utf8 or beyond_ascii > 2 * wrong:
+        return "before that it is; mend these bytes, or leave such out with iconv -c -f utf-8 -t utf-8"
+    return (
+        "convert it from the encoding that it is in, for example with iconv -f cp1252 -t utf-8, or cp1251 for Russian,"
+        " gb18030 for Chinese, shift_jis for Japanese"
+    )
 
 
 def _no_text(path: Path, at: int) -> DataError:
@@ -265,8 +270,8 @@ def _decode_json(content: str | bytes, text_column: str, where: str, expected: s
     try:
         return _decode(content) if isinstance(content, str) else _decode_row(content, text_column)
     except UnicodeDecodeError as error:
-        advice = "convert the file, for example with iconv -f cp1252 -t utf-8, or mend it"
-        raise DataError(f"{where}: not UTF-8 at byte {error.start} of the line; {advice}") from None
+        line = f"{where}: not UTF-8 at byte {error.start} of the line"
+        raise DataError(f"{line}; {_mend_or_convert(error.object)}") from None
     except json.JSONDecodeError as error:
         found = f"{error.msg.removesuffix(' at')} at character {error.pos + 1}"
         raise DataError(f"{where}: not JSON ({found}); mend it: {expected}") from None

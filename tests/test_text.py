@@ -555,6 +555,12 @@ WRONG_ROWS = {
 }
 
 
+@pytest.mark.parametrize(("before", "advice"), [("", "convert it from the encoding"), ("Текст. ", "mend these bytes")])
+def test_a_row_with_a_byte_that_is_not_utf8_is_mended_or_converted(tmp_path, before, advice):
+    write(tmp_path, {"a.jsonl": b'{"text": "one"}\n{"text": "' + before.encode() + b'caf\xe9"}\n'})
+    assert "a.jsonl, line 2: not UTF-8 at byte " in refused(str(tmp_path)) and advice in refused(str(tmp_path))
+
+
 @pytest.mark.usefixtures("rows_of")
 @pytest.mark.parametrize("row", WRONG_ROWS, ids=lambda row: row[:24])
 def test_a_wrong_row_is_named_the_same_wherever_it_stands(tmp_path, row):
