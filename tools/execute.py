@@ -148,7 +148,8 @@ def write_program(parameters: dict) -> None:
 def stop(number: int, frame: object) -> None:
     """Once: have the kernel interrupted and wait for its training to end. Twice: end at once."""
     for other in STOPS:
-        signal.signal(other, signal.default_int_handler)
+        if signal.getsignal(other) is stop:
+            signal.signal(other, signal.default_int_handler)
     print("\nstopping: a training ends its step and writes a checkpoint first (interrupt again to stop at once)")
     raise KeyboardInterrupt
 
