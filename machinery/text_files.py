@@ -249,9 +249,12 @@ MANY_VALUES = 1 << 20  # in a row
 ROW = "a row is one object on one line"
 
 
-def json_text(line: str | bytes, text_column: str, where: str) -> str:
-    """The text of one row of JSON lines; "" for null. No other column is looked at. Raises `DataError`."""
-    row = _decode_json(line, text_column, where, f"{ROW}, as from jq -c .")
+def json_text(line: str | bytes, text_column: str, where: str, is_utf8: bool = False) -> str:
+    """The text of one row of JSON lines; "" for null. No other column is looked at. Raises `DataError`.
+
+    With `is_utf8`, rows before it hold more than ASCII.
+    """
+    row = _decode_json(line, text_column, where, f"{ROW}, as from jq -c .", is_utf8)
     if not isinstance(row, dict):
         raise DataError(f"{where}: holds {_type_of(row)}, not an object; {ROW}")
     return row_text(row, text_column, where)
@@ -266,12 +269,12 @@ def array_texts(content: str, text_column: str, where: str) -> list[str]:
     return [row_text(row, text_column, f"{where}, row {number}") for number, row in enumerate(rows, 1)]
 
 
-def _decode_json(content: str | bytes, text_column: str, where: str, expected: str) -> object:
+def _decode_json(content: str | bytes, text_column: str, where: str, expected: str, is_utf8: bool = False) -> object:
     try:
         return _decode(content) if isinstance(content, str) else _decode_row(content, text_column)
     except UnicodeDecodeError as error:
         line = f"{where}: not UTF-8 at byte {error.start} of the line"
-        raise DataError(f"{line}; {_mend_or_convert(error.object)}") from None
+        raise DataError(f"{line}; {_mend_or_convert(error.object, is_utf8)}") from None
     except json.JSONDecodeError as error:
         found = f"{error.msg.removesuffix(' at')} at character {error.pos + 1}"
         raise DataError(f"{where}: not JSON ({found}); mend it: {expected}") from None
@@ -387,14 +390,15 @@ def jsonl_texts(path: Path, text_column: str) -> Iterator[str]:
             number = 1 + head.count(b"\n", 0, len(head) - len(start))
             raise DataError(f"{path}, line {number}: holds a list, not an object; {ROW}, as from jq -c '.[]'")
         file.seek(0)
-        name = str(path)  # once, for there may be millions of rows
+        name, is_utf8 = str(path), False  # once, for there may be millions of rows
         for number, line in enumerate(iter(partial(file.readline, MAX_ROW_BYTES), b""), 1):
             if len(line) == MAX_ROW_BYTES:  # such as the zero bytes of a download that has not finished
                 raise DataError(f"{name}, line {number}: has {len(line):,} bytes or more; {ROW}; mend or remove it")
             if line[0] == 0xEF:  # each of several files that were put together may have a mark
                 line = _without_marks(line) or b"\n"
             if not line.isspace():
-                text = json_text(line, text_column, f"{name}, line {number}")
+                text = json_text(line, text_column, f"{name}, line {number}", is_utf8)
+                is_utf8 = is_utf8 or not line.isascii()
                 del line  # a row may be large
                 yield text
 

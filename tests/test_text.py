@@ -555,9 +555,12 @@ WRONG_ROWS = {
 }
 
 
-@pytest.mark.parametrize(("before", "advice"), [("", "convert it from the encoding"), ("Текст. ", "mend these bytes")])
-def test_a_row_with_a_byte_that_is_not_utf8_is_mended_or_converted(tmp_path, before, advice):
-    write(tmp_path, {"a.jsonl": b'{"text": "one"}\n{"text": "' + before.encode() + b'caf\xe9"}\n'})
+@pytest.mark.parametrize(
+    ("first", "before", "advice"),
+    [("one", "", "convert it from the encoding"), ("one", "Текст. ", "mend these bytes"), ("Текст", "", "mend these")],
+)
+def test_a_row_with_a_byte_that_is_not_utf8_is_mended_or_converted(tmp_path, first, before, advice):
+    write(tmp_path, {"a.jsonl": f'{{"text": "{first}"}}\n{{"text": "{before}'.encode() + b'caf\xe9"}\n'})
     assert "a.jsonl, line 2: not UTF-8 at byte " in refused(str(tmp_path)) and advice in refused(str(tmp_path))
 
 
