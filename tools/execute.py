@@ -20,16 +20,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 STOPPED = "stopped; the same command goes on from the last checkpoint"
-STOPPING = 3600.0  # seconds for a training to end a step, write a checkpoint and close its loggers
+STOPPING = 240.0  # seconds for a training to end a step, write a checkpoint and close its loggers
 if __name__ == "__main__":  # until `main`: the rest takes seconds to import
     signal.signal(signal.SIGINT, lambda *_: sys.exit(STOPPED))
 
 import nbformat
 import papermill
+from jupyter_client.manager import AsyncKernelManager
 from nbclient.exceptions import DeadKernelError
 from nbconvert import HTMLExporter, ScriptExporter
 from nbconvert.preprocessors import CoalesceStreamsPreprocessor, TagRemovePreprocessor
-from traitlets.config import Config
 
 from machinery.errors import UserError, first_line, told
 from machinery.files import folder_path
@@ -81,6 +81,17 @@ def kernel_errors_to(path: Path) -> Iterator[None]:
         os.close(screen)
 
 
+class PatientKernel(AsyncKernelManager):
+    """A kernel that is not killed after some seconds where a training may have been told to stop."""
+
+    is_training = False
+
+    async def shutdown_kernel(self, now: bool = False, restart: bool = False) -> None:
+        if self.is_training:
+            self.shutdown_wait_time = STOPPING
+        await super().shutdown_kernel(now=now, restart=restart)
+
+
 def execute(parameters: dict, unfinished: Path) -> nbformat.NotebookNode:
     """The executed notebook, whose prints appear on the screen. It is kept in `unfinished` where a cell fails."""
     log = unfinished.with_suffix(".log")
@@ -89,7 +100,7 @@ def execute(parameters: dict, unfinished: Path) -> nbformat.NotebookNode:
             papermill.execute_notebook(
                 verbatim(NOTEBOOK), verbatim(unfinished), parameters, kernel_name="python3", progress_bar=False,
                 stdout_file=sys.stdout, stderr_file=sys.stdout,
-                config=Config({"KernelManager": {"shutdown_wait_time": STOPPING}}),
+                kernel_manager_class=PatientKernel,
             )  # fmt: skip
         return nbformat.read(unfinished, as_version=4)
     except papermill.PapermillExecutionError as error:
@@ -150,6 +161,7 @@ def stop(number: int, frame: object) -> None:
     for other in STOPS:
         if signal.getsignal(other) is stop:
             signal.signal(other, signal.default_int_handler)
+    PatientKernel.is_training = True
     print("\nstopping: a training ends its step and writes a checkpoint first (interrupt again to stop at once)")
     raise KeyboardInterrupt
 
