@@ -249,7 +249,7 @@ MANY_VALUES = 1 << 20  # in a row
 ROW = "a row is one object on one line"
 
 
-def json_text(line: str | bytes, text_column: str, where: str, is_utf8: bool = False) -> str:
+def json_text(line: bytes, text_column: str, where: str, is_utf8: bool = False) -> str:
     """The text of one row of JSON lines; "" for null. No other column is looked at. Raises `DataError`.
 
     With `is_utf8`, rows before it hold more than ASCII.
