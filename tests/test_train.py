@@ -427,7 +427,7 @@ class Interrupt:
     [
         {"optimizer": "muon", "micro_batch": 1},
         {"optimizer": "muon", "schedule": "linear", "compile": True, "dtype": "bfloat16", "n_layer": 1},
-        {"optimizer": "adamw", "schedule": "constant", "block_size": 64, "batch_tokens": 4096},  # over two epochs
+        {"optimizer": "adamw", "schedule": "constant", "block_size": 64, "batch_tokens": 2048},  # over two epochs
         {
             "optimizer": "muon",
             "attention": "mha",
@@ -1224,7 +1224,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_refused_and_kept(lm, setting
 def test_a_run_tells_when_its_text_repeats_and_that_the_best_was_earlier(lm, settings, capsys):
     """A few texts, learned by heart: the held-out loss falls, then rises."""
     config = settings(
-        max_steps=600, lr=0.03, n_layer=2, batch_tokens=512, micro_batch=32, eval_every=25, checkpoint_every=200,
+        max_steps=300, lr=0.03, n_layer=2, batch_tokens=512, micro_batch=32, eval_every=25, checkpoint_every=100,
         schedule="constant", val_fraction=0.5, eval_tokens=10**6,
     )  # fmt: skip
     summary = lm.train(config)
@@ -1233,7 +1233,7 @@ def test_a_run_tells_when_its_text_repeats_and_that_the_best_was_earlier(lm, set
     assert printed.count("it repeats now") == 1
     assert f"held-out loss was best at step {summary['best_step']:,}" in printed
     run = Path(config.runs_dir) / config.run_name
-    assert [int(path.name[5:]) for path in checkpoint_folders(run)] == [summary["best_step"], 400, 600]
+    assert [int(path.name[5:]) for path in checkpoint_folders(run)] == [summary["best_step"], 200, 300]
     _, best, _ = lm.load_run(run, step=summary["best_step"])
     scores = lm.evaluate(best, lm.prepare_data(config), Machine.find("cpu"), 32, math.inf)
     assert scores["val_bpb"] == pytest.approx(summary["best_val_bpb"], rel=0.01)
