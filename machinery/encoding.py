@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import threading
 from array import array
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -44,19 +43,13 @@ class Encoded:
 def encode_all(
     encoding: tiktoken.Encoding, documents: Iterable[tuple[str, str, Position]], dtype: np.dtype
 ) -> Iterator[Encoded]:
-    """Encode (side, text, position), in order. Threads encode, outside Python's lock, while more is read.
-
-    Each thread has an encoder of its own: of a shared one, only the thread that used it first is spared its lock.
-    """
-    own = threading.local()
-
-    def start() -> None:
-        own.encoder = Encoder(encoding, dtype)
+    """Encode (side, text, position), in order. Threads encode, outside Python's lock, while more is read."""
+    encoder = Encoder(encoding, dtype)
 
     def encode(texts: list[str]) -> list[tuple[list[np.ndarray], int, array, bytes]]:
-        return [([ids], *look_at_lines(text)) for ids, text in zip(own.encoder.encode(texts), texts)]
+        return [([ids], *look_at_lines(text)) for ids, text in zip(encoder.encode(texts), texts)]
 
-    with ThreadPoolExecutor(os.cpu_count(), initializer=start) as pool:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
         waiting: deque[tuple[list, list[Future], int]] = deque()
         ahead = 0
         for batch in _batches(documents):
