@@ -81,7 +81,9 @@ def tokenize(folder: Path, task: dict, progress: bool, source: Source, val_sourc
                 encoding = encoding or _make_tokenizer(folder, settings, source, way, span)
                 manifest = manifest or new_manifest(settings, encoding, way, span)
                 with contextlib.suppress(UnevenSides):
-                    write_shards(folder, manifest, encoding, source, val_source, task["train_tokens"], advance)
+                    wanted = task["train_tokens"]
+                    while not write_shards(folder, manifest, encoding, source, val_source, wanted, advance):
+                        pass
                     break
                 encoding, manifest, read = None, {}, 0  # the same text again
                 bar.reset()

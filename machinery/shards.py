@@ -330,10 +330,11 @@ def write_shards(
     val_source: Source | None,
     train_tokens: int | None,
     advance: Callable[[int], object],
-) -> None:
+) -> bool:
     """Read on from `manifest["position"]` and close shards until the source or `train_tokens` ends.
 
-    Calls `advance` with the bytes of every document. Raises `DataError`, or `UnevenSides` before anything is written.
+    Calls `advance` with the bytes of every document. Returns whether that is all: where ends are held out, what follows
+    the first shards is read on without a cut. Raises `DataError`, or `UnevenSides` before anything is written.
     """
     settings = manifest["settings"]
     train, held_out = ShardWriter(folder, "train", manifest), HeldOut(folder, manifest, encoding)
@@ -367,11 +368,12 @@ def write_shards(
                 manifest["text"] = text_digest(source, val_source)
             _close(folder, manifest, train, held_out, position)
             if is_enough(manifest, train_tokens):
-                return
-            if is_first and manifest["held_out"] == "tails":  # what follows is read on without a cut
-                return write_shards(folder, manifest, encoding, source, val_source, train_tokens, advance)
+                return True
+            if is_first and manifest["held_out"] == "tails":
+                return False
     manifest["complete"] = True
     _close(folder, manifest, train, held_out, position)
+    return True
 
 
 def text_digest(source: Source, val_source: Source | None) -> str:
