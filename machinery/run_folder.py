@@ -202,6 +202,8 @@ class RunFolder:
             return
         logs = [self.path / name for name in ("metrics.jsonl", "samples.jsonl")]
         kept = [_lines_until(at_step, log) if at_step else b"" for log in logs]
+        if at_step and not kept[0]:
+            print(f"{logs[0]} was removed or emptied: its curves begin at step {at_step:,}")
         summary, advice = self.path / "summary.json", "remove it, or check the permissions"
         self._files = {"config": portable(config), **files}
         self._write_files()

@@ -523,7 +523,7 @@ def test_scores_of_different_texts_are_not_compared(lm, settings, monkeypatch):
     assert next(scores, None) is None
 
 
-def test_a_finished_run_is_not_trained_further(lm, settings):
+def test_a_finished_run_is_not_trained_further(lm, settings, capsys):
     config = settings()
     first = lm.train(config)
     again = lm.train(config)
@@ -531,7 +531,13 @@ def test_a_finished_run_is_not_trained_further(lm, settings):
     assert [again[name] for name in kept] == [first[name] for name in kept] and again["predicted"]
     more = lm.train(replace(config, max_steps=20, micro_batch=2))
     assert more["steps"] == 20
-    assert read_state(newest_checkpoint(Path(config.runs_dir) / config.run_name))["micro_batch"] == 2
+    run = Path(config.runs_dir) / config.run_name
+    assert read_state(newest_checkpoint(run))["micro_batch"] == 2
+    capsys.readouterr()
+    (run / "metrics.jsonl").unlink()
+    lm.train(replace(config, max_steps=24, micro_batch=2))
+    assert "metrics.jsonl was removed or emptied: its curves begin at step 20" in capsys.readouterr().out
+    assert [line["step"] for line in read_jsonl(run / "metrics.jsonl")] == [21, 22, 23, 24]
 
 
 def test_a_micro_batch_changed_by_hand_counts_also_after_a_start_that_was_cut_off(lm, settings, monkeypatch):
