@@ -55,7 +55,7 @@ browser: .venv/dev
 
 scores: .venv/dev
 	@test -n "$$RUN" || { echo 'make scores RUN=runs/... : which run?'; exit 1; }
-	@HF_HUB_OFFLINE=1 $(BIN)/python -m tools.scores "$$RUN"
+	@HF_HUB_OFFLINE=1 $(BIN)/python -m tools.scores "$$RUN" $${SOURCE:+"$$SOURCE"}
 
 drill: .venv/dev
 	$(BIN)/python -m tools.drills.drill

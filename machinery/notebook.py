@@ -61,8 +61,8 @@ class Training(subprocess.Popen):
     def kill(self) -> None:
         if (self.poll() or 0) > 0:
             raise UserError(
-                "the other process failed before it was killed, as it says above; it knows the saved LMHarness.ipynb"
-                " alone, and of that the cells with the tag `define`"
+                "the other process failed, for the reason above; if that is something you wrote: it knows the saved"
+                " LMHarness.ipynb alone, and of that the cells with the tag `define`"
             )
         super().kill()
 

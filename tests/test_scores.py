@@ -32,7 +32,7 @@ lm_eval = pytest.importorskip("lm_eval", reason="lm_eval is not installed: see t
 from lm_eval.api.model import TemplateLM  # noqa: E402
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window  # noqa: E402
 
-from tools.scores.__main__ import compare  # noqa: E402
+from tools.scores.__main__ import by_ours, compare  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +82,13 @@ def test_scores_equal_those_of_lm_eval(lm, run, capsys):
     # and the loop's own evaluation, on the same text in windows, is close: other borders, end-of-text tokens too
     in_windows = lm.evaluate(model, data, Machine.find("cpu", "float32"), 8, math.inf)["val_bpb"]
     assert ours["documents"]["bits_per_byte"] == pytest.approx(in_windows, rel=0.02)
+
+
+def test_a_run_whose_source_has_an_absolute_path_is_scored_with_that_path(run, code, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="source '…/.*' is the end of a path"):
+        by_ours(run[0], tmp_path, Machine.find("cpu"))
+    assert by_ours(run[0], tmp_path, Machine.find("cpu"), code).keys() == {"endings", "documents"}
 
 
 @pytest.mark.parametrize("texts", [[], [""], None, "a text", [3]], ids=repr)

@@ -647,9 +647,7 @@ def test_a_run_elsewhere_ends_with_who_started_it_and_keeps_a_checkpoint(setting
 def test_a_run_that_fails_elsewhere_is_not_taken_for_a_killed_one(settings):
     with train_elsewhere(replace(settings(), ffn="of another notebook"), stderr=subprocess.DEVNULL) as process:
         process.wait()
-        with pytest.raises(
-            UserError, match="failed before it was killed, as it says above; it knows the saved LMHarness.ipynb alone"
-        ):
+        with pytest.raises(UserError, match="failed, for the reason above; .* knows the saved LMHarness.ipynb alone"):
             process.kill()
 
 

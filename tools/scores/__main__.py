@@ -2,7 +2,8 @@
 
     make scores RUN=runs/demo-44feb9
 
-Both read the two task files in the run's folder, `scores/`, which are made where there are none. Nothing is downloaded.
+Both read the two task files in the run's folder, `scores/`, which are made where there are none, from the run's source:
+SOURCE=/all/of/its/path where that is not below the current folder. Nothing is downloaded.
 What was measured is kept beside them, in `scores.json`.
 """
 
@@ -13,6 +14,7 @@ import importlib.metadata
 import logging
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from data_utils import prepare_data
@@ -27,11 +29,11 @@ from tools.scores.scoring import score_choices, score_documents
 TASKS = {"endings": "heldout_endings", "documents": "heldout_documents"}  # file, and the task's name in lm_eval
 
 
-def by_ours(run: Path, folder: Path, machine: Machine) -> dict[str, dict[str, float]]:
+def by_ours(run: Path, folder: Path, machine: Machine, source: str = "") -> dict[str, dict[str, float]]:
     """The scores of the newest checkpoint on the tasks in `folder`, which are made where there are none."""
     config, model, encoding = lm.load_run(run, machine.device)
     if not any((folder / f"{name}.jsonl").exists() for name in TASKS):
-        data = prepare_data(config)
+        data = prepare_data(replace(config, source=source or config.source))
         texts = held_out_documents(data, 8 * config.eval_tokens)
         write_tasks(folder, make_questions(texts, config.block_size), texts)
     scores = {}
@@ -66,10 +68,13 @@ def by_lm_eval(checkpoint: Path, folder: Path, block_size: int, device: str) -> 
     }
 
 
-def compare(run: Path) -> dict:
-    """Both sets of scores with the versions that made them; printed, and written to scores/scores.json."""
+def compare(run: Path, source: str = "") -> dict:
+    """Both sets of scores with the versions that made them; printed, and written to scores/scores.json.
+
+    Of a path elsewhere, a run keeps the end alone: then `source` is all of it.
+    """
     folder, machine = run / "scores", Machine.find("auto", "float32")
-    ours = by_ours(run, folder, machine)
+    ours = by_ours(run, folder, machine, source)
     export = export_hf(run, folder / "export")
     theirs = by_lm_eval(export, folder, read_json(run / "config.json")["block_size"], str(machine.device))
     versions = {name: importlib.metadata.version(name) for name in ("lm_eval", "transformers", "torch")}
@@ -87,6 +92,6 @@ def compare(run: Path) -> dict:
 
 if __name__ == "__main__":
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    if len(sys.argv) != 2:
-        raise UserError("python -m tools.scores RUN: which run? For example runs/demo-44feb9")
-    compare(folder_path(sys.argv[1]))
+    if len(sys.argv) not in (2, 3):
+        raise UserError("python -m tools.scores RUN [SOURCE]: which run? For example runs/demo-44feb9")
+    compare(folder_path(sys.argv[1]), *sys.argv[2:])
