@@ -26,21 +26,25 @@ from machinery.text_files import in_parts
 PIECE = 1 << 18  # characters of a text that are encoded and looked at together; more at once is not faster
 LINE_ENDS = bytes.maketrans(b"\r\v\f\x1c\x1d\x1e\x1f", b"\n" * 6 + b" ")  # as `str.splitlines` sees them
 ODD_BLANKS = re.compile(
-    rb"\xc2[\x85\xa0\xad]|\xe1\x9a\x80|\xe2(?:\x80[\x80-\x8f\xa8\xa9\xaf]|\x81[\x9f\xa0])|\xe3\x80\x80|\xef\xbb\xbf"
+    rb"\xc2[\x85\xa0\xad]|\xe1\x9a\x80|\xe2(?:\x80[\x80-\x8f\xa8-\xaf]|\x81[\x9f\xa0\xa6-\xa9])|\xe3\x80\x80|\xef\xbb\xbf"
 )
 ODD_LINE_ENDS = {end.encode() for end in "\x85\u2028\u2029"}  # among those blanks: U+00A0, U+2003, U+3000, …
 NO_WIDTH = {sign.encode() for sign in "\xad\u200b\u200c\u200d\u200e\u200f\u2060\ufeff"}
+NO_WIDTH |= {chr(code).encode() for code in (*range(0x202A, 0x202F), *range(0x2066, 0x206A))}  # for right to left
 LONG_LINE, SPACED_LINE = 16, 20  # characters of a line that tells one document from another, without and with blanks
 FOLLOWING = 32  # bytes of a short line with what follows
 CONTINUED = bytes(range(0x80, 0xC0))  # what follows the first byte of a character
 FEW, FEW_LINES = 0.25, 0.15  # share of a text, or of its lines, that is longer, under which its short lines count too
-QUOTED = re.compile(rb"(?m)^(?:[ \t]*>(?!>>))+")  # as in a reply; ">>>" is Python's
+QUOTED = re.compile(rb"(?m)^(?:[ \t]*>)+")  # as in a reply
+REPLY = re.compile(rb"(?m)^[ \t]*>(?!>>)")  # which quotes once or twice, too; ">>>" alone is Python's prompt
+MARKS = re.compile(rb"(?:[\xcc\xcd][\x80-\xbf]){64}")  # on one letter; to put n of them in order takes n² steps
 LONGEST_LINE = 1 << 16  # bytes of a line that counts as one
 CUT = re.compile(rb"(?<=[%b]{2})" % re.escape(bytes(range(5, 256, 16))))  # of a longer one: between some pairs of bytes
 NEAR_COPY = 0.5  # share of a document's longer lines that makes a near-copy
 MANY, TAIL = 20, 1000  # so many documents whose ends are shorter than so many bytes: some are held out whole
 FOOTER = 1 << 16  # characters at the end of a text among which what ends many texts is looked for
 COMMON = 0.25  # share of the documents that a line stands in which tells none of them from another
+OWN = 8  # lines of a text's own, more than which no footer goes on before
 
 
 def long_lines(content: bytes) -> list[bytes]:
@@ -92,11 +96,12 @@ def _plain(content: bytes) -> bytes:
     """A text with plain line ends and blank space, its accents composed."""
     if not content.isascii():
         text = content.decode("utf-8", "surrogatepass")
-        if not unicodedata.is_normalized("NFC", text):
+        if not MARKS.search(content) and not unicodedata.is_normalized("NFC", text):
             content = unicodedata.normalize("NFC", text).encode("utf-8", "surrogatepass")
         content = ODD_BLANKS.sub(lambda found: _plain_blank(found[0]), content)
     content = content.translate(LINE_ENDS)
-    return QUOTED.sub(b"", content) if content.startswith(b">") or b"\n>" in content else content
+    is_reply = (content.startswith(b">") or b"\n>" in content) and REPLY.search(content)
+    return QUOTED.sub(b"", content) if is_reply else content
 
 
 def _plain_blank(blank: bytes) -> bytes:
@@ -185,17 +190,25 @@ def cut_tail(text: str, fraction: float, common: Container[bytes] = ()) -> tuple
 
 
 def _before_footer(text: str, common: Container[bytes]) -> int:
-    """Where the common lines at the end of a text begin; its length where there are no others."""
+    """Where common lines at the end of a text begin, with a few of its own among them; its length where it has no own.
+
+    That is where from there on most more lines are common than are not.
+    """
     end = start = len(text)
+    own = score = most = 0
     for line in reversed(text[-FOOTER:].splitlines(keepends=True)):
         start -= len(line)
         spaced = _plain(line.encode("utf-8", "surrogatepass"))
         dense = spaced.translate(None, b" \t\r\n")
         if dense in common:
-            end = start
+            score += 1
         elif _is_long(dense, spaced):
-            return end
-    return len(text)
+            own, score = own + 1, score - 1
+        if score > most:
+            most, end = score, start
+        elif score < most - OWN:
+            break
+    return end if own else len(text)
 
 
 class HeldOutLines:

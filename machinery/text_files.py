@@ -246,6 +246,7 @@ def _decode(text: str) -> object:
 
 
 MANY_VALUES = 1 << 20  # in a row
+HIGH_ESCAPE = re.compile(rb"\\u(?!00[0-7])")  # in JSON, of a character beyond ASCII
 ROW = "a row is one object on one line"
 
 
@@ -292,7 +293,7 @@ def _decode_row(line: bytes, text_column: str) -> object:
         with contextlib.suppress(ValueError):  # told below
             if text := _text_alone(line, text_column):
                 return {text_column: text}
-    if not line.isascii() and b"\\u" not in line:
+    if not line.isascii() and not HIGH_ESCAPE.search(line):
         with contextlib.suppress(ValueError, AttributeError):  # told below
             row = _decode(line.decode("latin-1"))
             row = {_as_utf8(name): value for name, value in row.items()}

@@ -144,6 +144,7 @@ def test_a_tail_ends_before_the_footer_and_nothing_is_lost():
     rest, tail = cut_tail(texts[0], 0.3, common)
     assert tail.endswith("the last own line, of 0\n") and rest == texts[0].replace(tail, "") and footer in rest
     assert cut_tail(footer, 0.3, common) == cut_tail(footer, 0.3)  # all of it is common
+    assert cut_tail(texts[0] + "a line of its own, after it\n", 0.3, common)[1] == tail
     assert common_lines(texts[:1]) == set()
 
 

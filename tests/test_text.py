@@ -528,12 +528,20 @@ def test_texts_are_not_read_as_anything_else(tmp_path, texts):
 
 @pytest.mark.usefixtures("rows_of")
 @pytest.mark.parametrize(
-    "value", ['"é🙂 ÿ"', '"\\u00e9\\ud83d\\ude42 \\u00ff"', '"é\\ud83d\\ude42 ÿ"', '"é🙂 \\u00ff"']
+    "value",
+    [
+        '"é🙂 ÿ"',
+        '"\\u00e9\\ud83d\\ude42 \\u00ff"',
+        '"é\\ud83d\\ude42 ÿ"',
+        '"é🙂 \\u00ff"',
+        '"\\u001bé🙂\\u007f"',
+        '"\\u0080é"',
+    ],
 )
 @pytest.mark.parametrize("other", ["1", '"Ж"', '"\\u0416"', '["Ж", {"Ж": null}]'])
 def test_rows_beyond_ascii_however_they_are_written(tmp_path, value, other):
     write(tmp_path, {"a.jsonl": f'{{"Ж": {other}, "текст": {value}}}\n'})
-    assert list(iter_documents(str(tmp_path), text_column="текст")) == ["é🙂 ÿ"]
+    assert list(iter_documents(str(tmp_path), text_column="текст")) == [json.loads(value)]
     assert "no column 'text'; there are 'Ж', 'текст'" in refused(str(tmp_path))
     write(tmp_path, {"a.jsonl": f'{{"Ж": {other}, "текст": {value}}} x\n'})
     assert "line 1: not JSON (Extra data at character " in refused(str(tmp_path))

@@ -16,7 +16,7 @@ from data_utils import get_tokenizer, prepare_data
 from machinery import sources, text_files
 from machinery.encoding import encode_all
 from machinery.errors import DataError, UserError
-from machinery.held_out import common_lines, cut_tail, smallest_of_text
+from machinery.held_out import common_lines, cut_tail, long_lines, smallest_of_text
 from machinery.preparation import open_sources, tokenize
 from machinery.tokenizers import tokenizer_to_dict
 from tests.test_text import prepare, texts_of, told, write
@@ -52,10 +52,13 @@ VARIANTS = {  # how a copy may differ from its original
     "blank lines": lambda text, i: text.replace("\n", "\n\n"),
     "indented": lambda text, i: re.sub("(?m)^", "\t", text),
     "quoted twice": lambda text, i: re.sub("(?m)^", ">> " if i % 2 else "> > ", text),
+    "quoted often": lambda text, i: (
+        "> " * (i % 2) + re.sub("(?m)^", ">" * (3 + i % 3) + " ", text) + "> so\n>> it is\n"
+    ),
     "blank space at line ends": lambda text, i: text.replace("\n", "  \n"),
     "blank space of other kinds": lambda text, i: text.replace(" ", "\u3000\xa0\u2003"),
     "blank space of any kind": lambda text, i: text.replace(" ", BLANKS),
-    "signs without width": lambda text, i: text.replace(" ", " \u200d").replace("\n", "\u200e\n"),
+    "signs without width": lambda text, i: text.replace(" ", " \u200d\u202b").replace("\n", "\u200e\u2069\n"),
     "line ends of other kinds": lambda text, i: text.replace("\n", "\x85\u2028\f"),
     "blank space within lines": lambda text, i: text.replace(" ", "   "),
     "accents apart": lambda text, i: unicodedata.normalize("NFD", text),
@@ -71,6 +74,10 @@ VARIANTS = {  # how a copy may differ from its original
     "inside a longer text": lambda text, i: prose(f"before {i}", 30) + text + prose(f"after {i}", 30),
     "lines in another order": lambda text, i: "".join(sorted(text.splitlines(True))),
 }
+
+
+def test_a_text_of_marks_alone_takes_no_longer_than_another():
+    long_lines("\u0301\u0323".encode() * (1 << 17))  # a minute, if they were put in order
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
