@@ -441,6 +441,8 @@ def _check_column(schema, text_column: str, path: Path) -> None:
 
 
 def _parquet_column(file, text_column: str, path: Path) -> Iterator[str]:
+    from pyarrow import default_memory_pool
+
     first = 1  # rows are counted from 1, as lines are
     for group in range(file.num_row_groups):
         rows = file.metadata.row_group(group).num_rows
@@ -452,6 +454,8 @@ def _parquet_column(file, text_column: str, path: Path) -> Iterator[str]:
             column = batch.column(text_column)  # "a.b" also names a field of a column
             rows = len(batch)
             del batch
+            if column.nbytes > ROWS_BYTES:  # of a row that is larger, Arrow keeps what it has freed
+                default_memory_pool().release_unused()
             for number in range(rows):
                 try:
                     text = column[number].as_py() or ""
