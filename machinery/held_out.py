@@ -26,17 +26,18 @@ from machinery.text_files import in_parts
 PIECE = 1 << 18  # characters of a text that are encoded and looked at together; more at once is not faster
 LINE_ENDS = bytes.maketrans(b"\r\v\f\x1c\x1d\x1e\x1f", b"\n" * 6 + b" ")  # as `str.splitlines` sees them
 ODD_BLANKS = re.compile(
-    rb"\xc2[\x85\xa0\xad]|\xe1\x9a\x80|\xe2(?:\x80[\x80-\x8f\xa8-\xaf]|\x81[\x9f\xa0\xa6-\xa9])|\xe3\x80\x80|\xef\xbb\xbf"
+    rb"\xc2[\x85\xa0\xad]|\xd8\x9c|\xe1(?:\x9a\x80|\xa0\x8e)|\xe2(?:\x80[\x80-\x8f\xa8-\xaf]|\x81[\x9f-\xaf])"
+    rb"|\xe3\x80\x80|\xef(?:\xbb\xbf|\xb8[\x80-\x8f])"
 )
 ODD_LINE_ENDS = {end.encode() for end in "\x85\u2028\u2029"}  # among those blanks: U+00A0, U+2003, U+3000, …
-NO_WIDTH = {sign.encode() for sign in "\xad\u200b\u200c\u200d\u200e\u200f\u2060\ufeff"}
-NO_WIDTH |= {chr(code).encode() for code in (*range(0x202A, 0x202F), *range(0x2066, 0x206A))}  # for right to left
+NO_WIDTH = {sign.encode() for sign in "\xad\u061c\u180e\u200b\u200c\u200d\u200e\u200f\ufeff"}
+NO_WIDTH |= {chr(code).encode() for code in (*range(0x202A, 0x202F), *range(0x2060, 0x2070), *range(0xFE00, 0xFE10))}
 LONG_LINE, SPACED_LINE = 16, 20  # characters of a line that tells one document from another, without and with blanks
 FOLLOWING = 32  # bytes of a short line with what follows
 CONTINUED = bytes(range(0x80, 0xC0))  # what follows the first byte of a character
 FEW, FEW_LINES = 0.25, 0.15  # share of a text, or of its lines, that is longer, under which its short lines count too
 QUOTED = re.compile(rb"(?m)^(?:[ \t]*>)+")  # as in a reply
-REPLY = re.compile(rb"(?m)^[ \t]*>(?!>>)")  # which quotes once or twice, too; ">>>" alone is Python's prompt
+REPLY = re.compile(rb"(?m)^>(?!>>)")  # which quotes once or twice, too, or mostly; else ">>>" is Python's prompt
 MARKS = re.compile(rb"(?:[\xcc\xcd][\x80-\xbf]){64}")  # on one letter; to put n of them in order takes n² steps
 LONGEST_LINE = 1 << 16  # bytes of a line that counts as one
 CUT = re.compile(rb"(?<=[%b]{2})" % re.escape(bytes(range(5, 256, 16))))  # of a longer one: between some pairs of bytes
@@ -100,7 +101,8 @@ def _plain(content: bytes) -> bytes:
             content = unicodedata.normalize("NFC", text).encode("utf-8", "surrogatepass")
         content = ODD_BLANKS.sub(lambda found: _plain_blank(found[0]), content)
     content = content.translate(LINE_ENDS)
-    is_reply = (content.startswith(b">") or b"\n>" in content) and REPLY.search(content)
+    quoted = content.startswith(b">") + content.count(b"\n>")
+    is_reply = quoted and (REPLY.search(content) or 2 * quoted > content.count(b"\n"))
     return QUOTED.sub(b"", content) if is_reply else content
 
 

@@ -225,10 +225,10 @@ class Collected:
             at, line = at + size, line + lines
 
     def standing_in(self, training: array) -> list[bool]:
-        """Of each, whether half of its lines stand in the training text, whose hashes of lines are given."""
+        """Of each, whether half of its different lines stand in the training text, whose hashes of lines are given."""
         shared = set(self.lines).intersection(training)
         return [
-            any(sum(line in shared for line in kind) >= NEAR_COPY * len(kind) for kind in comparable(document.lines))
+            any(len(shared.intersection(kind)) >= NEAR_COPY * len(kind) for kind in comparable({*document.lines}))
             for document in self
         ]
 

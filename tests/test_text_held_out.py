@@ -53,12 +53,12 @@ VARIANTS = {  # how a copy may differ from its original
     "indented": lambda text, i: re.sub("(?m)^", "\t", text),
     "quoted twice": lambda text, i: re.sub("(?m)^", ">> " if i % 2 else "> > ", text),
     "quoted often": lambda text, i: (
-        "> " * (i % 2) + re.sub("(?m)^", ">" * (3 + i % 3) + " ", text) + "> so\n>> it is\n"
+        re.sub("(?m)^", ">" * (3 + i % 3) + " ", text) + ("> so\n>> it is\n" if i % 2 else "")
     ),
     "blank space at line ends": lambda text, i: text.replace("\n", "  \n"),
     "blank space of other kinds": lambda text, i: text.replace(" ", "\u3000\xa0\u2003"),
     "blank space of any kind": lambda text, i: text.replace(" ", BLANKS),
-    "signs without width": lambda text, i: text.replace(" ", " \u200d\u202b").replace("\n", "\u200e\u2069\n"),
+    "signs without width": lambda text, i: text.replace(" ", " \u200d\u202b\ufe0f").replace("\n", "\u061c\u2069\n"),
     "line ends of other kinds": lambda text, i: text.replace("\n", "\x85\u2028\f"),
     "blank space within lines": lambda text, i: text.replace(" ", "   "),
     "accents apart": lambda text, i: unicodedata.normalize("NFD", text),
@@ -74,6 +74,25 @@ VARIANTS = {  # how a copy may differ from its original
     "inside a longer text": lambda text, i: prose(f"before {i}", 30) + text + prose(f"after {i}", 30),
     "lines in another order": lambda text, i: "".join(sorted(text.splitlines(True))),
 }
+
+
+@pytest.mark.parametrize("refrain", ["of its own", "of all"])
+def test_a_line_that_comes_again_in_a_document_counts_once(tmp_path, refrain):
+    verses = [prose(i, 8).splitlines() for i in range(150)]
+    if refrain == "of all":  # as between the parts of a document; they have nothing else in common
+        texts = ["".join(f"{line}\n{'-' * 40}\n" for line in lines) for lines in verses]
+    else:
+        texts = ["\n".join(lines) for lines in verses]
+        again = [f"\nand this is what song {i} repeats\n" for i in range(150)]
+        texts += [again[i] + "".join(line + again[i] for line in lines) for i, lines in enumerate(verses)]
+    data = prepare(tmp_path, write(tmp_path, {f"{i}.txt": text for i, text in enumerate(texts)}))
+    assert data.manifest["held_out"] == "documents"
+    if refrain == "of all":
+        assert data.manifest["set_aside"]["documents"] == 0
+    else:
+        known = {line for text in texts_of(data, "train") for line in text.splitlines()}
+        held_out = [{*text.splitlines()} for text in texts_of(data, "val")]
+        assert held_out and all(2 * len(lines & known) < len(lines) for lines in held_out)
 
 
 def test_a_text_of_marks_alone_takes_no_longer_than_another():
