@@ -4,7 +4,7 @@ Documents are compared by their longer lines; blank space, line ends, ways to wr
 line do not count. The side of a document is that of its smallest line, by a hash: a function of its content alone, in
 which near-copies mostly agree, since two documents have the same smallest line as often as they have lines in common
 (MinHash; Broder 1997). What then still stands on both sides is set aside. A copy is not found that has other words,
-case or quotation marks in most lines, a number before each, or its lines cut at other places.
+case or quotation marks in most lines, a number or blanks and ">" before each, or its lines cut at other places.
 """
 
 from __future__ import annotations
