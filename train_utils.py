@@ -21,7 +21,7 @@ from machinery.checkpoints import MOVE_AWAY, CheckpointError, Saver, check_weigh
 from machinery.errors import plain_errors, told
 from machinery.interrupts import StopRequest
 from machinery.loggers import Loggers
-from machinery.machine import Machine, compile_or_eager, left_as_it_was, measure_matmul_flops, time_per_call
+from machinery.machine import Machine, compile_or_eager, left_as_it_was, measure_matmul_flops, time_between
 from machinery.processes import lost_process
 from machinery.run_folder import PLACES, RunFolder, describe_environment, portable
 from machinery.screen import Screen, keep_printing
@@ -174,16 +174,15 @@ class Run:
         config, machine, at = self.config, self.machine, self.at
         spent = at.step, at.tokens, at.seconds
         if self.progress() < 1:
-            long = min(2.0, 36 * config.max_hours)  # seconds, a hundredth of a run by the clock
+            long = min(1.0, 18 * config.max_hours)  # seconds, a two-hundredth of a run by the clock
             with left_as_it_was(self.model, *self.optimizers, self.scaler):
                 one, two = (lambda n=n: (batches.retry(self.model, lambda: gradient(n)), update()) for n in (1, 2))
-                step = time_per_call(one, machine, 3, long)
-                if more := batches.micro_steps - 1:
-                    step += more * max(0.0, time_per_call(two, machine, 3, long) - step)
-            scoring = time_per_call(lambda: batches.retry(self.model, evaluation), machine, 1)
+                others = lambda: batches.retry(self.model, evaluation), sample, two
+                step, scoring, sampling, double = time_between(one, others, machine, long)
+                step += (batches.micro_steps - 1) * max(0.0, double - step)
             tokens = min(budget_left(config, config.batch_tokens / step, spent).values())
             steps = max(1, math.ceil(tokens / config.batch_tokens))
-            self._between = seconds_between(config, at.step, steps, scoring, time_per_call(sample, machine, 1))
+            self._between = seconds_between(config, at.step, steps, scoring, sampling)
             batches.seek()
             own, rate = replace(config, micro_batch=at.micro_batch), config.batch_tokens / (step + self._between)
             p = predict(self.model, self.optimizers, own, machine, rate, self._in_use, used=spent)

@@ -78,7 +78,7 @@ def _text_file(path: str | Path, passed_over: Counter[str]) -> tuple[int, int] |
     found = _stat(path)
     if not (found and stat.S_ISREG(found.st_mode)):
         passed_over["broken links, devices, unreadable files"] += 1
-    elif _to_read(path).suffix not in SUFFIXES:
+    elif os.path.splitext(path)[1] not in SUFFIXES and _to_read(path).suffix not in SUFFIXES:
         passed_over[Path(path).suffix or "without a suffix"] += 1
     elif not found.st_size:
         passed_over["empty files"] += 1

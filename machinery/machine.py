@@ -12,7 +12,7 @@ import shutil
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -247,6 +247,17 @@ def time_per_call(call: Callable, machine: Machine, calls: int = 5, least: float
         machine.synchronize()
         seconds.append(time.perf_counter() - start)
     return statistics.median(seconds[1:])
+
+
+def time_between(call: Callable, others: Iterable[Callable], machine: Machine, least: float) -> list[float]:
+    """Seconds of a call, the median of spells before, between and after the others, and of each of these. A spell is of
+    `least` seconds; a slow moment of the machine does not pass for its speed.
+    """
+    spells, found = [time_per_call(call, machine, 1, least)], []
+    for other in others:
+        found.append(time_per_call(other, machine, 1, least))
+        spells.append(time_per_call(call, machine, 1, least))
+    return [statistics.median(spells), *found]
 
 
 @contextlib.contextmanager

@@ -182,11 +182,10 @@ def texts(path: Path, separator: re.Pattern | None) -> Iterator[str]:
     """The text of a file; in several parts where it is long, cut at a separator or a line end."""
     decoder, rest, is_utf8 = codecs.getincrementaldecoder("utf-8")(), "", False
     with path.open("rb") as file:
-        _check_format(path, file.read(4096))
-        file.seek(0)
+        _check_format(path, file.peek(4096)[:4096])
         try:
             while block := file.read(MAX_DOCUMENT_BYTES):
-                block += file.readline(MAX_LINE_BYTES)
+                block += file.readline(MAX_LINE_BYTES) if len(block) == MAX_DOCUMENT_BYTES else b""
                 while block.endswith(b"\r") and (more := file.read(1)):  # a line end is not cut
                     block += more
                 rest += decoder.decode(block)

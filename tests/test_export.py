@@ -790,19 +790,22 @@ def test_a_tokenizer_that_cuts_or_fills_up_gives_the_ids_of_the_whole_text(tmp_p
     assert read_tokenizer(tmp_path).encode_ordinary("Größe") == BYTES.encode_ordinary("Größe")
 
 
+ALPHABET = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+
+
 @pytest.mark.parametrize(
-    ("first", "last", "named"),
+    ("first", "last", "alphabet", "named"),
     [
-        ([], ["<|endoftext|>"], None),
-        ([], ["</s>"], "added_tokens are without <|endoftext|>"),
-        (["<|endoftext|>"], [], "ids begin after a special token; train without one, and add it afterwards"),
-        ([], [], "added_tokens are without <|endoftext|>"),
+        ([], ["<|endoftext|>"], ALPHABET, None),
+        ([], ["</s>"], ALPHABET, "added_tokens are without <|endoftext|>"),
+        (["<|endoftext|>"], [], ALPHABET, "ids begin after a special token; train without one, and add it afterwards"),
+        ([], [], ALPHABET, "added_tokens are without <|endoftext|>"),
+        ([], ["<|endoftext|>"], [], "vocab lacks 244 bytes of 256; give the trainer initial_alphabet="),
     ],
 )
-def test_a_tokenizer_that_was_just_learned(tmp_path, first, last, named):
+def test_a_tokenizer_that_was_just_learned(tmp_path, first, last, alphabet, named):
     theirs = tokenizers.Tokenizer(tokenizers.models.BPE())
     theirs.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
     trainer = tokenizers.trainers.BpeTrainer(vocab_size=300, special_tokens=first, initial_alphabet=alphabet)
     theirs.train_from_iterator(["the lower, the slower; the lowest, the slowest\n"] * 50, trainer)
     theirs.add_special_tokens(last)

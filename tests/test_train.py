@@ -515,7 +515,7 @@ def test_scores_of_different_texts_are_not_compared(lm, settings, monkeypatch):
         ({"max_steps": 29, "eval_tokens": 128}, (2.7, 28, 128)),
     ]:
         with monkeypatch.context() as patch:
-            patch.setattr("train_utils.time_per_call", lambda *_: 1.0)
+            patch.setattr("train_utils.time_between", lambda *_: [1.0] * 4)
             patch.setitem(lm.train.__globals__, "evaluate", evaluate)
             summary = lm.train(replace(config, **change))
         assert tuple(summary[f"best_{name}"] for name in ("val_bpb", "step", "tokens")) == best
@@ -968,7 +968,7 @@ def test_what_is_predicted_counts_whole_steps_tables_and_the_copy_of_a_checkpoin
 
 
 def test_the_last_evaluation_is_foretold_from_what_one_computes_at_least(lm, settings, monkeypatch):
-    monkeypatch.setattr("train_utils.time_per_call", lambda *arguments: 1.0)
+    monkeypatch.setattr("train_utils.time_between", lambda *_: [1.0] * 4)
     config = settings(eval_tokens=1, max_steps=2)
     summary = lm.train(config)
     data, batch = lm.prepare_data(config), config.block_size * config.micro_batch
@@ -1174,7 +1174,7 @@ def test_time_left_and_progress_of_a_resumed_run_are_those_of_its_budget(lm, set
 @pytest.mark.parametrize(("every", "between"), [((4, 6), 5), ((7, 10**6), 3), ((10**6, 10**6), 2)])
 def test_time_left_counts_evaluations_and_samples(lm, settings, monkeypatch, every, between):
     """Each takes a second, and so does a step, as far as the preflight knows."""
-    monkeypatch.setattr("train_utils.time_per_call", lambda *_: 1.0)
+    monkeypatch.setattr("train_utils.time_between", lambda *_: [1.0] * 4)
     config = settings(max_steps=12, eval_every=every[0], sample_every=every[1])
     assert lm.train(config)["predicted"]["seconds"] == pytest.approx(12 + between)
     for line in read_jsonl(Path(config.runs_dir) / config.run_name / "metrics.jsonl"):

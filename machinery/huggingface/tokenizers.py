@@ -164,7 +164,7 @@ def read_tokenizer(folder: str | Path) -> tiktoken.Encoding:
     folder, path = Path(folder), Path(folder) / "tokenizer.json"
     with told(path, DataError, "not a byte-level BPE"):
         raw = _byte_level_bpe(read_json(path), path)
-        encoding = tokenizer_from_dict(tokenizer_to_dict(raw))
+        encoding = tokenizer_from_dict(tokenizer_to_dict(raw), path)
         loaded = tokenizers.Tokenizer.from_file(str(path))
         loaded.post_processor = tokenizers.processors.Sequence([])  # what it puts around a text, cuts or fills up is
         loaded.no_truncation()
@@ -190,6 +190,9 @@ def _byte_level_bpe(spec: dict, path: Path) -> tiktoken.Encoding:
     first = 0 < sum(number < numbers[0] for number in special.values()) == numbers[0]
     advice = "begin after a special token; train without one, and add it afterwards (docs/huggingface.md)"
     _refuse(path, "ids", numbers != list(range(len(order))), advice if first else "have gaps")
+    missing = 256 - sum(len(token) == 1 for token in order)
+    advice = "of 256; give the trainer initial_alphabet=ByteLevel.alphabet() (docs/huggingface.md)"
+    _refuse(path, "vocab", missing, f"lacks {missing} bytes {advice}")
     merges = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in model["merges"]]
     made = [ranks[bytes(byte_of[letter] for letter in left + right)] for left, right in merges]
     _refuse(path, "merges", made != sorted(made), "are not in the order of the ids they make")
