@@ -34,7 +34,7 @@ class StopRequest:
             return
         self.requested, self._when = True, time.monotonic()
         with contextlib.suppress(RuntimeError):  # while another line is being printed
-            print("\nstopping after this step; a checkpoint is written first (interrupt again to stop at once)")
+            print("\nstopping after this step; what was learned is written first (interrupt again to stop at once)")
 
     def __exit__(self, *exception) -> None:
         for number, handler in self._previous.items():

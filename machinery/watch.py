@@ -181,5 +181,6 @@ def print_ending(
         print(f"held-out loss was best at step {scores['best_step']:,}, {lower}")
     if diverged:
         print(
-            "diverged: go on from the last checkpoint, if any, with a lower lr or longer warmup, or anew with qk_norm"
+            "diverged: go on from the last checkpoint, if any, with a lower lr or longer warmup, or anew with qk_norm;"
+            " where that one is ruined too, remove its folder, and the one before is taken"
         )

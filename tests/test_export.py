@@ -332,6 +332,15 @@ def test_an_export_that_fails_leaves_the_earlier_one(tiny, tmp_path, monkeypatch
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "run"]
 
 
+def test_what_a_killed_export_left_is_removed_by_the_next(tiny, tmp_path):
+    make_run(tmp_path / "run", tiny())
+    others = [f".out.{name}.part" for name in (1, "9" * 40, "mine")] + [".out2.999999999.part"]  # process 1 runs
+    for name in [*others, ".out.999999999.part", f".out.{os.getpid()}.part"]:
+        (tmp_path / name / "model").mkdir(parents=True)
+    export_hf(tmp_path / "run", tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*others, "out", "run"])
+
+
 def test_an_export_that_is_changed_while_it_is_replaced_is_kept(tiny, tmp_path, monkeypatch, capsys):
     make_run(tmp_path / "run", tiny())
     out = export_hf(tmp_path / "run", tmp_path / "out")

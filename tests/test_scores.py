@@ -1,5 +1,6 @@
 """Scores: ours are lm_eval's, on the same files; and what the files and the parse rule promise."""
 
+import contextlib
 import json
 import math
 
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_utils import get_tokenizer, prepare_data
-from machinery.errors import UserError
+from machinery.errors import FileError, UserError
 from machinery.machine import Machine
 from machinery.sources import iter_documents
 from tools.scores import questions as tasks
@@ -299,3 +300,22 @@ def test_task_files_come_back(tmp_path):
     tasks.write_tasks(tmp_path / "none", [], texts)
     assert not (tmp_path / "none" / "endings.jsonl").exists()
     assert (tmp_path / "none" / "documents.yaml").exists()
+
+
+@pytest.mark.parametrize("written", [0, 1, 2, 3, 4])
+def test_task_files_that_were_cut_off_are_not_taken_for_whole(tmp_path, monkeypatch, written):
+    write, calls = tasks.write_atomic, []
+
+    def until(path, content):
+        if len(calls) == written:
+            raise FileError("the disk is full")
+        calls.append(path)
+        write(path, content)
+
+    monkeypatch.setattr(tasks, "write_atomic", until)
+    with pytest.raises(FileError) if written < 4 else contextlib.nullcontext():
+        tasks.write_tasks(tmp_path, [{"ctx": "a", "endings": ["a", "b"], "label": 1}], ["text"])
+    assert tasks.has_tasks(tmp_path) == (written == 4)
+    (tmp_path / "scores.json").write_text("{}")
+    (tmp_path / "endings.yaml").unlink(missing_ok=True)  # as one may who has questions of his own
+    assert tasks.has_tasks(tmp_path) == (written == 4)

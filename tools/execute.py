@@ -162,7 +162,7 @@ def stop(number: int, frame: object) -> None:
         if signal.getsignal(other) is stop:
             signal.signal(other, signal.default_int_handler)
     PatientKernel.is_training = True
-    print("\nstopping: a training ends its step and writes a checkpoint first (interrupt again to stop at once)")
+    print("\nstopping; training, if any, ends its step and writes a checkpoint first (interrupt again to stop at once)")
     raise KeyboardInterrupt
 
 

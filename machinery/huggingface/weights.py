@@ -6,12 +6,13 @@ tensor: that is a matter of its files, the numbers keep their order.
 
 from __future__ import annotations
 
+import glob
 import os
 import re
-import secrets
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import psutil
 import tiktoken
 import torch
 from safetensors import safe_open
@@ -127,8 +128,12 @@ def export_hf(run_dir: str | Path, out_dir: str | Path, step: int | None = None)
         model = _to_hf_model(config, weights)
         _set_generation(model, encoding.eot_token, config["sample_tokens"])
         card = _model_card(run, config, state)
-    beside = out.with_name(f".{out.name}.{secrets.token_hex(4)}.part")
+    beside = out.with_name(f".{out.name}.{os.getpid()}.part")
     with told(out_dir, ExportError, "not written"):
+        for left in out.parent.glob(f".{glob.escape(out.name)}.*.part"):  # by a process that was cut off
+            process = re.fullmatch(r".*\.(\d{1,9})\.part", left.name)
+            if left == beside or (process and not psutil.pid_exists(int(process[1]))):
+                remove(left)
         beside.mkdir(parents=True)
         try:
             model.save_pretrained(beside)

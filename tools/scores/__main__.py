@@ -18,12 +18,19 @@ from dataclasses import replace
 from pathlib import Path
 
 from data_utils import prepare_data
-from machinery.errors import UserError
+from machinery.errors import UserError, plain_errors
 from machinery.files import folder_path, read_json, write_json
 from machinery.huggingface import export_hf
 from machinery.machine import Machine
 from tools.common import lm
-from tools.scores.questions import held_out_documents, make_questions, read_questions, read_texts, write_tasks
+from tools.scores.questions import (
+    has_tasks,
+    held_out_documents,
+    make_questions,
+    read_questions,
+    read_texts,
+    write_tasks,
+)
 from tools.scores.scoring import score_choices, score_documents
 
 TASKS = {"endings": "heldout_endings", "documents": "heldout_documents"}  # file, and the task's name in lm_eval
@@ -32,7 +39,7 @@ TASKS = {"endings": "heldout_endings", "documents": "heldout_documents"}  # file
 def by_ours(run: Path, folder: Path, machine: Machine, source: str = "") -> dict[str, dict[str, float]]:
     """The scores of the newest checkpoint on the tasks in `folder`, which are made where there are none."""
     config, model, encoding = lm.load_run(run, machine.device)
-    if not any((folder / f"{name}.jsonl").exists() for name in TASKS):
+    if not has_tasks(folder):
         data = prepare_data(replace(config, source=source or config.source))
         texts = held_out_documents(data, 8 * config.eval_tokens)
         write_tasks(folder, make_questions(texts, config.block_size), texts)
@@ -91,6 +98,7 @@ def compare(run: Path, source: str = "") -> dict:
 
 
 if __name__ == "__main__":
+    plain_errors()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     if len(sys.argv) not in (2, 3):
         raise UserError("python -m tools.scores RUN [SOURCE]: which run? For example runs/demo-44feb9")

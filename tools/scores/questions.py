@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import tiktoken
 
 from data_utils import TokenData
 from machinery.errors import UserError
+from machinery.files import make_folder, write_atomic
 from machinery.tokenizers import END_OF_TEXT
 
 CONTEXT_CHARACTERS = 400  # of a question, at most; it begins at a line where it can
@@ -105,12 +105,19 @@ def encode_pair(encoding: tiktoken.Encoding, context: str, continuation: str) ->
 def write_tasks(folder: str | Path, questions: list[dict], documents: list[str]) -> None:
     """Both tasks as JSON lines, each with the file that describes it to lm_eval. One without lines is left out."""
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    documents = [{"text": text} for text in documents]
-    for name, rows in (("endings", questions), ("documents", documents)):
-        if rows:
-            (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-            shutil.copyfile(Path(__file__).with_name(f"{name}.yaml"), folder / f"{name}.yaml")
+    make_folder(folder)
+    tasks = {"endings": questions, "documents": [{"text": text} for text in documents]}
+    names = [name for name, rows in tasks.items() if rows]
+    for name in names:  # all of these first: one without its lines says that the rest is still to come
+        write_atomic(folder / f"{name}.yaml", Path(__file__).with_name(f"{name}.yaml").read_bytes())
+    for name in names:
+        write_atomic(folder / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in tasks[name]))
+
+
+def has_tasks(folder: Path) -> bool:
+    """Whether a folder holds all that `write_tasks` began to write there, and at least one task."""
+    lines = {path.stem for path in folder.glob("*.jsonl")}
+    return bool(lines) and {path.stem for path in folder.glob("*.yaml")} <= lines
 
 
 def read_questions(path: str | Path) -> list[dict]:
