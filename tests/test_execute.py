@@ -102,6 +102,8 @@ def test_the_program_has_the_knobs_and_no_cells_that_show(tmp_path, monkeypatch)
     program = (tmp_path / "LMHarness.py").read_text("utf-8")
     assert 'preset = "demo"' in program and 'overrides = "{n_layer: 2, prompt: it\'s}"' in program
     assert "summary = train(config)" in program and "from tools" not in program
+    ended = subprocess.run([sys.executable, tmp_path / "LMHarness.py", "--steps=3"], capture_output=True, text=True)
+    assert ended.returncode == 1 and "takes no arguments: make script PRESET=… OVERRIDES='{…}' writes" in ended.stderr
     compile(program, "LMHarness.py", "exec")
     monkeypatch.setattr(execute, "PROGRAM", tmp_path)
     with pytest.raises(UserError, match="cannot be written .Is a directory.; copy this project"):

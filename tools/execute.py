@@ -20,6 +20,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 STOPPED = "stopped; the same command goes on from the last checkpoint"
+NO_ARGUMENTS = """import sys
+
+if sys.argv[1:]:
+    sys.exit(f"{sys.argv[0]} takes no arguments: make script PRESET=… OVERRIDES='{{…}}' writes one with other values")
+"""
 STOPPING = 240.0  # seconds for a training to end a step, write a checkpoint and close its loggers
 if __name__ == "__main__":  # until `main`: the rest takes seconds to import
     signal.signal(signal.SIGINT, lambda *_: sys.exit(STOPPED))
@@ -151,6 +156,7 @@ def write_program(parameters: dict) -> None:
     knobs_config(parameters)  # refused here, and not by eight processes
     notebook = papermill.execute_notebook(verbatim(NOTEBOOK), None, parameters, prepare_only=True)
     notebook, _ = TagRemovePreprocessor(remove_cell_tags={"show"}, enabled=True).preprocess(notebook, {})
+    notebook.cells.insert(0, nbformat.v4.new_code_cell(NO_ARGUMENTS))
     program, _ = ScriptExporter().from_notebook_node(notebook)
     with told(PROGRAM, problem="cannot be written", advice="copy this project to a folder of yours"):
         PROGRAM.write_text(program, encoding="utf-8")
