@@ -702,8 +702,12 @@ def test_a_program_of_ones_own_ends_in_one_line(tmp_path, call):
 
 def train_poisoned(lm, config, monkeypatch, bad) -> dict:
     """Train with a loss that is not a number in the steps for which `bad` holds; returns the summary."""
-    real = lm.cross_entropy
-    calls = {"n": -4}  # the preflight makes four, of one micro-batch in a step
+    real, preflight = lm.cross_entropy, Run.preflight
+    calls = {"n": -math.inf}
+
+    def from_here_on(*arguments, **options):
+        preflight(*arguments, **options)
+        calls["n"] = 0  # of one micro-batch in a step
 
     def poisoned(*args, **kwargs):
         loss = real(*args, **kwargs)
@@ -714,6 +718,7 @@ def train_poisoned(lm, config, monkeypatch, bad) -> dict:
         return loss
 
     monkeypatch.setattr(lm, "cross_entropy", poisoned)
+    monkeypatch.setattr(Run, "preflight", from_here_on)
     summary = lm.train(config)
     monkeypatch.undo()
     return summary
