@@ -181,7 +181,7 @@ def separator_pattern(split_on: str) -> re.Pattern | None:
 def texts(path: Path, separator: re.Pattern | None) -> Iterator[str]:
     """The text of a file; in several parts where it is long, cut at a separator or a line end."""
     decoder, rest, is_utf8 = codecs.getincrementaldecoder("utf-8")(), "", False
-    with path.open("rb") as file:
+    with path.open("rb", 1 << 16) as file:
         _check_format(path, file.peek(4096)[:4096])
         try:
             while block := file.read(MAX_DOCUMENT_BYTES):
