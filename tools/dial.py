@@ -59,7 +59,7 @@ def sizes(results: Results) -> tuple[list[dict], float, float]:
     rows, most = [], [0.0, 0.0]
     for source, minutes in product(KINDS, MINUTES):
         lines = [line for run in of_minutes(source, minutes) if (line := line_of(results, run))]
-        if not lines or len(short := short_lines(results, source)) < 7:
+        if len(lines) < len(MINUTES[minutes]) or len(short := short_lines(results, source)) < 7:
             continue
         for number, law in enumerate((fit_law(short), laws()[source])):
             foretold = [expected(law, line["multiplying"], line["tokens"]) for line in lines]

@@ -239,7 +239,8 @@ each size, root mean square, when it is fitted without them; the band is twice t
 {short}
 
 Runs that were not used for this fit: {within} of {count} ended within their band; the largest miss is {worst:.3f} bits
-per byte. *On the way* counts the evaluations during the run that lay within the band drawn for them. From random
+per byte. A law does not know that text repeats: the English run of 9 million tokens reads its text 3.6 times. *On the
+way* counts the evaluations during the run that lay within the band drawn for them. From random
 weights (`induction` off), runs of `demo` on Python beyond two million tokens ended up to 0.18 below what short runs
 foretold: there the loss falls faster for a while, at another time for each seed. Sizes with a single head or block are
 left out, where two blocks cannot begin as `demo` does.
