@@ -101,7 +101,7 @@ QUOTES = [
             ("`demo` ends * bits per byte (5.3) lower after a million tokens of Python and # in", "english"),
         ]
     ),
-    (TEXT, "in `demo`, # bits per byte after a million tokens", RECIPE, "| MHA | -# |", 1),
+    (TEXT, "in `demo`, # bits per byte after 500,000 tokens", RECIPE, "| MHA | -# |", 1),
     (TEXT, "it is worth # bits per byte after 500,000 tokens", RECIPE, "| no embedding_norm | # |", 1),
     *(
         (
