@@ -41,6 +41,8 @@ REPLY = re.compile(rb"(?m)^>(?!>>)")  # which quotes once or twice, too, or most
 MARKS = re.compile(rb"(?:[\xcc\xcd][\x80-\xbf]){64}")  # on one letter; to put n of them in order takes n² steps
 LONGEST_LINE = 1 << 16  # bytes of a line that counts as one
 CUT = re.compile(rb"(?<=[%b]{2})" % re.escape(bytes(range(5, 256, 16))))  # of a longer one: between some pairs of bytes
+PARAGRAPHS, PARAGRAPH = 8, 64  # with fewer longer lines, one of so many bytes, a copy may have none whole in common
+FINE_CUT = re.compile(rb"(?<=[%b]{2})" % re.escape(bytes(range(5, 256, 6))))  # of these: into parts of some 50 bytes
 NEAR_COPY = 0.5  # share of a document's longer lines that makes a near-copy
 MANY, TAIL = 20, 1000  # so many documents whose ends are shorter than so many bytes: some are held out whole
 FOOTER = 1 << 16  # characters at the end of a text among which what ends many texts is looked for
@@ -49,8 +51,8 @@ OWN = 8  # lines of a text's own, more than which no footer goes on before
 
 
 def long_lines(content: bytes) -> list[bytes]:
-    """The longer lines of a text, without blank space; where it has few, also each line with what follows, in equal
-    lengths, after a line end. Of a text too short for that, all of it.
+    """The longer lines of a text, without blank space; where it has few, after a line end also each line with what
+    follows, in equal lengths, and the parts of paragraphs. Of a text too short for that, all of it.
     """
     plain = _plain(content)
     if len(plain) < LONG_LINE:
@@ -65,11 +67,13 @@ def long_lines(content: bytes) -> list[bytes]:
     ]
     if len(dense) > LONGEST_LINE:
         found = [part for line in found for part in _cut_line(line)]
+    few = len(found) < PARAGRAPHS and max(map(len, found), default=0) >= PARAGRAPH
+    parts = [part for line in found for part in FINE_CUT.split(line) if len(part) >= LONG_LINE] if few else []
     whole = b"".join(lines)
     if sum(map(len, found)) < FEW * len(whole) or len(found) < FEW_LINES * sum(map(bool, lines)):
         starts = accumulate(map(len, lines), initial=0)
         found += [b"\n" + whole[start : start + FOLLOWING] for start in starts if start + FOLLOWING <= len(whole)]
-    return found or [whole]
+    return found + [b"\n" + part for part in parts] or [whole]
 
 
 def _cut_line(line: bytes) -> list[bytes]:
@@ -101,8 +105,8 @@ def _plain(content: bytes) -> bytes:
             content = unicodedata.normalize("NFC", text).encode("utf-8", "surrogatepass")
         content = ODD_BLANKS.sub(lambda found: _plain_blank(found[0]), content)
     content = content.translate(LINE_ENDS)
-    quoted = content.startswith(b">") + content.count(b"\n>")
-    is_reply = quoted and (REPLY.search(content) or 2 * quoted > content.count(b"\n"))
+    mostly = 2 * content.count(b">") > (lines := content.count(b"\n")) and 2 * len(QUOTED.findall(content)) > lines
+    is_reply = mostly or ((content.startswith(b">") or b"\n>" in content) and REPLY.search(content))
     return QUOTED.sub(b"", content) if is_reply else content
 
 

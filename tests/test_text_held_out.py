@@ -52,6 +52,7 @@ VARIANTS = {  # how a copy may differ from its original
     "blank lines": lambda text, i: text.replace("\n", "\n\n"),
     "indented": lambda text, i: re.sub("(?m)^", "\t", text),
     "quoted twice": lambda text, i: re.sub("(?m)^", ">> " if i % 2 else "> > ", text),
+    "quoted and indented": lambda text, i: re.sub("(?m)^", "  > ", text),
     "quoted often": lambda text, i: (
         re.sub("(?m)^", ">" * (3 + i % 3) + " ", text) + ("> so\n>> it is\n" if i % 2 else "")
     ),
@@ -115,9 +116,32 @@ def test_near_copies_are_not_on_both_sides(tmp_path, variant, kind):
     aside = data.manifest["set_aside"]["documents"]
     assert len(held_out) + len(texts_of(data, "train")) + aside == len(texts)
     if (
-        variant in list(VARIANTS)[:13]
+        variant in list(VARIANTS)[:14]
     ):  # nothing but line ends, blank space, quotation and accents: all copies on one side
         assert aside == 0 and data.manifest["grouped"] == len(held_out) / 2
+
+
+PARAGRAPHS = {  # how a copy of one paragraph, without line ends, may differ
+    "a sentence before": lambda words, i: ["This", "is", str(i), "of", "them."] + words,
+    "a sentence after": lambda words, i: words + ["That", "was", str(i), "of", "them."],
+    "a sentence in the middle": lambda words, i: words[:30] + ["And", "this", "is", str(i), "here."] + words[30:],
+    "one other word": lambda words, i: words[:40] + [f"word{i}"] + words[41:],
+}
+
+
+@pytest.mark.parametrize("paragraphs", [1, 3])
+@pytest.mark.parametrize("variant", PARAGRAPHS)
+def test_a_copy_may_have_no_whole_line_in_common(tmp_path, variant, paragraphs):
+    texts = []
+    for i in range(150):
+        parts = [random.Random(f"{i} {k}").choices(WORDS, k=60) for k in range(paragraphs)]
+        texts.append("\n".join(" ".join(words) for words in parts))
+        texts.append("\n".join(" ".join(PARAGRAPHS[variant](words, i)) for words in parts))
+    data = prepare(tmp_path, write(tmp_path, {"texts/rows.jsonl": [{"text": text} for text in texts]}))
+    held_out, trained = texts_of(data, "val"), set(texts_of(data, "train"))
+    number = {text: i for i, text in enumerate(texts)}
+    both = [text for text in held_out if texts[number[text] ^ 1] in trained]
+    assert data.manifest["held_out"] == "documents" and len(held_out) > 10 and not both
 
 
 def test_the_same_text_saved_three_times(tmp_path, capsys):
