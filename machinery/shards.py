@@ -96,7 +96,7 @@ def report(manifest: dict) -> list[str]:
     lines = [
         f"held out: {documents['val']:,} documents, {size['val'] / 1e6:,.2f} MB,"
         f" {size['val'] / sum(size.values()):.2%} of what was read ({ways[manifest['held_out']]});"
-        f" {manifest['grouped']:,} of them are near-copies of others;"
+        f" near-copies of one another among them: {manifest['grouped']:,};"
         f" set aside for a near-copy in the other split: {apart['documents']:,}, {apart['bytes'] / 1e6:,.2f} MB"
     ]
     if manifest["repeated"]:

@@ -43,7 +43,8 @@ class Watch:
         self.rates.append(tokens_per_second)
         rate = self.rate()
         if len(self.rates) == self.rates.maxlen and rate < self.expected_rate / 2:
-            self.remarks.append(f"{rate:,.0f} tokens/s, under half of the {self.expected_rate:,.0f} before")
+            told = f"{rate:,.0f} tokens/s, under half of the {self.expected_rate:,.0f} before"
+            self.remarks.append(f"{told}; another program may use the device")
             self.expected_rate = rate
         return spike
 

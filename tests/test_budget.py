@@ -95,12 +95,13 @@ def test_a_law_is_found_again_and_knows_where_it_ends(lm, monkeypatch, tmp_path)
     monkeypatch.setattr(forecast, "LAWS", tmp_path / "forecast.json")
     (tmp_path / "forecast.json").write_text(json.dumps({"python": law}))
     config = lm.Config.from_preset("demo")
-    found = forecast.forecast(config, 2e6, 1e7, 2e6)
+    found = forecast.forecast(config, 2e6, 1e7, 1e6)
     assert found.high - found.low == pytest.approx(0.08) and found.at(1.0) == pytest.approx((found.low, found.high))
     assert found.at(0.5)[0] > found.high and found.at(0.01) is None
-    assert forecast.forecast(config, 2e6, 1e7, 1e8) is None  # far beyond the runs
+    assert forecast.forecast(config, 2e6, 1e7, 1.1e6) is None  # longer than the runs: text repeats
+    assert forecast.forecast(config, 2e7, 1e8, 1e6) is None  # far larger
     for other in ({"source": "texts/*.txt"}, {"vocab_size": 8192}):  # other text, another recipe
-        assert forecast.forecast(lm.replace(config, **other), 2e6, 1e7, 2e6) is None
+        assert forecast.forecast(lm.replace(config, **other), 2e6, 1e7, 1e6) is None
     web = forecast.forecast(lm.Config.from_preset("day"), 2.2e8, 1.5e9, 3.7e9)
     assert 0.75 < web.low < 0.829 < web.high < 0.9 and web.at(0.5) is None
     for parameters in (2.2e7, 2.2e9):  # far from the best size for as many operations

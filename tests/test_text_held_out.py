@@ -151,7 +151,7 @@ def test_the_same_text_saved_three_times(tmp_path, capsys):
     data = prepare(tmp_path, str(tmp_path / "t"))
     assert leaked(data) == 0 and len(texts_of(data, "val")) % 3 == 0
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("held out")]
-    assert f"{len(texts_of(data, 'val')) * 2 // 3} of them are near-copies" in line
+    assert f"near-copies of one another among them: {len(texts_of(data, 'val')) * 2 // 3};" in line
 
 
 @pytest.mark.parametrize("source", ["python", "english"])
