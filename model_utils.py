@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from machinery.attention import SHORT, attend, short_attention
 from machinery.budget import budget_left, multiplying_and_flops, tokens_within, training_flops
 from machinery.errors import UserError
-from machinery.forecast import compute_optimal, expected_loss, forecast
+from machinery.forecast import compute_optimal, expected_loss, forecast, laws
 from machinery.machine import Machine, evaluation_mode
 from machinery.settings import LIMITS, kv_heads
 from machinery.sources import source_kind
@@ -80,9 +80,11 @@ def best_shape(config, machine: Machine, hours: float, channels: int = 64) -> di
             rows.append((expected_loss(parameters, tokens), "nats per token", shape, parameters, tokens))
     best = min(rows, key=lambda row: row[0], default=None)
     if not rows or best in (rows[0], rows[-1]):
-        why = "laws are for 'demo' on 'python' or 'english', and for the hub"
+        why = "laws are for 'demo' on 'python' or 'english', for some minutes, and for the hub"
         if rows:
             end, change = ("smallest", "more") if best == rows[0] else ("largest", "fewer")
+            if best[3] > laws().get(config.source, {"parameters": [math.inf]})["parameters"][0]:
+                change = "fewer"  # smaller ones would read the text too often
             known = f"{best[2]['n_layer']} × {best[2]['n_embd']}"
             why = f"of the sizes that its law covers, the {end} is best ({known}); take that, or try {change} hours"
         raise UserError(f"the best size for {sized.max_hours:g} hours of {config.source!r} is not known: {why}")

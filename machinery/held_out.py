@@ -1,10 +1,11 @@
 """Held-out text: which documents it is, and that none of them has a near-copy in the training text.
 
-Documents are compared by their longer lines; blank space, line ends, ways to write an accent and the ">" of a quoted
-line do not count. The side of a document is that of its smallest line, by a hash: a function of its content alone, in
-which near-copies mostly agree, since two documents have the same smallest line as often as they have lines in common
-(MinHash; Broder 1997). What then still stands on both sides is set aside. A copy is not found that has other words,
-case or quotation marks in most lines, a number or blanks and ">" before each, or its lines cut at other places.
+Documents are compared by their longer lines, or where they are few, by parts of these; blank space, line ends, ways to
+write an accent and the ">" of a quoted line do not count. The side of a document is that of its smallest line, by a
+hash: a function of its content alone, in which near-copies mostly agree, since two documents have the same smallest
+line as often as they have lines in common (MinHash; Broder 1997). What then still stands on both sides is set aside.
+A copy is not found that has other words, case or quotation marks in most lines, a number before each, or its lines cut
+at other places.
 """
 
 from __future__ import annotations
@@ -90,8 +91,8 @@ def line_hashes(lines: list[bytes]) -> array:
 
 
 def comparable(lines: Iterable[int]) -> list[list[int]]:
-    """The hashes by which a document is compared: of its longer lines, and of lines with what follows. It is a copy by
-    either, since a copy with another few lines may have no more than the longer ones in common.
+    """The hashes by which a document is compared: of its longer lines, and of lines with what follows and of parts. It
+    is a copy by either, since a copy with another few lines may have no more than the longer ones in common.
     """
     kinds = [line for line in lines if line >= 0], [line for line in lines if line < 0]
     return [kind for kind in kinds if kind]

@@ -194,6 +194,7 @@ def test_the_best_shape_is_inside_of_what_was_tried_or_not_known(lm, monkeypatch
     settle_batch(lm.replace(day, **shape), CPU)  # it is a configuration
     own = lm.replace(day, source="texts/*.txt")
     refused = [(own, 24, "laws are for"), (day, 0.001, "smallest .* × .* more"), (day, 1e6, "largest .* × .* fewer")]
+    refused += [(lm.Config.from_preset("demo"), 0.001, "smallest .* × .* fewer")]  # smaller ones would repeat the text
     for config, hours, why in refused:
         with pytest.raises(UserError, match=f"the best size for .* is not known: .*{why}"):
             best_shape(config, CPU, hours=hours)
