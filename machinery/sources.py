@@ -149,7 +149,7 @@ class FileSource(Source):
         for path in self.files.values():
             with telling_os_errors(path), whole(path):
                 if rows := ROWS.get(path.suffix):
-                    for text in rows(path, self.text_column):
+                    for text in rows(path, self.text_column, self.separator):
                         self.passed_over[EMPTY_ROWS] += not text
                         yield text
                 else:

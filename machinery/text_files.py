@@ -8,13 +8,14 @@ from __future__ import annotations
 import codecs
 import contextlib
 import hashlib
+import io
 import json
 import os
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator
-from functools import partial
 from pathlib import Path
+from typing import BinaryIO
 
 from machinery.errors import DataError, first_line
 
@@ -180,28 +181,20 @@ def separator_pattern(split_on: str) -> re.Pattern | None:
 
 def texts(path: Path, separator: re.Pattern | None) -> Iterator[str]:
     """The text of a file; in several parts where it is long, cut at a separator or a line end."""
-    decoder, rest, is_utf8 = codecs.getincrementaldecoder("utf-8")(), "", False
+
+    def blocks() -> Iterator[bytes]:
+        for block in _blocks(file):
+            yield block  # which is decoded before it is looked at
+            if found := _controls(block) >= 16 and NO_TEXT.search(block):  # counting is six times as fast
+                raise _no_text(path, file.tell() - len(block) + found.start())
+
+    is_utf8 = False
     with path.open("rb", 1 << 16) as file:
         _check_format(path, file.peek(4096)[:4096])
         try:
-            while block := file.read(MAX_DOCUMENT_BYTES):
-                block += file.readline(MAX_LINE_BYTES) if len(block) == MAX_DOCUMENT_BYTES else b""
-                while block.endswith(b"\r") and (more := file.read(1)):  # a line end is not cut
-                    block += more
-                rest += decoder.decode(block)
-                if found := _controls(block) >= 16 and NO_TEXT.search(block):  # counting is six times as fast
-                    raise _no_text(path, file.tell() - len(block) + found.start())
-                del block
-                is_utf8 = is_utf8 or not rest.isascii()
-                cut = len(rest)
-                if separator:  # what comes after the last one may go on
-                    found = max((found.end() for found in separator.finditer(rest)), default=0)
-                    cut -= len(separator.pattern)  # where one begins, it may end in the next block
-                    cut = rest.rfind("\n", cut - MAX_LINE_BYTES, cut) + 1 or cut
-                    cut = cut if cut - found > 3 * MAX_DOCUMENT_BYTES else found
-                yield rest[:cut]
-                rest = rest[cut:]
-            yield rest + decoder.decode(b"", final=True)
+            for part in _decoded(blocks(), separator):
+                is_utf8 = is_utf8 or not part.isascii()
+                yield part
         except UnicodeDecodeError as error:
             before, found = file.tell() - len(error.object), NO_TEXT.search(error.object)
             at, after = before + error.start, error.object[error.start :][:4096]
@@ -213,6 +206,32 @@ def texts(path: Path, separator: re.Pattern | None) -> Iterator[str]:
             if file.tell() < SHORT and file.tell() % 2 == 0:
                 advice += "; or it is UTF-16, in so few bytes hard to tell: iconv -f utf-16-le -t utf-8"
             raise DataError(f"{path}: not UTF-8 at byte {at} (0x{error.object[error.start]:02x}); {advice}") from None
+
+
+def _blocks(file: BinaryIO) -> Iterator[bytes]:
+    """The content of a file in blocks, cut at line ends where there are any."""
+    while block := file.read(MAX_DOCUMENT_BYTES):
+        block += file.readline(MAX_LINE_BYTES) if len(block) == MAX_DOCUMENT_BYTES else b""
+        while block.endswith(b"\r") and (more := file.read(1)):  # a line end is not cut
+            block += more
+        yield block
+
+
+def _decoded(blocks: Iterable[bytes], separator: re.Pattern | None) -> Iterator[str]:
+    """A text in parts that follow its blocks; with a separator, cut there where it can be. The last may be empty."""
+    decoder, rest = codecs.getincrementaldecoder("utf-8")(), ""
+    for block in blocks:
+        rest += decoder.decode(block)
+        del block
+        cut = len(rest)
+        if separator:  # what comes after the last one may go on
+            found = max((found.end() for found in separator.finditer(rest)), default=0)
+            cut -= len(separator.pattern)  # where one begins, it may end in the next block
+            cut = rest.rfind("\n", cut - MAX_LINE_BYTES, cut) + 1 or cut
+            cut = cut if cut - found > 3 * MAX_DOCUMENT_BYTES else found
+        yield rest[:cut]
+        rest = rest[cut:]
+    yield rest + decoder.decode(b"", final=True)
 
 
 def _mend_or_convert(content: bytes, is_utf8: bool = False) -> str:
@@ -244,8 +263,7 @@ def _decode(text: str) -> object:
     return value
 
 
-MANY_VALUES = 1 << 20  # in a row
-HIGH_ESCAPE = re.compile(rb"\\u(?!00[0-7])")  # in JSON, of a character beyond ASCII
+LONG_ROW = 1 << 20  # bytes, from which on a row's other columns and a single emoji would take several times as many
 ROW = "a row is one object on one line"
 
 
@@ -283,20 +301,6 @@ def _decode_json(content: str | bytes, text_column: str, where: str, expected: s
 
 
 def _decode_row(line: bytes, text_column: str) -> object:
-    """A row from its bytes. As a `str`, a long line takes four times as many where it holds a single emoji.
-
-    JSON is ASCII but for what stands in its texts, so bytes can be taken for characters until those are found. Of a
-    row with very many values, the others are not made, which would take some twenty times its bytes.
-    """
-    if len(line) > MANY_VALUES and line.count(b",") > MANY_VALUES:
-        with contextlib.suppress(ValueError):  # told below
-            if text := _text_alone(line, text_column):
-                return {text_column: text}
-    if not line.isascii() and not HIGH_ESCAPE.search(line):
-        with contextlib.suppress(ValueError, AttributeError):  # told below
-            row = _decode(line.decode("latin-1"))
-            row = {_as_utf8(name): value for name, value in row.items()}
-            return row | {text_column: _as_utf8(row[text_column])} if text_column in row else row
     try:
         return _decode(line.decode("utf-8"))
     except UnicodeDecodeError:
@@ -307,18 +311,21 @@ def _decode_row(line: bytes, text_column: str) -> object:
         raise
 
 
-def _text_alone(line: bytes, text_column: str) -> str | None:
-    """The text of a row; None where it has none. Raises `ValueError` for what it does not read."""
-    from pyarrow import BufferReader, json, schema, string
+def _long_text(line: bytes, text_column: str) -> bytes | None:
+    """The text of a row, of which nothing else is made; None where it has none, or is not as it should be."""
+    from pyarrow import BufferReader, default_memory_pool, json, schema, string
 
     reading = json.ReadOptions(use_threads=False, block_size=len(line) + 1)
     parsing = json.ParseOptions(schema([(text_column, string())]), unexpected_field_behavior="ignore")
-    (text,) = json.read_json(BufferReader(line), reading, parsing)[text_column].to_pylist()
-    return text
-
-
-def _as_utf8(value: object) -> object:
-    return value.encode("latin-1").decode("utf-8") if isinstance(value, str) else value
+    content = None
+    with contextlib.suppress(ValueError):  # told by who reads all of the row
+        column = json.read_json(BufferReader(line), reading, parsing)[text_column]
+        column.validate(full=True)  # that it is UTF-8
+        (text,) = column
+        content = text.as_buffer().to_pybytes() if text.is_valid else None
+        del column, text
+    default_memory_pool().release_unused()
+    return content
 
 
 def in_parts(text: str, size: int) -> Iterator[str]:
@@ -382,28 +389,42 @@ def _start(head: bytes) -> bytes:
     return _without_marks(head.lstrip()).lstrip()
 
 
-def jsonl_texts(path: Path, text_column: str) -> Iterator[str]:
-    """The text of every row of a JSON-lines file. Raises `DataError` naming the line."""
+def jsonl_texts(path: Path, text_column: str, separator: re.Pattern | None = None) -> Iterator[str]:
+    """The text of every row of a JSON-lines file, in parts as that of a file. Raises `DataError` naming the line."""
     with path.open("rb") as file:
         _check_format(path, head := file.read(4096))
         if (start := _start(head)).startswith(b"["):  # all of it may be one line
             number = 1 + head.count(b"\n", 0, len(head) - len(start))
             raise DataError(f"{path}, line {number}: holds a list, not an object; {ROW}, as from jq -c '.[]'")
         file.seek(0)
-        name, is_utf8 = str(path), False  # once, for there may be millions of rows
-        for number, line in enumerate(iter(partial(file.readline, MAX_ROW_BYTES), b""), 1):
+        name, number, is_utf8 = str(path), 0, False  # the name once, for there may be millions of rows
+        while line := file.readline(MAX_ROW_BYTES):
+            number += 1
             if len(line) == MAX_ROW_BYTES:  # such as the zero bytes of a download that has not finished
                 raise DataError(f"{name}, line {number}: has {len(line):,} bytes or more; {ROW}; mend or remove it")
             if line[0] == 0xEF:  # each of several files that were put together may have a mark
                 line = _without_marks(line) or b"\n"
-            if not line.isspace():
-                text = json_text(line, text_column, f"{name}, line {number}", is_utf8)
-                is_utf8 = is_utf8 or not line.isascii()
-                del line  # a row may be large
+            if line.isspace():
+                continue
+            content = _long_text(line, text_column) if len(line) > LONG_ROW else None
+            text = "" if content else json_text(line, text_column, f"{name}, line {number}", is_utf8)
+            is_utf8 = is_utf8 or not line.isascii()
+            del line  # a row may be large
+            if content:
+                yield from _text_of_row(io.BytesIO(content), separator)
+            else:
                 yield text
 
 
-def parquet_texts(path: Path, text_column: str) -> Iterator[str]:
+def _text_of_row(content: io.BytesIO, separator: re.Pattern | None) -> Iterator[str]:
+    """The text of a row, "" too; a long one in parts, as that of a file."""
+    if content.getbuffer().nbytes > LONG_ROW:
+        yield from filter(None, _decoded(_blocks(content), separator))
+    else:
+        yield content.read().decode()
+
+
+def parquet_texts(path: Path, text_column: str, separator: re.Pattern | None = None) -> Iterator[str]:
     """The text of every row of a Parquet file; of its other columns, nothing is read."""
     from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
@@ -415,7 +436,7 @@ def parquet_texts(path: Path, text_column: str) -> Iterator[str]:
         with path.open("rb") as content, ParquetFile(content, **options) as file:
             if file.metadata.num_rows:
                 _check_column(file.schema_arrow, text_column, path)
-                yield from _parquet_column(file, text_column, path)
+                yield from _parquet_column(file, text_column, path, separator)
     except (ArrowException, OSError, UnicodeDecodeError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
@@ -439,8 +460,8 @@ def _check_column(schema, text_column: str, path: Path) -> None:
         )
 
 
-def _parquet_column(file, text_column: str, path: Path) -> Iterator[str]:
-    from pyarrow import default_memory_pool
+def _parquet_column(file, text_column: str, path: Path, separator: re.Pattern | None) -> Iterator[str]:
+    from pyarrow import default_memory_pool, large_binary
 
     first = 1  # rows are counted from 1, as lines are
     for group in range(file.num_row_groups):
@@ -450,22 +471,22 @@ def _parquet_column(file, text_column: str, path: Path) -> Iterator[str]:
         at_once = max(1, min(1 << 10, ROWS_BYTES * rows // max(1, size)))
         options = {"row_groups": [group], "columns": [text_column], "use_threads": False}
         for batch in file.iter_batches(at_once, **options):
-            column = batch.column(text_column)  # "a.b" also names a field of a column
+            column = batch.column(text_column).cast(large_binary())  # "a.b" also names a field of a column
             rows = len(batch)
             del batch
-            if column.nbytes > ROWS_BYTES:  # of a row that is larger, Arrow keeps what it has freed
-                default_memory_pool().release_unused()
             for number in range(rows):
-                try:
-                    text = column[number].as_py() or ""
-                except UnicodeDecodeError as error:
-                    raise DataError(
-                        f"{path}, row {first + number}: not UTF-8 at byte {error.start} of column {text_column!r};"
-                        " mend it"
-                    ) from None
+                content = io.BytesIO(column[number].as_py())
                 if number == rows - 1:
                     del column  # a text may be large
-                yield text
+                    if content.getbuffer().nbytes > ROWS_BYTES:  # of such, Arrow keeps what it has freed
+                        default_memory_pool().release_unused()
+                try:
+                    yield from _text_of_row(content, separator)
+                except UnicodeDecodeError as error:
+                    at = content.tell() - len(error.object) + error.start
+                    raise DataError(
+                        f"{path}, row {first + number}: not UTF-8 at byte {at} of column {text_column!r}; mend it"
+                    ) from None
             first += rows
     if first - 1 != file.metadata.num_rows:
         raise DataError(f"{path}: {first - 1:,} of its {file.metadata.num_rows:,} rows can be read; mend or remove it")

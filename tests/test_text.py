@@ -2,6 +2,8 @@
 
 import bz2
 import gzip
+import hashlib
+import itertools
 import json
 import os
 import tarfile
@@ -463,11 +465,12 @@ def test_a_text_that_begins_as_packed_files_do_is_a_text(tmp_path, start):
 
 
 @pytest.mark.parametrize("separator", ["", "<|endoftext|>", "\n\n\n"])
-@pytest.mark.parametrize("suffix", ["txt", "jsonl", "parquet"])
-def test_long_texts_come_in_parts_and_nothing_is_lost(tmp_path, monkeypatch, separator, suffix):
+@pytest.mark.parametrize(("suffix", "long_row"), [("txt", 0), *itertools.product(["jsonl", "parquet"], [0, 1 << 20])])
+def test_long_texts_come_in_parts_and_nothing_is_lost(tmp_path, monkeypatch, separator, suffix, long_row):
     for module in (text_files, sources):
         monkeypatch.setattr(module, "MAX_DOCUMENT_BYTES", 1001)
         monkeypatch.setattr(module, "MAX_LINE_BYTES", 64)
+    monkeypatch.setattr(text_files, "LONG_ROW", long_row)
     stories = ["".join(f"line {i} é🙂\n" for i in range(n)) + "🙂é" * n for n in range(1, 60)]
     for name, content in (("lines", (separator or "\n").join(stories)), ("one line", "🙂é" * 3000)):
         if suffix == "parquet":
@@ -495,19 +498,38 @@ OTHERS = {  # what stands in other columns, at first and later: none of it is lo
 }
 
 
-@pytest.fixture(params=[1 << 20, 0], ids=["few values", "many values"])
+@pytest.fixture(params=[1 << 20, 0], ids=["short rows", "long rows"])
 def rows_of(monkeypatch, request):
-    """Rows of two kinds: of those with very many values, only the text is made."""
-    monkeypatch.setattr(text_files, "MANY_VALUES", request.param)
+    """Rows of two kinds: of long ones, only the text is made."""
+    monkeypatch.setattr(text_files, "LONG_ROW", request.param)
 
 
-def test_of_a_row_with_very_many_values_only_the_text_is_made(tmp_path):
+def test_of_a_long_row_only_the_text_is_made(tmp_path):
     write(tmp_path, {"a.jsonl": '{"x": [' + "1, " * 2_000_000 + '[], {"y": 2}], "text": "one"}\n{"text": "two"}\n'})
     tracemalloc.start()
     assert list(iter_documents(str(tmp_path))) == ["one", "two"]
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 30e6, peak
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_a_long_row_is_never_one_string_of_which_an_emoji_makes_four_bytes_a_character(tmp_path, monkeypatch, suffix):
+    monkeypatch.setattr(text_files, "MAX_DOCUMENT_BYTES", 1 << 20)
+    text = "".join(f"🙂 is line {i} of the row\n" for i in range(400_000))
+    if suffix == "parquet":
+        pyarrow.parquet.write_table(pyarrow.table({"text": [text]}), tmp_path / "a.parquet")
+    else:
+        write(tmp_path, {"a.jsonl": json.dumps({"text": text}, ensure_ascii=False) + "\n"})
+    digest, size = hashlib.sha256(text.encode()).digest(), len(text.encode())
+    del text
+    tracemalloc.start()
+    found = hashlib.sha256()
+    for part in iter_documents(str(tmp_path)):
+        found.update(part.encode())
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert found.digest() == digest and peak < 3.5 * size, peak / size
 
 
 @pytest.mark.usefixtures("rows_of")
@@ -624,6 +646,7 @@ def test_kinds_of_text_columns_in_parquet(tmp_path, column):
     assert list(iter_documents(str(tmp_path / "c.parquet"), text_column="a.b")) == ["a", "ü🙂"]
 
 
+@pytest.mark.usefixtures("rows_of")
 def test_wrong_parquet_is_named_and_empty_files_are_passed_over(tmp_path):
     table = pyarrow.table({"n": [1, 2], "raw": [b"\xff", b"a"], "text": [["a"], ["b"]], "all null": [None, None]})
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
@@ -631,9 +654,9 @@ def test_wrong_parquet_is_named_and_empty_files_are_passed_over(tmp_path):
         message = refused(str(tmp_path / "a.parquet"), text_column=column)
         assert "a.parquet" in message and named in message
     assert list(iter_documents(str(tmp_path / "a.parquet"), text_column="all null")) == []
-    invalid = pyarrow.array([b"fine", b"\xff"]).view(pyarrow.string())
+    invalid = pyarrow.array([b"fine", b"some more\xff."]).view(pyarrow.string())
     pyarrow.parquet.write_table(pyarrow.table({"text": invalid}), tmp_path / "a.parquet")
-    assert "a.parquet, row 2: not UTF-8" in refused(str(tmp_path / "a.parquet"))
+    assert "a.parquet, row 2: not UTF-8 at byte 9 of column" in refused(str(tmp_path / "a.parquet"))
     (tmp_path / "a.parquet").write_bytes(b"PAR1 no")
     assert "a.parquet: not readable as parquet" in refused(str(tmp_path / "a.parquet"))
     (tmp_path / "a.parquet").write_bytes(b"")
