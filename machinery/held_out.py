@@ -70,11 +70,14 @@ def long_lines(content: bytes) -> list[bytes]:
         found = [part for line in found for part in _cut_line(line)]
     few = len(found) < PARAGRAPHS and max(map(len, found), default=0) >= PARAGRAPH
     parts = [part for line in found for part in FINE_CUT.split(line) if len(part) >= LONG_LINE] if few else []
-    whole = b"".join(lines)
-    if sum(map(len, found)) < FEW * len(whole) or len(found) < FEW_LINES * sum(map(bool, lines)):
+    size = len(dense) - len(lines) + 1
+    wanted = FEW_LINES * len(lines)  # at most: to count those that are not empty takes longer
+    few_lines = len(found) < wanted and len(found) < FEW_LINES * sum(map(bool, lines))
+    if few_lines or sum(map(len, found)) < FEW * size:
+        whole = b"".join(lines)
         starts = accumulate(map(len, lines), initial=0)
-        found += [b"\n" + whole[start : start + FOLLOWING] for start in starts if start + FOLLOWING <= len(whole)]
-    return found + [b"\n" + part for part in parts] or [whole]
+        found += [b"\n" + whole[start : start + FOLLOWING] for start in starts if start + FOLLOWING <= size]
+    return found + [b"\n" + part for part in parts] or [b"".join(lines)]
 
 
 def _cut_line(line: bytes) -> list[bytes]:
@@ -102,7 +105,8 @@ def _plain(content: bytes) -> bytes:
     """A text with plain line ends and blank space, its accents composed."""
     if not content.isascii():
         text = content.decode("utf-8", "surrogatepass")
-        if not MARKS.search(content) and not unicodedata.is_normalized("NFC", text):
+        many = (b"\xcc" in content or b"\xcd" in content) and MARKS.search(content)  # to look for one byte is faster
+        if not many and not unicodedata.is_normalized("NFC", text):
             content = unicodedata.normalize("NFC", text).encode("utf-8", "surrogatepass")
         content = ODD_BLANKS.sub(lambda found: _plain_blank(found[0]), content)
     content = content.translate(LINE_ENDS)
