@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import html
 import inspect
+import itertools
 import math
 import unicodedata
 from collections.abc import Callable
@@ -203,7 +204,8 @@ def plot_runs(*folders: str | Path) -> Figure:
         told_apart = "; ".join(f"{label}: {text}" for label, text in texts.items())
         print(printable(f"scored on other held-out text, so their bits per byte do not compare: {told_apart}"))
     figure, axes = plt.subplots(figsize=(6, 3), layout="constrained")
-    drawn = [axes.plot(*curve, "o-", label=name)[0] for name, curve in curves]
+    styles = itertools.cycle(["o-", "x--"])  # so that two runs that agree are both seen
+    drawn = [axes.plot(*curve, style, label=name)[0] for style, (name, curve) in zip(styles, curves)]
     axes.set(xlabel="training tokens (millions)", ylabel="held-out bits per byte", title="Runs on held-out text")
     for label in axes.legend(drawn, [name for name, _ in curves]).get_texts():
         label.set_parse_math(False)

@@ -153,7 +153,7 @@ class RunFolder:
                 changed.add(name)
         for name in sorted(changed | now.keys() ^ saved.keys()):
             before, after = (repr(values[name]) if name in values else "not known" for values in (saved, now))
-            print(printable(f"  {name}: {before[:60]} before, {after[:60]} from here on"))
+            print(printable(f"  {name}: {before[:60]} before, {after[:60]} now"))
 
     def same_text(self, tokenizer: dict, key: str, dtype: str) -> None:
         """Raise `UserError` where a run would go on with another tokenizer or text; say where its precision changes."""
@@ -189,7 +189,7 @@ class RunFolder:
             tempfile.TemporaryDirectory(dir=checkpoints, prefix=".step_", suffix=".part").cleanup()
 
     def configure(self, config: dict) -> None:
-        """Write config.json alone, of a run whose budget is used: what `compare` told counts from here on."""
+        """Write config.json alone, of a run whose budget is used: what `compare` told counts from now on."""
         if self.writes:
             write_json(self.path / "config.json", portable(config))
 

@@ -246,10 +246,10 @@ def test_changed_configs_are_told_and_what_does_not_fit_is_refused(tmp_path, cap
     open_folder(tmp_path, config={"n_layer": 2, "max_steps": 10, "source": "/home/me/texts/*.txt"}).unlock()
     run = RunFolder(tmp_path, "run")
     run.compare({"n_layer": 2, "max_steps": 20, "source": "/home/me/texts/*.txt"}, ["n_layer", "source"])
-    assert "max_steps: 10 before, 20 from here on" in capsys.readouterr().out
+    assert "max_steps: 10 before, 20 now" in capsys.readouterr().out
     run.compare({"n_layer": 2, "new": 1}, ["n_layer"])
     told = capsys.readouterr().out
-    assert "new: not known before, 1 from here on" in told and "max_steps: 10 before, not known from here on" in told
+    assert "new: not known before, 1 now" in told and "max_steps: 10 before, not known now" in told
     with pytest.raises(UserError, match="n_layer is 3 but run 'run' was begun with 2; use a new run_name"):
         run.compare({"n_layer": 3, "max_steps": 10}, ["n_layer"])
     assert "/home" not in (tmp_path / "run/config.json").read_text()
@@ -582,7 +582,7 @@ def test_a_smaller_budget_that_was_told_is_on_the_disk(lm, settings, capsys):
     capsys.readouterr()
     for told in (1, 0):
         assert lm.train(replace(config, max_steps=4, prompt="a"))["steps"] == 12
-        assert capsys.readouterr().out.count("max_steps: 12 before, 4 from here on") == told
+        assert capsys.readouterr().out.count("max_steps: 12 before, 4 now") == told
     saved = lm.load_run(Path(config.runs_dir) / config.run_name)[0]
     assert (saved.max_steps, saved.prompt) == (4, "a")
 
