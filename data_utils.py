@@ -70,7 +70,8 @@ def prepare_data(config, progress: bool = True) -> TokenData:
     data = TokenData(data_dir / f"{slug}-{json_digest(settings)[:8]}", task, config.block_size)
     encoding = None
     if not is_enough(data.manifest, task["train_tokens"]):
-        for note in source.notes() + (val_source.notes() if val_source else []) + tokenizer_notes(config.tokenizer):
+        of_val_source = [f"val_source: {note}" for note in val_source.notes()] if val_source else []
+        for note in source.notes() + of_val_source + tokenizer_notes(config.tokenizer):
             print(note)
         if val_source:
             refuse_overlap(source, val_source)

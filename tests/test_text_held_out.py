@@ -258,7 +258,9 @@ def test_a_val_source_that_is_not_read_to_its_end_is_said(tmp_path, monkeypatch,
     monkeypatch.setattr(data_utils, "SHARD_TOKENS", 3 * len(prose("held out")) - 500)
     data = prepare(tmp_path, root, val_source=val_source)
     assert len(texts_of(data, "val")) == 3
-    assert ("val_source holds more than that: " in capsys.readouterr().out) == is_cut
+    said = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("val_source holds more than that: ") for line in said) == is_cut
+    assert {"files that are read: .txt (9)", f"val_source: files that are read: .txt ({texts})"} <= {*said}
 
 
 # --------------------------------------------------------------------------------------- handfuls, long texts
