@@ -264,6 +264,7 @@ def _decode(text: str) -> object:
 
 
 LONG_ROW = 1 << 20  # bytes, from which on a row's other columns and a single emoji would take several times as many
+OBJECT = re.compile(rb"[ \t\r]*\{")  # how a row begins; at another, null, Arrow's reader breaks down
 ROW = "a row is one object on one line"
 
 
@@ -406,7 +407,7 @@ def jsonl_texts(path: Path, text_column: str, separator: re.Pattern | None = Non
                 line = _without_marks(line) or b"\n"
             if line.isspace():
                 continue
-            content = _long_text(line, text_column) if len(line) > LONG_ROW else None
+            content = _long_text(line, text_column) if len(line) > LONG_ROW and OBJECT.match(line) else None
             text = "" if content else json_text(line, text_column, f"{name}, line {number}", is_utf8)
             is_utf8 = is_utf8 or not line.isascii()
             del line  # a row may be large

@@ -579,6 +579,8 @@ WRONG_ROWS = {
     '{"text": "a"': "not JSON",
     '["text"]': "holds a list, not an object",
     '"text"': "holds text, not an object",
+    "null": "holds null, not an object",
+    'null{"text": "a"}': "not JSON",
     '{"text": "\\ud800"}': "half of a surrogate pair",
     '{"text": "a"} {"text": "b"}': "not JSON",
     '{"text": "a", "x": ' + "[" * 100000: "nested too deeply",
