@@ -66,10 +66,10 @@ def long_lines(content: bytes) -> list[bytes]:
         for line, whole in zip(lines, spaced)
         if len(line) >= surely or (len(line) > SPACED_LINE // 2 and _is_long(line, whole))
     ]
-    if len(dense) > LONGEST_LINE:
-        found = [part for line in found for part in _cut_line(line)]
     few = len(found) < PARAGRAPHS and max(map(len, found), default=0) >= PARAGRAPH
     parts = [part for line in found for part in FINE_CUT.split(line) if len(part) >= LONG_LINE] if few else []
+    if len(dense) > LONGEST_LINE:
+        found = [part for line in found for part in _cut_line(line)]
     size = len(dense) - len(lines) + 1
     wanted = FEW_LINES * len(lines)  # at most: to count those that are not empty takes longer
     few_lines = len(found) < wanted and len(found) < FEW_LINES * sum(map(bool, lines))

@@ -18,7 +18,7 @@ from machinery.encoding import Encoded, encode_all, look_at_lines
 from machinery.errors import DataError, told
 from machinery.files import json_digest, regular_file, write_atomic, write_json
 from machinery.held_out import NEAR_COPY, PIECE, HeldOutLines, common_lines, comparable, cut_tail, falls_within
-from machinery.sources import EMPTY_ROWS, NOT_UTF8, Position, Source
+from machinery.sources import EMPTY_ROWS, NOT_UTF8, Position, Source, named
 from machinery.text_files import in_parts
 from machinery.tokenizers import tokenizer_from_dict, tokenizer_hash
 
@@ -121,7 +121,7 @@ def report(manifest: dict) -> list[str]:
     for kind in (NOT_UTF8, EMPTY_ROWS):
         if count := manifest["passed_over"].get(kind):
             lines.append(f"passed over in source {manifest['settings']['source']!r}: {kind} ({count:,})")
-    if spelt:
+    if spelt and manifest["settings"]["source"] not in named():  # of text that others wrote
         often = [f"{spelling!r} stands {'once' if n == 1 else f'{n:,} times'}" for spelling, n in spelt.items()]
         lines.append(
             f"{', '.join(often)} in the texts, as text like any other; if it separates documents, set"

@@ -408,10 +408,10 @@ def jsonl_texts(path: Path, text_column: str, separator: re.Pattern | None = Non
             if line.isspace():
                 continue
             content = _long_text(line, text_column) if len(line) > LONG_ROW and OBJECT.match(line) else None
-            text = "" if content else json_text(line, text_column, f"{name}, line {number}", is_utf8)
+            text = "" if content is not None else json_text(line, text_column, f"{name}, line {number}", is_utf8)
             is_utf8 = is_utf8 or not line.isascii()
             del line  # a row may be large
-            if content:
+            if content is not None:
                 yield from _text_of_row(io.BytesIO(content), separator)
             else:
                 yield text

@@ -243,6 +243,13 @@ def test_val_source_that_is_in_the_source_is_refused(tmp_path, monkeypatch):
     assert "found only empty files" in told(prepare, tmp_path, "texts", val_source="empty.txt")
 
 
+@pytest.mark.parametrize("size", [2000, 20_000, 90_000])
+def test_a_piece_of_one_long_line_is_known_as_a_part_of_it(tmp_path, size):
+    root = write(tmp_path / "texts", {"line.txt": (line := one_line(1)), "other.txt": one_line(2)})
+    val_source = write(tmp_path / "v", {"piece.txt": line[30_000 : 30_000 + size]})
+    assert "1 of its 1 documents stand in source" in told(prepare, tmp_path, root, val_source=val_source)
+
+
 def test_what_stands_in_val_source_too_is_set_aside(tmp_path):
     root = write(tmp_path / "texts", {f"{i}.txt": prose(i) for i in range(30)})
     held_out = [prose(f"held out {i}") for i in range(10)] + [prose(0) + "One more line at its end.\n"]
