@@ -4,8 +4,8 @@ Documents are compared by their longer lines, or where they are few, by parts of
 write an accent and the ">" of a quoted line do not count. The side of a document is that of its smallest line, by a
 hash: a function of its content alone, in which near-copies mostly agree, since two documents have the same smallest
 line as often as they have lines in common (MinHash; Broder 1997). What then still stands on both sides is set aside.
-A copy is not found that has other words, case or quotation marks in most lines, a number before each, or its lines cut
-at other places.
+A copy is not found that has other words, case or quotation marks in most lines, a number or sign before each, or its
+lines cut at other places.
 """
 
 from __future__ import annotations

@@ -298,13 +298,11 @@ class HubSource(Source):
         split = self.split(split)
         where = f"{self.name} ({split})"
         builder = datasets.load_dataset_builder(*self._address())
-        # Of text files, each line would be a row; of CSV, "5" a number and "None" no text
-        as_it_is = {"sample_by": "document", "converters": {self.text_column: str}, "keep_default_na": False}
-        vars(builder.config).update({name: as_it_is[name] for name in as_it_is.keys() & vars(builder.config).keys()})
-        rows = builder.as_streaming_dataset(split=split)
         if type(builder).__module__.startswith("datasets.packaged_modules.json"):
             # `datasets` gives each column the type that its first rows have, and fails where later ones differ
-            options = {"data_files": {"train": builder.config.data_files[split]}, "split": "train", "streaming": True}
+            if split not in (files := builder.config.data_files):
+                raise DataError(f"{where}: there is no such split, only {sorted(files)}; name one of its files, downloaded")
+            options = {"data_files": {"train": files[split]}, "split": "train", "streaming": True}
             lines = datasets.load_dataset("text", **options)
             first = next((row["text"] for row in lines if row["text"].strip()), "").lstrip("\ufeff \t")
             if first.startswith("{"):
@@ -312,6 +310,10 @@ class HubSource(Source):
             if first.startswith("["):  # a file is one array of rows
                 files = datasets.load_dataset("text", sample_by="document", **options)
                 return files, lambda row, number: array_texts(row["text"], self.text_column, f"{where}, file {number}")
+        # Of text files, each line would be a row; of CSV, "5" a number and "None" no text
+        as_it_is = {"sample_by": "document", "converters": {self.text_column: str}, "keep_default_na": False}
+        vars(builder.config).update({name: as_it_is[name] for name in as_it_is.keys() & vars(builder.config).keys()})
+        rows = builder.as_streaming_dataset(split=split)
         names = rows.column_names
         if names and self.text_column not in names:
             raise no_column(where, self.text_column, names)
@@ -382,7 +384,7 @@ def source_kind(source: str) -> str:
     """The entry of `SOURCES` that reads a source."""
     if source in named():
         return source
-    looks_local = not existing_part(source)[1] or source.endswith(SUFFIXES)
+    looks_local = os.path.lexists(source) or not existing_part(source)[1] or source.endswith(SUFFIXES)
     name = r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*(:[\w.-]+)?"
     return "hub" if not looks_local and re.fullmatch(name, source) else "files"
 

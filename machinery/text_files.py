@@ -307,7 +307,8 @@ def _decode_row(line: bytes, text_column: str) -> object:
     except UnicodeDecodeError:
         with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError):  # the text itself may be right
             row = _decode(line.decode("utf-8", "surrogateescape"))
-            row[text_column].encode()
+            if isinstance(text := row.get(text_column), str):
+                text.encode()
             return row
         raise
 

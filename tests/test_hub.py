@@ -157,11 +157,13 @@ JSON_LINES = [
 
 
 def test_json_of_a_hub_is_read_by_its_text_column_alone(tmp_path):
-    """Another column changes its type after more rows than `datasets` looks at."""
+    """Another column changes its type at once, after an empty line, and after more rows than `datasets` looks at."""
     rows = [JSON_LINES[0] | {"text": f"{i} " * 500} for i in range(5_000)] + JSON_LINES
+    rows[1] |= {"meta": "of another type"}
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
     served = tmp_path / "served"
     served.mkdir()
-    (served / "train.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
+    (served / "train.jsonl").write_text("\n".join([lines[0], "".join(lines[1:])]), "utf-8")
     program = (
         "import json, itertools; from machinery.sources import *\n"
         "source = open_source('owner/name', split_on='4999 ')\n"
@@ -179,7 +181,7 @@ def test_json_of_a_hub_is_read_by_its_text_column_alone(tmp_path):
             "except DataError as error: print(json.dumps(str(error)))"
         )
         message = run(hub, tmp_path, wrong, HF_HOME=str(tmp_path / "other"))
-        assert f"row {len(rows) + 1}: no column 'text'; there are 'body'" in message
+        assert f"row {len(rows) + 2}: no column 'text'; there are 'body'" in message
 
 
 def test_content_that_is_no_text_is_told_at_once_with_its_row(tmp_path):

@@ -618,6 +618,8 @@ def test_latin1_in_a_row_is_named(tmp_path):
     for text in ("a", "\\u00e9", "\xc3\xa9", "\\ud83d\\ude42 \xc3\xa9"):  # no other column is looked at, nor its name
         write(tmp_path, {"a.jsonl": f'{{"text": "{text}", "other": "caf\xe9", "\xe9": 1}}\n'.encode("latin1")})
         assert list(iter_documents(str(tmp_path))) == [json.loads(f'"{text}"'.encode("latin1"))]
+    write(tmp_path, {"a.jsonl": b'{"text": "a"}\n{"text": null, "other": "caf\xe9"}\n{"other": "caf\xe9"}\n'})
+    assert "a.jsonl, line 3: no column 'text'; there are 'other'" in refused(str(tmp_path))
     write(tmp_path, {"a.jsonl": b'{"text": "caf\xe9 \\u00e9"}\n'})
     assert "a.jsonl, line 1: not UTF-8 at byte 13" in refused(str(tmp_path))
     write(tmp_path, {"a.jsonl": b'{"text": "ok"}\n{"text": "caf\xe9"}\n'})
