@@ -301,7 +301,7 @@ class HubSource(Source):
         if type(builder).__module__.startswith("datasets.packaged_modules.json"):
             # `datasets` gives each column the type that its first rows have, and fails where later ones differ
             if split not in (files := builder.config.data_files):
-                raise DataError(f"{where}: there is no such split, only {sorted(files)}; name one of its files, downloaded")
+                raise DataError(f"{where}: there is only {sorted(map(str, files))}; download a file and name that")
             options = {"data_files": {"train": files[split]}, "split": "train", "streaming": True}
             lines = datasets.load_dataset("text", **options)
             first = next((row["text"] for row in lines if row["text"].strip()), "").lstrip("\ufeff \t")
