@@ -85,8 +85,7 @@ def best_shape(config, machine: Machine, hours: float, channels: int = 64) -> di
             end, change = ("smallest", "more") if best == rows[0] else ("largest", "fewer")
             if best[3] > laws().get(config.source, {"parameters": [math.inf]})["parameters"][0]:
                 change = "fewer"  # smaller ones would read the text too often
-            known = f"{best[2]['n_layer']} × {best[2]['n_embd']}"
-            why = f"of the sizes that its law covers, the {end} is best ({known}); take that, or try {change} hours"
+            why = f"of the sizes that its law covers, the {end} is best; take that, {best[2]}, or try {change} hours"
         raise UserError(f"the best size for {sized.max_hours:g} hours of {config.source!r} is not known: {why}")
     for loss, unit, shape, parameters, tokens in rows[max(0, rows.index(best) - 2) : rows.index(best) + 3]:
         sizes = f"{shape['n_layer']:3d} × {shape['n_embd']:<5d}{parameters:14,.0f} weights {tokens:16,.0f} tokens"

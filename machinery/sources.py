@@ -394,7 +394,10 @@ def open_source(source: str, text_column: str = "text", split_on: str = "", apar
     if not source.strip():
         raise DataError(f"source is empty; name {choices()}")
     if source.startswith("…/"):
-        raise DataError(f"source {source!r} is the end of a path, which is all that a run keeps of one; give all of it")
+        raise DataError(
+            f"source {source!r} is the end of a path, which is all that a run keeps of one; give all of it,"
+            " as in replace(config, source='/all/of/it')"
+        )
     return SOURCES[source_kind(source)](source, text_column, split_on, apart)
 
 

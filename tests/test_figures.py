@@ -123,7 +123,7 @@ QUOTES = [
     *(
         (
             TEXT,
-            f"a minute, it held {inside} of {unseen} longer",
+            f"a minute, it contained {inside} of {unseen} longer",
             "results/forecast.md",
             f"fit: {inside} of {unseen} ended",
             1,
@@ -135,12 +135,12 @@ QUOTES = [
         for where, sentence, text in [
             (
                 TEXT,
-                "that is # bits per byte (5.3) lower after a million tokens of Python, less with more tokens, and * in",
+                "loss is # bits per byte (5.3) lower after a million tokens of Python, later less, and * in",
                 "python",
             ),
             (
                 TEXT,
-                "that is * bits per byte (5.3) lower after a million tokens of Python, less with more tokens, and # in",
+                "loss is * bits per byte (5.3) lower after a million tokens of Python, later less, and # in",
                 "english",
             ),
             (README, "# bits per byte higher after a million tokens of Python", "python"),
