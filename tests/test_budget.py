@@ -193,14 +193,9 @@ def test_the_best_shape_is_inside_of_what_was_tried_or_not_known(lm, monkeypatch
     assert 10 <= shape["n_layer"] <= 20 and capsys.readouterr().out.count("<- best") == 1
     settle_batch(lm.replace(day, **shape), CPU)  # it is a configuration
     own = lm.replace(day, source="texts/*.txt")
-    refused = [
-        (own, 24, "laws are for"),
-        (day, 0.001, "smallest .*n_layer.*more"),
-        (day, 1e6, "largest .*n_layer.* fewer"),
-    ]
-    refused += [
-        (lm.Config.from_preset("demo"), 0.001, "smallest .*n_layer.*fewer")
-    ]  # smaller ones would repeat the text
+    demo = lm.Config.from_preset("demo")  # of which smaller ones would repeat the text
+    refused = [(own, 24, "laws are for"), (demo, 0.001, "smallest .*n_layer.*fewer")]
+    refused += [(day, 0.001, "smallest .*n_layer.*more"), (day, 1e6, "largest .*n_layer.*fewer")]
     for config, hours, why in refused:
         with pytest.raises(UserError, match=f"the best size for .* is not known: .*{why}"):
             best_shape(config, CPU, hours=hours)

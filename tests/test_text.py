@@ -464,6 +464,13 @@ def test_a_text_that_begins_as_packed_files_do_is_a_text(tmp_path, start):
     assert list(iter_documents(write(tmp_path, {"a.txt": start}))) == [start]
 
 
+def test_a_broken_link_is_told_and_not_looked_for_at_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "books").mkdir()
+    (tmp_path / "books" / "latest").symlink_to("nothing")
+    assert "found only broken links" in refused("books/latest")
+
+
 @pytest.mark.parametrize("separator", ["", "<|endoftext|>", "\n\n\n"])
 @pytest.mark.parametrize(("suffix", "long_row"), [("txt", 0), *itertools.product(["jsonl", "parquet"], [0, 1 << 20])])
 def test_long_texts_come_in_parts_and_nothing_is_lost(tmp_path, monkeypatch, separator, suffix, long_row):
