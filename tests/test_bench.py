@@ -1,6 +1,7 @@
 """The benchmarks at their smallest: what they compare is the same work, and what they report is what was measured."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -130,6 +131,25 @@ def test_the_summary_says_what_helped_and_what_hurt(tmp_path, small_plan):
     assert rows["MLP"].count("| worse |") == 1 and "| no difference seen |" in rows["wide"]
     assert "| with value embeddings | 2,000 | 1.5050 | 0.0050 | 2 | 1 | -0.1000 | 0.0000 | better |" in text
     assert (tmp_path / "recipe.png").stat().st_size > 1000
+
+
+def test_the_notebook_shows_single_changes_as_they_were_measured(tmp_path, small_plan, monkeypatch):
+    monkeypatch.setattr(recipe, "SHOWN", {"cosine": "a cosine (5.2)", "MLP": "an MLP (4.4)", "wide": "wider"})
+    changes = {"cosine": -0.5, "MLP": 0.5}
+
+    def losses(run):
+        return 1.5 + run.seed / 100 + changes.get(run.name, 0.0) + run.seed * (run.name == "wide")
+
+    lines = recipe.changes_of_demo(made_up(tmp_path / "recipe.jsonl", losses)).splitlines()
+    assert lines[0] == "| change | 1,000 tokens | 2,000 tokens |"
+    assert lines[2:] == ["| a cosine (5.2) | -0.500 | -0.500 |", "| an MLP (4.4) | +0.500 |  |",
+                         "| wider | no difference seen |  |"]  # fmt: skip
+    assert "make recipe" in recipe.changes_of_demo(Results(tmp_path / "none.jsonl"))
+
+
+def test_the_changes_that_the_notebook_shows_are_measured():
+    lines = recipe.changes_of_demo().splitlines()[2:]
+    assert len(lines) == len(recipe.SHOWN) and all(re.search(r"\d|no difference", line) for line in lines)
 
 
 def test_an_effect_has_the_error_of_its_pairs():

@@ -72,6 +72,21 @@ CHOICES: dict[str, dict] = {
     "absolute positions, and so random weights at first": {"position": "absolute"},
 }
 
+SHOWN = {  # in section 7: a change, and where the notebook explains it
+    "LayerNorm": "LayerNorm (4.1)",
+    "absolute positions, and so random weights at first": "absolute positions, and so no `induction` (4.2)",
+    "MHA": "a key/value head per query head (4.3)",
+    "no qk_norm": "no `qk_norm` (4.3)",
+    "value embeddings (more parameters)": "value embeddings: 3.4M parameters, not 2.4M (4.3)",
+    "MLP": "an MLP with GELU (4.4)",
+    "MLP with squared ReLU": "an MLP with squared ReLU (4.4)",
+    "no embedding_norm": "no `embedding_norm` (4.5)",
+    PLAIN: "no `induction` (4.5)",
+    "AdamW for all, lr 0.002": "AdamW for all, at the best of three rates (5.1)",
+    "weight_decay 0.1": "a weight decay of 0.1 (5.1)",
+    "no warmup": "no warm-up (5.2)",
+}
+
 # ------------------------------------------------------------------------------------------- contenders
 
 
@@ -184,6 +199,21 @@ def effects_of_changes(results: Results) -> list[dict]:
             later = effect_of(results, name, AGAIN_TOKENS, AGAIN_SEEDS) if row[""] == "better" else {}
             rows.append(row | {"longer": later.get("effect"), "± ": later.get("±"), " ": later.get("", "")})
     return sorted(rows, key=lambda row: row["effect"])
+
+
+def changes_of_demo(results: Results | None = None) -> str:
+    """Single changes of `demo` as a table, in bits per byte; of other presets than those measured, how to make one."""
+    results = results or Results(RESULTS / "recipe.jsonl")
+    rows = []
+    for name, text in SHOWN.items():
+        row = {"change": text}
+        for tokens in (CHOICE_TOKENS, AGAIN_TOKENS):
+            if found := effect_of(results, name, tokens, SEEDS):
+                clear = found[""] in ("better", "worse")
+                row[f"{tokens:,} tokens"] = f"{found['effect']:+.3f}" if clear else found[""]
+        rows += [row] if len(row) > 1 else []
+    columns = ["change", f"{CHOICE_TOKENS:,} tokens", f"{AGAIN_TOKENS:,} tokens"]
+    return table(rows, dict.fromkeys(columns, "")) if rows else "Not measured for these presets: `make recipe` does it."
 
 
 def write_summary(results: Results, folder: Path = RESULTS) -> None:
