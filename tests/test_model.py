@@ -27,8 +27,7 @@ COMBINATIONS = [
     for qk_norm, tied in itertools.product([False, True], repeat=2)
 ]
 COVERING = [  # each variant, with and without QK-norm and tying, at least once
-    {"attention": "gqa", "position": "rope", "ffn": "gated", "norm": "rms", "qk_norm": True, "tie_embeddings": True},
-    {"attention": "value", "position": "rope", "ffn": "relu2", "norm": "rms", "qk_norm": True, "induction": True},
+    {"attention": "value", "position": "rope", "ffn": "gated", "norm": "rms", "qk_norm": True, "induction": True},
     {
         "attention": "mha",
         "position": "absolute",
@@ -37,7 +36,7 @@ COVERING = [  # each variant, with and without QK-norm and tying, at least once
         "qk_norm": False,
         "tie_embeddings": True,
     },
-    {"attention": "gqa", "position": "none", "ffn": "gated", "norm": "rms", "qk_norm": False, "tie_embeddings": False},
+    {"attention": "gqa", "position": "none", "ffn": "relu2", "norm": "rms", "qk_norm": False, "tie_embeddings": False},
 ]
 
 
