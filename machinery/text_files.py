@@ -472,10 +472,13 @@ def _parquet_column(file, text_column: str, path: Path, separator: re.Pattern | 
         # A file holds a text once that many rows repeat; in memory each row has its own copy
         at_once = max(1, min(1 << 10, ROWS_BYTES * rows // max(1, size)))
         options = {"row_groups": [group], "columns": [text_column], "use_threads": False}
-        for batch in file.iter_batches(at_once, **options):
+        batches, end = file.iter_batches(at_once, **options), first + rows
+        while first < end and (batch := next(batches, None)):
             column = batch.column(text_column).cast(large_binary())  # "a.b" also names a field of a column
             rows = len(batch)
             del batch
+            if first + rows == end:
+                del batches  # holds the page of the group's last rows
             for number in range(rows):
                 content = io.BytesIO(column[number].as_py())
                 if number == rows - 1:

@@ -695,6 +695,16 @@ def test_a_text_that_stands_in_many_rows_is_read_in_few_at_a_time(tmp_path):
     assert sum(1 for _ in documents) == 2999
 
 
+def test_a_large_last_row_is_not_kept_by_its_reader_too(tmp_path):
+    large = "".join(f"a long text with an emoji \U0001f600 in line {i}\n" for i in range(500_000))
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a short text", large]}), tmp_path / "a.parquet")
+    before = pyarrow.total_allocated_bytes()
+    kept = []
+    for _ in iter_documents(str(tmp_path)):
+        kept.append(pyarrow.total_allocated_bytes() - before)
+    assert kept[0] > 20e6 > 1e6 > max(kept[1:]), kept
+
+
 def test_text_with_an_odd_byte_or_two_is_read_as_it_is(tmp_path):
     texts = ["a \0 nul and words\n" * 20, "\0 a line with a nul\n" * 12]
     write(tmp_path, {f"{number}.txt": text for number, text in enumerate(texts)})
