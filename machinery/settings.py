@@ -45,13 +45,14 @@ def require(condition: object, message: str) -> None:
 
 def one_of(name: str, value: str, known: Iterable[str]) -> None:
     """Raise `ConfigError`, naming the nearest, unless `value` is among `known`."""
-    known = list(known)
+    is_table, known = isinstance(known, dict), list(known)  # of classes or functions
     if value in known:
         return
     near = difflib.get_close_matches(str(value)[:100].lower(), known, n=1, cutoff=0.5)
     meant = f"; did you mean {near[0]!r}?" if near else "."
     listed = f" There are: {', '.join(known)}." if len(known) < 12 or not near else ""
-    raise ConfigError(f"{name} {value!r} is not known{meant}{listed}")
+    own = " For one of your own, see section 8." if is_table else ""
+    raise ConfigError(f"{name} {value!r} is not known{meant}{listed}{own}")
 
 
 def takes(method: Callable, arguments: str, who: str) -> None:

@@ -94,7 +94,7 @@ def report(manifest: dict) -> list[str]:
         "val_source": "val_source",
     }
     lines = [
-        f"held out: {documents['val']:,} documents, {size['val'] / 1e6:,.2f} MB,"
+        f"held out: {documents['val']:,} document{'' if documents['val'] == 1 else 's'}, {size['val'] / 1e6:,.2f} MB,"
         f" {size['val'] / sum(size.values()):.2%} of what was read ({ways[manifest['held_out']]});"
         f" near-copies of one another among them: {manifest['grouped']:,};"
         f" set aside for a near-copy in the other split: {apart['documents']:,}, {apart['bytes'] / 1e6:,.2f} MB"

@@ -156,7 +156,9 @@ def print_preflight(
         "induction": f"none: it is for position 'rope', not {config.position!r}; the heads begin with random weights"
         if config.induction and config.position != "rope"
         else "",
-        "forecast": f"{expected.low:.3f} to {expected.high:.3f} bits per byte held out" if expected else "",
+        "forecast": f"{expected.low:.3f} to {expected.high:.3f} bits per byte held out"
+        if expected
+        else "n/a, no law for this text, recipe, size and length",
     }
     print("\n".join(f"  {name:12s} {text}" for name, text in rows.items() if text))
     to_come = keep + 2 - len(checkpoint_folders(folder))

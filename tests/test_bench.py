@@ -142,8 +142,8 @@ def test_the_notebook_shows_single_changes_as_they_were_measured(tmp_path, small
 
     lines = recipe.changes_of_demo(made_up(tmp_path / "recipe.jsonl", losses)).splitlines()
     assert lines[0] == "| change | 1,000 tokens | 2,000 tokens |"
-    assert lines[2:] == ["| a cosine (5.2) | -0.500 | -0.500 |", "| an MLP (4.4) | +0.500 |  |",
-                         "| wider | no difference seen |  |"]  # fmt: skip
+    assert lines[2:] == ["| a cosine (5.2) | -0.500 | -0.500 |", "| an MLP (4.4) | +0.500 | not measured |",
+                         "| wider | no difference seen | not measured |"]  # fmt: skip
     assert "make recipe" in recipe.changes_of_demo(Results(tmp_path / "none.jsonl"))
 
 

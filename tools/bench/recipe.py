@@ -83,8 +83,10 @@ SHOWN = {  # in section 7: a change, and where the notebook explains it
     "no embedding_norm": "no `embedding_norm` (4.5)",
     PLAIN: "no `induction` (4.5)",
     "AdamW for all, lr 0.002": "AdamW for all, at the best of three rates (5.1)",
+    "embedding_lr × 0.5": "half the `embedding_lr` (5.1)",
     "weight_decay 0.1": "a weight decay of 0.1 (5.1)",
     "no warmup": "no warm-up (5.2)",
+    "batch_tokens × 0.5": "half the batch, twice the steps (5.5)",
 }
 
 # ------------------------------------------------------------------------------------------- contenders
@@ -208,12 +210,13 @@ def changes_of_demo(results: Results | None = None) -> str:
     for name, text in SHOWN.items():
         row = {"change": text}
         for tokens in (CHOICE_TOKENS, AGAIN_TOKENS):
-            if found := effect_of(results, name, tokens, SEEDS):
-                clear = found[""] in ("better", "worse")
-                row[f"{tokens:,} tokens"] = f"{found['effect']:+.3f}" if clear else found[""]
-        rows += [row] if len(row) > 1 else []
-    columns = ["change", f"{CHOICE_TOKENS:,} tokens", f"{AGAIN_TOKENS:,} tokens"]
-    return table(rows, dict.fromkeys(columns, "")) if rows else "Not measured for these presets: `make recipe` does it."
+            found = effect_of(results, name, tokens, SEEDS)
+            clear = found.get("") in ("better", "worse")
+            row[f"{tokens:,} tokens"] = f"{found['effect']:+.3f}" if clear else found.get("", "not measured")
+        rows.append(row)
+    if all({*row.values()} == {row["change"], "not measured"} for row in rows):
+        return "Not measured for these presets: `make recipe` does it."
+    return table(rows, dict.fromkeys(rows[0], ""))
 
 
 def write_summary(results: Results, folder: Path = RESULTS) -> None:
