@@ -41,9 +41,22 @@ QUOTED = re.compile(rb"(?m)^(?:[ \t]*>)+")  # as in a reply
 REPLY = re.compile(rb"(?m)^>(?!>>)")  # which quotes once or twice, too, or mostly; else ">>>" is Python's prompt
 MARKS = re.compile(rb"(?:[\xcc\xcd][\x80-\xbf]){64}")  # on one letter; to put n of them in order takes n² steps
 LONGEST_LINE = 1 << 16  # bytes of a line that counts as one
-CUT = re.compile(rb"(?<=[%b]{2})" % re.escape(bytes(range(5, 256, 16))))  # of a longer one: between some pairs of bytes
+
+
+def _between(every: int, share: int) -> tuple[re.Pattern, re.Pattern]:
+    """Where a line of ASCII is cut, and any: after some pairs of bytes, or of the last bytes of two letters that have
+    two or three each, whose first bytes are mostly the same in a script. `share` of the 64 that can be last do, some of
+    any alphabet.
+    """
+    some = rb"(?<=[%b]{2})" % re.escape(bytes(range(5, 256, every)))
+    last = re.escape(bytes(byte for byte in CONTINUED if byte * 29 % 64 < share))
+    letters = rb"(?<=[%b][\xc3-\xdf][%b])|(?<=[%b][\xe0-\xef][\x80-\xbf][%b])" % ((last,) * 4)
+    return re.compile(some), re.compile(some + b"|" + letters)
+
+
+CUT = _between(16, 8)  # of a longer one
 PARAGRAPHS, PARAGRAPH = 8, 64  # with fewer longer lines, one of so many bytes, a copy may have none whole in common
-FINE_CUT = re.compile(rb"(?<=[%b]{2})" % re.escape(bytes(range(5, 256, 6))))  # of these: into parts of some 50 bytes
+FINE_CUT = _between(6, 16)  # of these: into parts of some 50 bytes
 NEAR_COPY = 0.5  # share of a document's longer lines that makes a near-copy
 MANY, TAIL = 20, 1000  # so many documents whose ends are shorter than so many bytes: some are held out whole
 FOOTER = 1 << 16  # characters at the end of a text among which what ends many texts is looked for
@@ -67,7 +80,7 @@ def long_lines(content: bytes) -> list[bytes]:
         if len(line) >= surely or (len(line) > SPACED_LINE // 2 and _is_long(line, whole))
     ]
     few = len(found) < PARAGRAPHS and max(map(len, found), default=0) >= PARAGRAPH
-    parts = [part for line in found for part in FINE_CUT.split(line) if len(part) >= LONG_LINE] if few else []
+    parts = [part for line in found for part in _parts(line, FINE_CUT)] if few else []
     if len(dense) > LONGEST_LINE:
         found = [part for line in found for part in _cut_line(line)]
     size = len(dense) - len(lines) + 1
@@ -82,7 +95,12 @@ def long_lines(content: bytes) -> list[bytes]:
 
 def _cut_line(line: bytes) -> list[bytes]:
     """A line, or of one that is too long to count as one the longer parts."""
-    return [line] if len(line) <= LONGEST_LINE else [part for part in CUT.split(line) if len(part) >= LONG_LINE]
+    return [line] if len(line) <= LONGEST_LINE else _parts(line, CUT)
+
+
+def _parts(line: bytes, cuts: tuple[re.Pattern, re.Pattern]) -> list[bytes]:
+    """The longer parts of a line."""
+    return [part for part in cuts[not line.isascii()].split(line) if len(part) >= LONG_LINE]
 
 
 def line_hashes(lines: list[bytes]) -> array:

@@ -16,7 +16,7 @@ from data_utils import get_tokenizer, prepare_data
 from machinery import sources, text_files
 from machinery.encoding import encode_all
 from machinery.errors import DataError, UserError
-from machinery.held_out import common_lines, cut_tail, long_lines, smallest_of_text
+from machinery.held_out import HeldOutLines, common_lines, cut_tail, line_hashes, long_lines, smallest_of_text
 from machinery.preparation import open_sources, tokenize
 from machinery.tokenizers import tokenizer_to_dict
 from tests.test_text import prepare, texts_of, told, write
@@ -142,6 +142,28 @@ def test_a_copy_may_have_no_whole_line_in_common(tmp_path, variant, paragraphs):
     number = {text: i for i, text in enumerate(texts)}
     both = [text for text in held_out if texts[number[text] ^ 1] in trained]
     assert data.manifest["held_out"] == "documents" and len(held_out) > 10 and not both
+
+
+ALPHABETS = {  # code points of the letters of a script
+    "Armenian": range(0x561, 0x587), "Arabic": range(0x627, 0x64B), "Cyrillic": range(0x430, 0x450),
+    "Devanagari": range(0x905, 0x93A), "Ethiopic": range(0x1200, 0x1300, 8), "Georgian": range(0x10D0, 0x10F1),
+    "Greek": range(0x3B1, 0x3CA), "Hangul": range(0xAC00, 0xD7A4, 588), "Han": range(0x4E00, 0x9FA5, 37),
+    "Hebrew": range(0x5D0, 0x5EB), "Hiragana": range(0x3042, 0x3094), "Khmer": range(0x1780, 0x17B4),
+    "Tamil": range(0xB85, 0xBBA), "Thai": range(0xE01, 0xE2F), "Tibetan": range(0xF40, 0xF6D),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("script", ALPHABETS)
+def test_a_copy_in_any_script_is_found_by_its_parts(script):
+    draw, letters = random.Random(script), [*map(chr, ALPHABETS[script])]
+    for words, edits in [(60, 1)] * 30 + [(20000, 3)]:  # a paragraph, and a file that is one line
+        text = " ".join("".join(draw.choices(letters, k=draw.randint(2, 9))) for _ in range(words))
+        copy = [*text]
+        for _ in range(edits):
+            copy[draw.randrange(len(copy) // 4, len(copy) * 3 // 4)] = "!"
+        lines = HeldOutLines()
+        lines.add(line_hashes(long_lines(text.encode())))
+        assert not lines.train(line_hashes(long_lines("".join(copy).encode())))
 
 
 def test_the_same_text_saved_three_times(tmp_path, capsys):
