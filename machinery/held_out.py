@@ -44,9 +44,9 @@ LONGEST_LINE = 1 << 16  # bytes of a line that counts as one
 
 
 def _between(every: int, share: int) -> tuple[re.Pattern, re.Pattern]:
-    """Where a line of ASCII is cut, and any: after some pairs of bytes, or of the last bytes of two letters that have
-    two or three each, whose first bytes are mostly the same in a script. `share` of the 64 that can be last do, some of
-    any alphabet.
+    """Where a line of ASCII is cut, and any other: after some pairs of bytes; also after some pairs of letters of two
+    or three bytes, by their last ones, since the first are mostly the same in a script. `share` of 64 last bytes count,
+    of which any alphabet has a few.
     """
     some = rb"(?<=[%b]{2})" % re.escape(bytes(range(5, 256, every)))
     last = re.escape(bytes(byte for byte in CONTINUED if byte * 29 % 64 < share))
