@@ -984,7 +984,9 @@ def test_preflight_says_which_limit_of_the_budget_is_reached_first(lm, settings,
     config = settings(max_hours=100.0, max_tokens=5 * 64, max_steps=0, batch_tokens=64)
     assert budget_left(config, 1000.0, (1, 64, 3600.0)) == {"max_tokens": 256, "max_hours": 99 * 3600 * 1000.0}
     lm.train(config)
-    assert "max_tokens is reached first; max_hours would be after 4 days, 4:00:00" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "max_tokens is reached first; max_hours would be after 4 days, 4:00:00" in said
+    assert "\n  forecast     n/a, no law for this text" in said
 
 
 def test_memory_that_runs_out_beside_the_optimizer_s_state_is_found_before_the_clock_starts(lm, settings, monkeypatch):

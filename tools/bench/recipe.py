@@ -206,15 +206,15 @@ def effects_of_changes(results: Results) -> list[dict]:
 def changes_of_demo(results: Results | None = None) -> str:
     """Single changes of `demo` as a table, in bits per byte; of other presets than those measured, how to make one."""
     results = results or Results(RESULTS / "recipe.jsonl")
-    rows = []
+    rows, measured = [], False
     for name, text in SHOWN.items():
         row = {"change": text}
         for tokens in (CHOICE_TOKENS, AGAIN_TOKENS):
             found = effect_of(results, name, tokens, SEEDS)
-            clear = found.get("") in ("better", "worse")
+            clear, measured = found.get("") in ("better", "worse"), measured or bool(found)
             row[f"{tokens:,} tokens"] = f"{found['effect']:+.3f}" if clear else found.get("", "not measured")
         rows.append(row)
-    if all({*row.values()} == {row["change"], "not measured"} for row in rows):
+    if not measured:
         return "Not measured for these presets: `make recipe` does it."
     return table(rows, dict.fromkeys(rows[0], ""))
 
