@@ -24,7 +24,7 @@ import sysconfig
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from types import ModuleType
 
@@ -45,7 +45,6 @@ from machinery.text_files import (
     separator_pattern,
     telling_os_errors,
     texts,
-    whole,
 )
 
 TEST_FOLDERS = {"test", "tests", "idle_test"}  # the standard library's own test suites
@@ -140,20 +139,22 @@ class FileSource(Source):
             found, advice = "nothing", f"name {choices()}"
             if +self.passed_over:
                 found = f"only {_listed(self.passed_over)}"
-                advice = "write texts as .txt or .md, tables as .jsonl or .parquet; unpack archives, mend broken links"
+                advice = "write texts as .txt or .md, tables as .jsonl or .parquet; unpack archives, mend links, permissions"
             raise DataError(f"source {self.name!r}: no {', '.join(SUFFIXES)} file matches (found {found}); {advice}")
         return files
 
     def documents(self, split: str = "train") -> Iterator[str]:
         self.passed_over[EMPTY_ROWS] = 0  # they are counted anew however often the source is read
-        for path in self.files.values():
-            with telling_os_errors(path), whole(path):
+        stats = self._stats
+        for name, path in self.files.items():
+            with telling_os_errors(path):
                 if rows := ROWS.get(path.suffix):
                     for text in rows(path, self.text_column, self.separator):
                         self.passed_over[EMPTY_ROWS] += not text
                         yield text
                 else:
                     yield from self._texts(path)
+                self._check_unchanged(path, stats[name])
 
     def _texts(self, path: Path) -> Iterator[str]:
         try:
@@ -164,11 +165,21 @@ class FileSource(Source):
             self._not_utf8.add(path)  # once, however often the source is read
             self.passed_over[NOT_UTF8] = len(self._not_utf8)
 
+    def _check_unchanged(self, path: Path, before: os.stat_result) -> None:
+        """Raise `DataError` where a file is written to before all is read, as by a download or a log."""
+        now = path.stat()
+        if (now.st_size, now.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
+            raise DataError(
+                f"{path}: had {before.st_size:,} bytes when its reading began and has {now.st_size:,} now, or others;"
+                " run this again when nothing writes to it, or read a copy"
+            )
+
     def size(self) -> int:
-        return sum(stat.st_size for _, stat in self._stats())
+        return sum(stat.st_size for stat in self._stats.values())
 
     def stamp(self) -> str:
-        return json_digest([(name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for name, stat in self._stats()])
+        found = self._stats.items()
+        return json_digest([(name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for name, stat in found])
 
     def digest(self) -> str:
         """Of content, in its order: whole up to `DIGEST_BYTES` together, beyond that of samples of every file."""
@@ -177,10 +188,14 @@ class FileSource(Source):
             found.update(json.dumps([path.suffix, file_digest(path, samples)]).encode())
         return found.hexdigest()
 
-    def _stats(self) -> Iterator[tuple[str, os.stat_result]]:
+    @cached_property
+    def _stats(self) -> dict[str, os.stat_result]:
+        """Of every file when first asked for: what is read later has to be as it was."""
+        found = {}
         for name, path in self.files.items():
             with telling_os_errors(path):
-                yield name, path.stat()
+                found[name] = path.stat()
+        return found
 
     def notes(self) -> list[str]:
         lines = [f"files that are read: {_listed(Counter(path.suffix for path in self.files.values()))}"]
@@ -418,10 +433,10 @@ def refuse_overlap(source: Source, held_out: Source) -> None:
     if isinstance(source, FileSource) and isinstance(held_out, FileSource):
         by_identity = {identity(path): path for path in source.files.values()}
         by_size: dict[int, list[Path]] = {}
-        for name, stat in source._stats():
+        for name, stat in source._stats.items():
             by_size.setdefault(stat.st_size, []).append(source.files[name])
         digest = cache(file_digest)
-        for name, stat in held_out._stats():
+        for name, stat in held_out._stats.items():
             path = held_out.files[name]
             if same := by_identity.get(identity(path)):
                 raise _same_text(held_out, source, f"{path} is {same}")

@@ -13,7 +13,9 @@ import json
 import os
 import re
 import unicodedata
+from collections import deque
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
 
@@ -34,18 +36,6 @@ def telling_os_errors(path: Path) -> Iterator[None]:
         raise DataError(f"{where}: cannot be read ({error.strerror}); check its permissions and the disk") from None
 
 
-@contextlib.contextmanager
-def whole(path: Path) -> Iterator[None]:
-    """Raise `DataError` where a file grows or is cut while it is read, as by a download or a log."""
-    before = path.stat().st_size
-    yield
-    if (now := path.stat().st_size) != before:
-        raise DataError(
-            f"{path}: had {before:,} bytes when its reading began and has {now:,} now; run this again when nothing"
-            " writes to it, or read a copy"
-        )
-
-
 def file_digest(path: Path, samples: bool = False) -> str:
     """sha256 of a file's content, or of its size and up to 64 samples of 64 kB, spread evenly, the ends among them."""
     with telling_os_errors(path), path.open("rb") as file:
@@ -63,6 +53,7 @@ MAX_DOCUMENT_BYTES = 16 << 20  # a longer text is read as several documents, cut
 MAX_LINE_BYTES = 1 << 20  # how much further a line end is looked for
 MAX_ROW_BYTES = 256 << 20  # of a row of JSON lines, which is read as a whole
 ROWS_BYTES = 8 << 20  # of a Parquet column, read at a time
+LARGE_ROWS = 32 << 20  # of those that hold a long text, after which its group is opened anew
 
 FORMATS = {  # first bytes, what they are of, and how to get at the text
     b"\x1f\x8b": ("gzip", "unpack it with gunzip"),
@@ -472,19 +463,21 @@ def _parquet_column(file, text_column: str, path: Path, separator: re.Pattern | 
         # A file holds a text once that many rows repeat; in memory each row has its own copy
         at_once = max(1, min(1 << 10, ROWS_BYTES * rows // max(1, size)))
         options = {"row_groups": [group], "columns": [text_column], "use_threads": False}
-        batches, end = file.iter_batches(at_once, **options), first + rows
-        while first < end and (batch := next(batches, None)):
+        batches, read, end = None, 0, first + rows
+        while first < end:
+            batches = batches or islice(file.iter_batches(at_once, **options), read, None)
+            if (batch := next(batches, None)) is None:
+                break
             column = batch.column(text_column).cast(large_binary())  # "a.b" also names a field of a column
-            rows = len(batch)
-            del batch
-            if first + rows == end:
-                del batches  # holds the page of the group's last rows
+            texts, large = deque(column.to_pylist()), column.nbytes > LARGE_ROWS
+            rows, read = len(texts), read + 1
+            del batch, column
+            if large or first + rows == end:  # the reader holds them three times over; for what follows, another one
+                batches = None
+            if large:  # else Arrow keeps what it has freed
+                default_memory_pool().release_unused()
             for number in range(rows):
-                content = io.BytesIO(column[number].as_py())
-                if number == rows - 1:
-                    del column  # a text may be large
-                    if content.getbuffer().nbytes > ROWS_BYTES:  # of such, Arrow keeps what it has freed
-                        default_memory_pool().release_unused()
+                content = io.BytesIO(texts.popleft())
                 try:
                     yield from _text_of_row(content, separator)
                 except UnicodeDecodeError as error:

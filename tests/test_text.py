@@ -321,14 +321,16 @@ def test_a_file_that_vanishes_is_named_and_the_system_is_not_blamed_on_the_text(
 
 
 @pytest.mark.parametrize("suffix", ["txt", "jsonl"])
-@pytest.mark.parametrize("rows", [1, 3])
-def test_a_file_that_grows_or_is_cut_while_it_is_read_is_named(tmp_path, suffix, rows):
+@pytest.mark.parametrize("rows", [1, 2, 3])
+@pytest.mark.parametrize("of", ["this", "a later one"])
+def test_a_file_that_is_written_to_while_the_text_is_read_is_named(tmp_path, suffix, rows, of):
     row = '{"text": "one"}\n'
-    documents = iter_documents(write(tmp_path, {f"a.{suffix}": row * 2}))
-    next(documents)
-    write(tmp_path, {f"a.{suffix}": row * rows})
-    message = told(lambda: list(documents))
-    assert f"a.{suffix}: had 32 bytes when its reading began and has {rows * 16} now" in message
+    texts = iter_documents(write(tmp_path, {f"{name}.{suffix}": row * 2 for name in "ab"}))
+    next(texts)
+    name = f"{'ba'[of == 'this']}.{suffix}"  # "a.jsonl" and "a.txt" are read first
+    write(tmp_path, {name: row.replace("one", "two") * rows})
+    message = told(lambda: list(texts))
+    assert f"{name}: had 32 bytes when its reading began and has {rows * 16} now, or others" in message
 
 
 # ---------------------------------------------------------------------------------------------- content
@@ -695,14 +697,21 @@ def test_a_text_that_stands_in_many_rows_is_read_in_few_at_a_time(tmp_path):
     assert sum(1 for _ in documents) == 2999
 
 
-def test_a_large_last_row_is_not_kept_by_its_reader_too(tmp_path):
+@pytest.mark.parametrize("place", [0, 40, 99])
+def test_a_large_row_is_not_kept_by_its_reader_too(tmp_path, monkeypatch, place):
+    monkeypatch.setattr(text_files, "LARGE_ROWS", 10 << 20)
     large = "".join(f"a long text with an emoji \U0001f600 in line {i}\n" for i in range(500_000))
-    pyarrow.parquet.write_table(pyarrow.table({"text": ["a short text", large]}), tmp_path / "a.parquet")
+    rows = [f"short text {number}" for number in range(100)]
+    rows[place] = large
+    pyarrow.parquet.write_table(pyarrow.table({"text": rows}), tmp_path / "a.parquet")
     before = pyarrow.total_allocated_bytes()
-    kept = []
-    for _ in iter_documents(str(tmp_path)):
+    kept, texts = [], []
+    for text in iter_documents(str(tmp_path)):
+        texts.append(text)
         kept.append(pyarrow.total_allocated_bytes() - before)
-    assert kept[0] > 20e6 > 1e6 > max(kept[1:]), kept
+    parts = len(texts) - 99
+    assert [*texts[:place], "".join(texts[place : place + parts]), *texts[place + parts :]] == rows
+    assert parts > 1 and max(kept[place : place + parts]) < 1e6, kept
 
 
 def test_text_with_an_odd_byte_or_two_is_read_as_it_is(tmp_path):
