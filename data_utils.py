@@ -190,10 +190,11 @@ class TokenData:
             log = self.folder / "work.log"
             with told(log, DataError, "cannot be written", ADVICE):
                 said = open(log, "w", opener=no_links)  # noqa: SIM115 - of an earlier one too, and of other processes
-            _background[self.folder] = start_python(
-                "import data_utils; data_utils.work()", str(self.folder), json.dumps(self.task),
-                stderr=said, start_new_session=True,  # a Ctrl-C is for the process that trains
-            )  # fmt: skip
+            with said:
+                _background[self.folder] = start_python(
+                    "import data_utils; data_utils.work()", str(self.folder), json.dumps(self.task),
+                    stderr=said, start_new_session=True,  # a Ctrl-C is for the process that trains
+                )  # fmt: skip
 
     def wait(self, shards: int = 1, progress: bool = False) -> None:
         """Return when there are `shards` train shards, or no more to come. Raises what the other process raised."""

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from machinery.attention import SHORT, attend, short_attention
+from machinery.attention import SHORT, fused_attention, short_attention
 from machinery.budget import budget_left, multiplying_and_flops, tokens_within, training_flops
 from machinery.errors import UserError
 from machinery.forecast import compute_optimal, expected_loss, forecast, laws
@@ -21,9 +21,9 @@ from machinery.settings import LIMITS, kv_heads
 from machinery.sources import source_kind
 
 __all__ = [
-    "attend", "attention_maps", "best_shape", "choose_micro_batch",
+    "attention_maps", "best_shape", "choose_micro_batch",
     "compute_optimal", "count_parameters", "cross_entropy", "evaluation_mode", "expected_loss", "flops_per_token",
-    "loss_rows", "multiplying_parameters", "predict", "short_attention", "training_memory",
+    "fused_attention", "loss_rows", "multiplying_parameters", "predict", "short_attention", "training_memory",
 ]  # fmt: skip
 
 

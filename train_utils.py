@@ -280,13 +280,13 @@ class Run:
         self.loggers.tell(lambda logger: logger.sample(self.at.step, prompt, text))
 
     def checkpoint_due(self, done: bool, diverged: bool) -> bool:
-        """Whether the run ends, the loss is the best so far, or many steps or minutes have passed; not if it failed."""
+        """Whether the run ends, is at its best, or steps or minutes are enough; not if it failed or has not moved."""
         at, config = self.at, self.config
         best = at.scores.get("best_step") == at.step
         long = at.seconds - self._saved_seconds >= 60 * config.checkpoint_minutes
         due = (best or long or at.step % config.checkpoint_every == 0) and not at.bad_steps
         lost = diverged or is_lost(config.vocab_size, at.scores.get("val_loss", 0.0), *list(self._watch.losses)[-1:])
-        return at.step > 0 and (due or done) and not lost
+        return at.step > at.bad_steps and (due or done) and not lost
 
     def save(self) -> None:
         """Begin to write a checkpoint, beside training; the best one stays beside the newest."""

@@ -36,7 +36,7 @@ BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBacke
 WITHOUT_CUDNN, ANY = partial(sdpa_kernel, BACKENDS), contextlib.nullcontext
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+def fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
     """`scaled_dot_product_attention` by the fastest way on this device: q (B, H, T, D), k and v (B, K, S, D), where
     H / K query heads share each key/value head; returns (B, H, T, D).
     """

@@ -200,6 +200,7 @@ def read_newest(run: Path, read: Callable[[Path], T], step: int | None = None) -
         path, known = run / "checkpoints" / f"step_{step!s:0>8}", [folder.name for folder in checkpoint_folders(run)]
         if path.name not in known:
             raise CheckpointError(f"{path} is not there; there are {', '.join(known) or 'none'}")
+        read_state(path)  # verifies it
         return read(path)
     while path := newest_checkpoint(run):
         try:

@@ -219,7 +219,8 @@ def cut_tail(text: str, fraction: float, common: Container[bytes] = ()) -> tuple
 
 
 def _before_footer(text: str, common: Container[bytes]) -> int:
-    """Where common lines at the end of a text begin, with a few of its own among them; its length where it has no own.
+    """Where common lines at the end of a text begin, with a few of its own among them; its length where it has no own
+    or nothing before them.
 
     That is where from there on most more lines are common than are not.
     """
@@ -237,7 +238,7 @@ def _before_footer(text: str, common: Container[bytes]) -> int:
             most, end = score, start
         elif score < most - OWN:
             break
-    return end if own else len(text)
+    return end if own and end else len(text)
 
 
 class HeldOutLines:

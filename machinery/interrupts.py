@@ -11,7 +11,7 @@ import time
 class StopRequest:
     """Turns Ctrl-C, the notebook's stop button, SIGTERM and SIGHUP into a request that the loop honours between steps.
 
-    What is ignored stays so: `nohup` has a closed terminal end nothing. A second Ctrl-C interrupts at once, unless it
+    Under `nohup`, which ignores SIGHUP, a closed terminal ends nothing. A second Ctrl-C interrupts at once, unless it
     comes within a second: torchrun passes on the one that the terminal has sent already.
     """
 

@@ -139,7 +139,7 @@ class FileSource(Source):
             found, advice = "nothing", f"name {choices()}"
             if +self.passed_over:
                 found = f"only {_listed(self.passed_over)}"
-                advice = "write texts as .txt or .md, tables as .jsonl or .parquet; unpack archives, mend links, permissions"
+                advice = "write .txt or .md, tables as .jsonl or .parquet; unpack archives, mend links and permissions"
             raise DataError(f"source {self.name!r}: no {', '.join(SUFFIXES)} file matches (found {found}); {advice}")
         return files
 

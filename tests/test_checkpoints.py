@@ -254,6 +254,15 @@ def test_a_step_that_is_none_is_one_line(tmp_path):
             read_newest(tmp_path, str, odd)
 
 
+def test_a_damaged_checkpoint_that_is_asked_for_by_its_step_is_refused(tmp_path):
+    path = save(tmp_path, 1) / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 0x40
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match="model.safetensors"):
+        read_newest(tmp_path, str, 1)
+
+
 def test_checkpoint_of_another_architecture_is_refused(tmp_path):
     save(tmp_path, 1)
     other = torch.nn.Sequential(torch.nn.Embedding(9, 4))

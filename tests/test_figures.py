@@ -17,7 +17,7 @@ from tools.runs import Results
 
 NUMBER = r"([+-]?\d+(?:,\d{3})*(?:\.\d+)?)"
 BENCH, DEMO, RECIPE, REHEARSAL = (
-    f"results/{name}.md" for name in ("bench-amd-epyc-2-threads", "demo", "recipe", "rehearsal")
+    f"results/{name}.md" for name in ("bench-intel-r-xeon-r-processor-2-threads", "demo", "recipe", "rehearsal")
 )
 DOCS, README, TEXT, OUTPUTS = "docs/benchmarks.md", "README.md", "the notebook", "the notebook's outputs"
 
@@ -97,7 +97,7 @@ QUOTES = [
     *(
         (
             TEXT,
-            f"a minute, it contained {inside} of {unseen} longer",
+            f"a minute, {inside} of {unseen} longer or other ones fell inside",
             "results/forecast.md",
             f"fit: {inside} of {unseen} ended",
             1,
@@ -164,7 +164,7 @@ COMPUTED = [
     (TEXT, "about # million parameters for a day", lambda lm: [round(_millions(lm, "day"), -1)]),
     (DOCS, "n_embd·block_size = # GFLOP", lambda lm: [flops_per_token(*reversed(sized(lm, "day"))) / 1e9]),
     (DOCS, "with N = #M. A 4090 does # TFLOP/s", lambda lm: [_millions(lm, "day"), DATASHEET_TFLOPS["RTX 4090"]]),
-    (TEXT, "runs of `day` of 1, 6, 12 and 24 hours losses of about #, #, # and #",
+    (TEXT, "would reach a loss of about # in 1 hour, # in 6, # in 12 and # in 24",
      lambda lm: [day_on(lm, "RTX 4090", hours)[2] for hours in (1, 6, 12, 24)]),
     (TEXT, "In `day`, sharing lowers training memory by only #%",
      lambda lm: [100 - 100 * _bytes(lm) / _bytes(lm, attention="mha")]),

@@ -159,7 +159,7 @@ class WindowAttention(GroupedQueryAttention):
     def attend(self, q, k, v):
         T, S = q.size(2), k.size(2)
         mask = q.new_ones(T, S, dtype=torch.bool).tril(S - T).triu(S - T - 7)
-        return attend(q, k, v, mask)
+        return fused_attention(q, k, v, mask)
 
 ATTENTIONS["window"] = WindowAttention
 """

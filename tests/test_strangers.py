@@ -146,6 +146,11 @@ def test_a_tail_ends_before_the_footer_and_nothing_is_lost():
     assert cut_tail(footer, 0.3, common) == cut_tail(footer, 0.3)  # all of it is common
     assert cut_tail(texts[0] + "a line of its own, after it\n", 0.3, common)[1] == tail
     assert common_lines(texts[:1]) == set()
+    title = "the title of the licence of them all\nits first line, the same in all\n"
+    licences = [title + f"Copyright of somebody, number {i}, of this text\n" + footer for i in range(5)]
+    for text in licences:  # no more than a footer, with a line of its own
+        head, tail = cut_tail(text, 0.3, common_lines(licences))
+        assert tail and sorted(head + tail) == sorted(text)
 
 
 # ---------------------------------------------------------------------------- folders others were at

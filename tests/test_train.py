@@ -924,6 +924,13 @@ def test_float16_trains_with_a_scaled_loss_and_resumes(lm, settings, monkeypatch
     assert state["scaler"]["scale"] >= 1024
 
 
+def test_a_run_that_ends_before_its_first_good_step_can_be_resumed(lm, settings, monkeypatch):
+    """In float16 the first steps often overflow; there are no averages of the optimizers yet that could be kept."""
+    config = settings(max_steps=2)
+    assert train_poisoned(lm, config, monkeypatch, lambda step: True)["steps"] == 2
+    assert lm.train(replace(config, max_steps=6))["status"] == "finished"
+
+
 def test_preflight_says_no_before_anything_is_made(lm, settings, tmp_path, capsys, monkeypatch):
     machine, config = Machine.find("cpu"), settings(micro_batch=1)
     prediction = predict(*lm.outline(config, machine), config, machine, 1e5)

@@ -8,6 +8,8 @@ Sizes are those of `make forecast`; batches are tried with random weights at fir
 
 from __future__ import annotations
 
+import statistics
+from dataclasses import replace
 from datetime import date
 from itertools import product
 
@@ -36,6 +38,7 @@ BATCHES = {  # by size and tokens: the preset's, for about a minute, and the bes
     ((3, 192), 6_000_000): (2048, 4096, 8192),
 }
 UNMOVED = (1024, 8192)  # for the first, also tried with the rates of the preset
+SEEDS = (0, 1, 2)  # of the sizes; for the longer times there is one
 PRESET = lm.PRESETS["demo"]
 
 
@@ -58,20 +61,23 @@ def sizes(results: Results) -> tuple[list[dict], float, float]:
     """
     rows, most = [], [0.0, 0.0]
     for source, minutes in product(KINDS, MINUTES):
-        lines = [line for run in of_minutes(source, minutes) if (line := line_of(results, run))]
+        runs = of_minutes(source, minutes)
+        lines = [line for run in runs if (line := line_of(results, run))]
         if len(lines) < len(MINUTES[minutes]) or len(short := short_lines(results, source)) < 7:
             continue
+        losses = [list(results.losses(lambda seed, run=run: replace(run, seed=seed), SEEDS).values()) for run in runs]
+        came = [statistics.fmean(found) for found in losses]
         for number, law in enumerate((fit_law(short), laws()[source])):
             foretold = [expected(law, line["multiplying"], line["tokens"]) for line in lines]
             chosen = [loss == min(foretold) for loss in foretold]
-            above = (line["val_bpb"] - min(x["val_bpb"] for x in lines) for line, this in zip(lines, chosen) if this)
+            above = (loss - min(came) for loss, this in zip(came, chosen) if this)
             most[number] = max(most[number], *above, 0.0)
             if number == 0:
                 rows += [
                     {"text": source, "minutes": minutes, "tokens": line["tokens"], "foretold": loss,
                      "n_layer × n_embd": "{n_layer} × {n_embd}".format(**line["overrides"]),
-                     "came": line["val_bpb"], "chosen": "this" if this else ""}
-                    for line, loss, this in zip(lines, foretold, chosen)
+                     "came": mean, "seeds": len(found), "chosen": "this" if this else ""}
+                    for line, loss, mean, found, this in zip(lines, foretold, came, losses, chosen)
                 ]  # fmt: skip
     return rows, *most
 
@@ -93,7 +99,7 @@ def write_dial(results: Results, forecasts: Results) -> None:
     write_atomic(RESULTS / "dial.md", TEXT.format(
         today=date.today(), cost=cost, most=most, of_all=of_all,
         sizes=table(rows, {"text": "", "minutes": "d", "n_layer × n_embd": "", "tokens": ",d", "foretold": ".4f",
-                           "came": ".4f", "chosen": ""}),
+                           "came": ".4f", "seeds": "d", "chosen": ""}),
         batches=table(others, {"n_layer × n_embd": "", "tokens": ",d", "batch_tokens": ",d", "steps": ",d",
                                "bits per byte": ".4f", "as they are": ".4f", "auto": ""}),
     ))  # fmt: skip
@@ -101,23 +107,22 @@ def write_dial(results: Results, forecasts: Results) -> None:
 
 TEXT = """# The dial on two cores
 
-`make dial`, {today}: `demo` by size and by batch, one seed (three differ by 0.001 bits per byte in English and
-0.007 in Python, [demo.md](demo.md)).
+`make dial`, {today}: `demo` by size and by batch.
 
 ## Size
 
 Tokens are what so many minutes hold at half of 911 GFLOP/s, the rate of a large matrix product on two quiet cores.
 *Foretold* is what the law of runs of up to a minute says ([forecast.md](forecast.md)), which was not fitted to these;
-*chosen* its best size, at most {most:.3f} above the best that came. `best_shape` takes the law of all runs, these too,
-whose choices are at most {of_all:.3f} above.
+*came* the mean over seeds; *chosen* the best size by the law, at most {most:.3f} above the best that came.
+`best_shape` takes the law of all runs, these too, whose choices are at most {of_all:.3f} above.
 
 {sizes}
 
 ## Batch
 
-On English, with random weights at first (`induction` off). Learning rates move with the square root of the batch;
-*as they are*: with those of the preset, unmoved. *auto*: what
-`batch_tokens="auto"` would take for so many tokens: at most {cost:.3f} above the best of its size.
+On English, one seed, with random weights at first (`induction` off). Learning rates move with the square root of the
+batch; *as they are*: with those of the preset, unmoved. *auto*: what `batch_tokens="auto"` would take for so many
+tokens: at most {cost:.3f} above the best of its size.
 
 {batches}
 """
@@ -128,7 +133,8 @@ def main() -> None:
     options = parser_of_runs(__doc__).parse_args()
     results, forecasts = Results(RESULTS / "dial.jsonl"), Results(RESULTS / "forecast.jsonl")
     if not options.summary:
-        run_missing(forecasts, lambda: fitted() + unseen(), options.jobs)
+        short = [run for at in product(KINDS, (1, 3), SEEDS) for run in of_minutes(*at)]
+        run_missing(forecasts, lambda: fitted() + unseen() + short, options.jobs)
         run_missing(results, by_batch, options.jobs)
     write_dial(results, forecasts)
 

@@ -77,9 +77,9 @@ def fitted() -> list[Run]:
     return [run_of(s, size, tokens, {}) for s in KINDS for size, some in SIZES.items() for tokens in some]
 
 
-def of_minutes(source: str, minutes: int) -> list[Run]:
+def of_minutes(source: str, minutes: int, seed: int = 0) -> list[Run]:
     """Each size for so many minutes."""
-    return [run_of(source, size, tokens, {}) for size, tokens in MINUTES[minutes].items()]
+    return [run_of(source, size, tokens, {}, seed) for size, tokens in MINUTES[minutes].items()]
 
 
 def unseen() -> list[Run]:

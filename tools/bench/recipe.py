@@ -81,7 +81,7 @@ SHOWN = {  # in section 7: a change, and where the notebook explains it
     "MLP": "an MLP with GELU (4.4)",
     "MLP with squared ReLU": "an MLP with squared ReLU (4.4)",
     "no embedding_norm": "no `embedding_norm` (4.5)",
-    PLAIN: "no `induction` (4.5)",
+    PLAIN: "no `induction` (4.7)",
     "AdamW for all, lr 0.002": "AdamW for all, at the best of three rates (5.1)",
     "embedding_lr × 0.5": "half the `embedding_lr` (5.1)",
     "weight_decay 0.1": "a weight decay of 0.1 (5.1)",
@@ -226,13 +226,14 @@ def write_summary(results: Results, folder: Path = RESULTS) -> None:
         raise UserError(f"{results.path}: no run of the recipe as it is now; `make recipe` makes them")
     rows = effects_of_changes(results)
     failed = [line for line in results.lines.values() if line["status"] != "finished"]
-    places = {(line["date"], line["device"], line["dtype"]) for line in results.lines.values()}
+    dates = sorted(line["date"] for line in results.lines.values())
+    places = sorted({f"{line['device']} in {line['dtype']}" for line in results.lines.values()})
     columns = {"contender": "", "tokens": ",d", "bits per byte": ".4f", "±": ".4f", "seeds": "d", "parameters": ",d"}
     columns |= {"against the default": "+.4f", "± ": ".4f", "": ""}
     changes = {"choice": "", "effect": "+.4f", "±": ".4f", "runs": "d", "": "", "parameters": ",d"}
     changes |= {"longer": "+.4f", "± ": ".4f", " ": ""}
     text = TEXT.format(
-        about="; ".join("{}, {}, matrix products in {}".format(*place) for place in sorted(places)),
+        about=f"{dates[0]} to {dates[-1]}, on {', '.join(places)}",
         contest="\n\n".join(f"### {text}\n\n{table(rows, columns)}" for text, rows in tables.items()),
         time=time_text(json.loads(SECONDS.read_text())["seconds"] if SECONDS.exists() else {}),
         tokens=CHOICE_TOKENS, again=AGAIN_TOKENS, choices=table(rows, changes),
@@ -305,8 +306,9 @@ def seconds_per_step(machine) -> dict[str, float]:
 
 TEXT = """# The recipe
 
-`make recipe`, {about}: `demo` under its recipe and under others, at fixed tokens, so that the losses do not depend on
-the machine's speed. *Bits per byte* is on all of the held-out text, none of which has a near-copy in the training text.
+`make recipe`, {about}:
+`demo` under its recipe and under others, at fixed tokens, so that the losses do not depend on the machine's speed.
+*Bits per byte* is on all of the held-out text, none of which has a near-copy in the training text.
 
 ## The contest
 
@@ -314,7 +316,7 @@ Equal text, batches, order, depth, width, heads, vocabulary and context. ± is t
 differences are between runs with the same seed, and *better* and *worse* are more than two standard errors. The rates
 of the others are the best of three on seed 0 of Python at the smallest budget.
 
-- **random weights at first**: the default with `induction` off (4.5), and so without biases of queries and keys.
+- **random weights at first**: the default with `induction` off (4.7), and so without biases of queries and keys.
 - **with value embeddings**: the default with `attention="value"`.
 - **nanoGPT**: the optimizer of [nanoGPT](https://github.com/karpathy/nanoGPT), AdamW with one learning rate for
   everything, weight decay 0.1 and a cosine, on the notebook's model with random weights at first.

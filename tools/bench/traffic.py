@@ -201,9 +201,9 @@ def planned_kernels(model: nn.Module, x: Tensor, options: dict) -> list[tuple[bo
         return compile_fx.compile_fx(graph_module, inputs, inner_compile=plan)
 
     torch.compiler.reset()
-    attend = {"attend": flash_attention}
+    fused = {"fused_attention": flash_attention}
     with (
-        patch.dict(lm.MultiHeadAttention.attend.__globals__, attend),
+        patch.dict(lm.MultiHeadAttention.attend.__globals__, fused),
         functorch_config.patch(force_non_lazy_backward_lowering=True),
         torch.autocast("cpu", dtype=torch.bfloat16),
     ):
@@ -214,7 +214,7 @@ def planned_kernels(model: nn.Module, x: Tensor, options: dict) -> list[tuple[bo
 
 
 def flash_attention(q: Tensor, k: Tensor, v: Tensor, mask=None, is_causal: bool = True) -> Tensor:
-    """The operation that `attend` comes to on a GPU: of the machine's own there would be another one."""
+    """The operation that `fused_attention` comes to on a GPU: of the machine's own there would be another one."""
     return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True)[0]
 
 

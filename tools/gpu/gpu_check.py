@@ -298,7 +298,7 @@ def generation() -> None:
     torch.set_float32_matmul_precision("high")
     report.say(f"generation, float32: {same:.0%} of greedy tokens as without the cache")
     card, new = Machine.find(DEVICE), 16 if DRY else 96
-    # `attend` leaves cuDNN out in decoding and scoring, since it plans each length anew: was that right?
+    # `fused_attention` leaves cuDNN out in decoding and scoring, since it plans each length anew: was that right?
     kernels = {"without cuDNN, as it is": attention.WITHOUT_CUDNN, "PyTorch's own choice": attention.ANY}
     whole = {}
     for name, attention.WITHOUT_CUDNN in kernels.items():
