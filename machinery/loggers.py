@@ -25,6 +25,11 @@ from machinery.run_folder import as_sample
 class Logger:
     """Receives what a run notes, beside its files. A sibling overrides what it needs; no error of it stops a run."""
 
+    @staticmethod
+    def is_wanted(config: dict) -> bool:
+        """Whether a run with these settings has one."""
+        return True
+
     def __init__(self, folder: Path, config: dict) -> None:
         pass
 
@@ -48,10 +53,11 @@ class WandbLogger(Logger):
     A process of its own, `wandb-core`, writes and sends. Where that has died or does not end, it is told and left.
     """
 
+    @staticmethod
+    def is_wanted(config: dict) -> bool:
+        return config["wandb"] != "off"
+
     def __init__(self, folder: Path, config: dict) -> None:
-        self.run = None
-        if config["wandb"] == "off":
-            return
         import wandb
 
         mode = config["wandb"]
@@ -77,22 +83,18 @@ class WandbLogger(Logger):
         self.processes = [child for child in psutil.Process().children() if child.name().startswith("wandb-core")]
 
     def metrics(self, step: int, values: dict[str, float | None]) -> None:
-        if self.run:
-            if any(not process.is_running() or process.status() == psutil.STATUS_ZOMBIE for process in self.processes):
-                self._leave()
-                raise RuntimeError("its process has died")
-            self.run.log(values, step=step)
+        if any(not process.is_running() or process.status() == psutil.STATUS_ZOMBIE for process in self.processes):
+            self._leave()
+            raise RuntimeError("its process has died")
+        self.run.log(values, step=step)
 
     def sample(self, step: int, prompt: str, text: str) -> None:
-        if self.run:
-            import wandb
+        import wandb
 
-            page = f"<pre><b>{html.escape(prompt)}</b>{html.escape(text)}</pre>"
-            self.run.log({"sample": wandb.Html(page, inject=False)}, step=step)
+        page = f"<pre><b>{html.escape(prompt)}</b>{html.escape(text)}</pre>"
+        self.run.log({"sample": wandb.Html(page, inject=False)}, step=step)
 
     def finish(self, summary: dict | None) -> None:
-        if not self.run:
-            return
         errors = []
 
         def end() -> None:
@@ -133,10 +135,11 @@ class FigureLogger(Logger):
     sample. Both stay in the cell's output.
     """
 
+    @staticmethod
+    def is_wanted(config: dict) -> bool:
+        return in_notebook()
+
     def __init__(self, folder: Path, config: dict) -> None:
-        self.curves = None
-        if not in_notebook():
-            return
         from IPython.display import display
 
         self.lines = read_jsonl(folder / "metrics.jsonl")
@@ -149,20 +152,18 @@ class FigureLogger(Logger):
             self.sample(**sample)
 
     def metrics(self, step: int, values: dict[str, float | None]) -> None:
-        if self.curves:
-            self.lines.append({"step": step, **values})
-            before = time.perf_counter()
-            if step and "val_loss" in values and self.spent <= FIGURE_SHARE * (before - self.started):
-                self._draw()
-                self.spent += time.perf_counter() - before
+        self.lines.append({"step": step, **values})
+        before = time.perf_counter()
+        if step and "val_loss" in values and self.spent <= FIGURE_SHARE * (before - self.started):
+            self._draw()
+            self.spent += time.perf_counter() - before
 
     def sample(self, step: int, prompt: str, text: str) -> None:
-        if self.curves:
-            words = as_sample({"step": step, "prompt": prompt, "text": text}, heading=True)
-            self.text.update({"text/plain": words}, raw=True)
+        words = as_sample({"step": step, "prompt": prompt, "text": text}, heading=True)
+        self.text.update({"text/plain": words}, raw=True)
 
     def finish(self, summary: dict | None) -> None:
-        if self.curves and self._steps() != self.drawn:  # some came after the last drawing
+        if self._steps() != self.drawn:  # some came after the last drawing
             self._draw()
 
     def _draw(self) -> None:
@@ -185,7 +186,6 @@ class FigureLogger(Logger):
         return sum("train_loss" in line for line in self.lines)
 
 
-# Each of them is told; W&B only listens where the config says so, and the figure in a notebook
 LOGGERS = {"wandb": WandbLogger, "figure": FigureLogger}
 
 
@@ -200,7 +200,8 @@ class Loggers:
         self._folder = folder
         for name, logger in LOGGERS.items():
             try:
-                self._running[name] = logger(folder, config)
+                if logger.is_wanted(config):
+                    self._running[name] = logger(folder, config)
             except Exception as error:
                 self._left_out(name, "is off", error)
 
