@@ -177,7 +177,7 @@ class Run:
             long = min(1.0, 18 * config.max_hours)  # seconds, a two-hundredth of a run by the clock
             with left_as_it_was(self.model, *self.optimizers, self.scaler):
                 one, two = (lambda n=n: (batches.retry(self.model, lambda: gradient(n)), update()) for n in (1, 2))
-                others = lambda: batches.retry(self.model, evaluation), sample, two
+                others = [lambda: batches.retry(self.model, evaluation), sample, two]
                 step, scoring, sampling, double = time_between(one, others, machine, long)
                 step += (batches.micro_steps - 1) * max(0.0, double - step)
             tokens = min(budget_left(config, config.batch_tokens / step, spent).values())

@@ -34,7 +34,8 @@ def _walk(root: Path, parts: list[str], apart: Iterable[Path], passed_over: Coun
     """The files under `root` that fit a pattern, once each, whatever links lead to them."""
     set_apart = {found for folder in apart if (found := identity(folder))}
     parts, end, seen = [_composed(part) for part in parts], len(parts), set()
-    reaching = {str(root): _skipping({0}, parts)}  # of each folder: the parts of the pattern that may come next
+    # Of each folder, the parts of the pattern that may come next, by number: those before are matched, at `end` all
+    reaching = {str(root): _skipping({0}, parts)}
     files: dict[tuple[int, int], str] = {}
 
     def unreadable(error: OSError) -> None:

@@ -219,13 +219,12 @@ def cut_tail(text: str, fraction: float, common: Container[bytes] = ()) -> tuple
 
 
 def _before_footer(text: str, common: Container[bytes]) -> int:
-    """Where common lines at the end of a text begin, with a few of its own among them; its length where it has no own
-    or nothing before them.
+    """Where common lines at the end of a text begin, with a few of its own among them; its length where it has no own.
 
-    That is where from there on most more lines are common than are not.
+    That is where from there on most more lines are common than are not; some of its own stand before it.
     """
-    end = start = len(text)
-    own = score = most = 0
+    found = end = start = len(text)
+    score = most = 0
     for line in reversed(text[-FOOTER:].splitlines(keepends=True)):
         start -= len(line)
         spaced = _plain(line.encode("utf-8", "surrogatepass"))
@@ -233,12 +232,12 @@ def _before_footer(text: str, common: Container[bytes]) -> int:
         if dense in common:
             score += 1
         elif _is_long(dense, spaced):
-            own, score = own + 1, score - 1
+            found, score = end, score - 1
         if score > most:
             most, end = score, start
         elif score < most - OWN:
             break
-    return end if own and end else len(text)
+    return found
 
 
 class HeldOutLines:
