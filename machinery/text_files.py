@@ -203,8 +203,11 @@ def _blocks(file: BinaryIO) -> Iterator[bytes]:
     """The content of a file in blocks, cut at line ends where there are any."""
     while block := file.read(MAX_DOCUMENT_BYTES):
         block += file.readline(MAX_LINE_BYTES) if len(block) == MAX_DOCUMENT_BYTES else b""
-        while block.endswith(b"\r") and (more := file.read(1)):  # a line end is not cut
-            block += more
+        if block.endswith(b"\r") and (more := file.read(1)):  # a line end is not cut
+            if more == b"\n":
+                block += more
+            else:
+                file.seek(-1, os.SEEK_CUR)
         yield block
 
 

@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import tarfile
+import time
 import tracemalloc
 import unicodedata
 import zipfile
@@ -261,7 +262,7 @@ def test_names_that_look_alike_are_told_apart(tmp_path):
 MISSING = {
     "none*.txt": "found nothing",
     "texts/none.txt": "found nothing",
-    "*.png": "only .png (1)); write texts as .txt or .md, tables as .jsonl or .parquet",
+    "*.png": "only .png (1)); write .txt or .md, tables as .jsonl or .parquet",
     "texts/a.txt/*": "found nothing",
     "https://host/a.txt": "found nothing); name one file, folder or pattern, a data set of the hub",
     "Python": "or one of: python, python+site, english",
@@ -818,6 +819,14 @@ def test_a_separator_is_found_wherever_the_parts_of_a_long_text_meet(tmp_path, m
         write(tmp_path, {"a.txt": f"{first}{end}---{end}{end}second".encode()})
         documents = [text for text, _ in open_source(str(tmp_path), split_on="\n---\n\n").read()]
         assert "".join(documents) == first + "second" and documents[-1] == "second", size
+
+
+def test_a_file_of_carriage_returns_is_read_in_a_moment(tmp_path):
+    text = "a\n" + "\r" * (20 << 20) + "\r\nb"
+    started = time.perf_counter()
+    parts = list(iter_documents(write(tmp_path, {"a.txt": text})))
+    assert "".join(parts) == text and len(parts) > 1
+    assert time.perf_counter() - started < 10  # it took minutes where each was added to the part before it
 
 
 OTHER_ENDS = [
