@@ -233,7 +233,7 @@ def _before_footer(text: str, common: Container[bytes]) -> int:
             score += 1
         elif _is_long(dense, spaced):
             found, score = end, score - 1
-        if score > most:
+        if score >= max(most, 1):  # short lines before it are of the footer
             most, end = score, start
         elif score < most - OWN:
             break

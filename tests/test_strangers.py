@@ -151,7 +151,9 @@ def test_a_tail_ends_before_the_footer_and_nothing_is_lost():
     for text in licences:  # no more than a footer, with a line of its own
         head, tail = cut_tail(text, 0.3, common_lines(licences))
         assert tail and sorted(head + tail) == sorted(text)
-    letters = [title + f"Dear somebody, number {i}\n{i} is the last own line of this\n" + footer for i in range(5)]
+    letters = [
+        f"{title}Dear somebody, number {i}\n{i} is the last own line of this\nYours\n--\n\n{footer}" for i in range(5)
+    ]
     assert cut_tail(letters[3], 0.3, common_lines(letters))[1].endswith("3 is the last own line of this\n")
 
 
