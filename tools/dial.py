@@ -9,7 +9,6 @@ Sizes are those of `make forecast`; batches are tried with random weights at fir
 from __future__ import annotations
 
 import statistics
-from dataclasses import replace
 from datetime import date
 from itertools import product
 
@@ -65,7 +64,9 @@ def sizes(results: Results) -> tuple[list[dict], float, float]:
         lines = [line for run in runs if (line := line_of(results, run))]
         if len(lines) < len(MINUTES[minutes]) or len(short := short_lines(results, source)) < 7:
             continue
-        losses = [list(results.losses(lambda seed, run=run: replace(run, seed=seed), SEEDS).values()) for run in runs]
+        losses = [
+            list(results.losses(lambda seed, run=run: lm.replace(run, seed=seed), SEEDS).values()) for run in runs
+        ]
         came = [statistics.fmean(found) for found in losses]
         for number, law in enumerate((fit_law(short), laws()[source])):
             foretold = [expected(law, line["multiplying"], line["tokens"]) for line in lines]
