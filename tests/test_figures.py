@@ -109,12 +109,12 @@ QUOTES = [
         for where, sentence, text in [
             (
                 TEXT,
-                "loss is # bits per byte (5.3) lower after a million tokens of Python, later less, and * in",
+                "loss is # bits per byte (5.3) lower in Python and * in English",
                 "python",
             ),
             (
                 TEXT,
-                "loss is * bits per byte (5.3) lower after a million tokens of Python, later less, and # in",
+                "loss is * bits per byte (5.3) lower in Python and # in English",
                 "english",
             ),
             (README, "# bits per byte higher after a million tokens of Python", "python"),
