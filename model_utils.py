@@ -161,6 +161,7 @@ def predict(
     parameters, flops = count_parameters(model)["total"], flops_per_token(model, config)
     left, trained = min(budget_left(config, tokens_per_second, used).values()), used[1]
     tokens = math.ceil(left / config.batch_tokens) * config.batch_tokens  # a run takes whole steps
+    is_known = not config.init_from  # the law is of models that begin with random weights
     loss = expected_loss(parameters, trained + tokens)  # above ln V, of all tokens alike, there are too few
     best = compute_optimal(flops * (trained + tokens))[0]  # parameters, by a law that knows nothing of small models
     dtype, processes = machine.dtype, machine.processes
@@ -178,8 +179,8 @@ def predict(
         "peak memory (GB)": (in_use + sum(memory.values()) + copied) / 1e9,
         "checkpoint (GB)": checkpoint / 1e9,
         "tokens per parameter": (trained + tokens) / parameters,  # about 20 is compute-optimal
-        "expected loss": loss if parameters > 5e7 and loss < math.log(config.vocab_size) else math.nan,
-        "compute-optimal parameters": best if best > 5e7 else math.nan,
+        "expected loss": loss if is_known and parameters > 5e7 and loss < math.log(config.vocab_size) else math.nan,
+        "compute-optimal parameters": best if is_known and best > 5e7 else math.nan,
     }
 
 

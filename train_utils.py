@@ -21,12 +21,12 @@ from machinery.checkpoints import MOVE_AWAY, CheckpointError, Saver, check_weigh
 from machinery.errors import plain_errors, told
 from machinery.interrupts import StopRequest
 from machinery.loggers import Loggers
-from machinery.machine import Machine, compile_or_eager, left_as_it_was, measure_matmul_flops, time_between
+from machinery.machine import Machine, compile_or_eager, left_as_it_was, measure_matmul_flops
 from machinery.processes import lost_process
 from machinery.run_folder import PLACES, RunFolder, describe_environment, portable
 from machinery.screen import Screen, keep_printing
 from machinery.tokenizers import tokenizer_to_dict
-from machinery.watch import Watch, is_lost, print_ending, print_preflight, refuse_what_does_not_fit, with_best
+from machinery.watch import Watch, is_lost, print_ending, print_preflight, refuse_too_large, time_parts, with_best
 from model_utils import choose_micro_batch, count_parameters, flops_per_token, predict
 
 # ------------------------------------------------------------------------------------------- schedules
@@ -115,7 +115,7 @@ class Run:
             check_weights(self.checkpoint, model)
             self.folder.rehearse()
         needed = predict(model, optimizers, replace(config, micro_batch=1), self.machine, 1.0, self._in_use)
-        refuse_what_does_not_fit(needed, self.machine, self.folder.path)
+        refuse_too_large(needed, self.machine, self.folder.path)
 
     def resume(self, at, data: TokenData, model: torch.nn.Module, optimizers: list, scaler):
         """Bring all to where the run of this name stopped; returns `at`. Without a checkpoint its files are set aside.
@@ -171,33 +171,13 @@ class Run:
         `gradient` makes that of so many micro-batches, `update` moves the weights by nothing, `evaluation` and `sample`
         are those of the run. All is left as it was; the folder changes last, when nothing else can fail any more.
         """
-        config, machine, at = self.config, self.machine, self.at
-        spent = at.step, at.tokens, at.seconds
+        config, at = self.config, self.at
         if self.progress() < 1:
-            long = min(1.0, 18 * config.max_hours)  # seconds, a two-hundredth of a run by the clock
             with left_as_it_was(self.model, *self.optimizers, self.scaler):
-                one, two = (lambda n=n: (batches.retry(self.model, lambda: gradient(n)), update()) for n in (1, 2))
-                others = [lambda: batches.retry(self.model, evaluation), sample, two]
-                step, scoring, sampling, double = time_between(one, others, machine, long)
-                step += (batches.micro_steps - 1) * max(0.0, double - step)
-            tokens = min(budget_left(config, config.batch_tokens / step, spent).values())
-            steps = max(1, math.ceil(tokens / config.batch_tokens))
-            self._between = seconds_between(config, at.step, steps, scoring, sampling)
-            batches.seek()
-            own, rate = replace(config, micro_batch=at.micro_batch), config.batch_tokens / (step + self._between)
-            p = predict(self.model, self.optimizers, own, machine, rate, self._in_use, used=spent)
-            p["tokens per second"] = self._watch.expected_rate = config.batch_tokens / step
-            at_once = config.block_size * at.micro_batch * machine.processes  # the least that an evaluation computes
-            parts = self.data.manifest["tokens"]["val"] / max(config.eval_tokens, at_once)
-            p["last evaluation (s)"] = scoring * max(1.0, parts)  # of all held-out text, once the budget is used
-            epochs, left = self._epochs(at.tokens + p["tokens"]), budget_left(config, rate, spent)
-            self._forecast = print_preflight(p, config, machine, self.note, self.folder.path, epochs, left)
-            self._repeats = self._epochs(at.tokens) >= 1
-            p |= {"tokens": at.tokens + p["tokens"], "seconds": at.seconds + p["seconds"]}  # of the whole run
-            ends, band = (self._forecast.ends(), self._forecast.band()) if self._forecast else ({}, {})
-            self.predicted = {n: v for n, v in p.items() if math.isfinite(v)} | ends
-            files = {"tokenizer": self._tokenizer, "data": {"key": self._origin["text"]}, "expected": band}
-            self.folder.begin(config.to_dict(), at.step, **files, environment=describe_environment(machine))
+                seconds = time_parts(self.model, batches, gradient, update, evaluation, sample, config.max_hours)
+            self._foretell(*seconds)
+            files = {"tokenizer": self._tokenizer, "data": {"key": self._origin["text"]}, "expected": self._band}
+            self.folder.begin(config.to_dict(), at.step, **files, environment=describe_environment(self.machine))
         else:
             self.folder.configure(config.to_dict())
             print("its budget is used: a larger one goes on, another run_name or resume='never' begins anew")
@@ -213,6 +193,26 @@ class Run:
         self._closing.callback(gc.unfreeze)
         self._started, self._saved_seconds = time.perf_counter() - at.seconds, at.seconds
 
+    def _foretell(self, step: float, scoring: float, sampling: float) -> None:
+        """Print and keep what the rest of the run takes, where its parts take so many seconds."""
+        config, machine, at = self.config, self.machine, self.at
+        spent = at.step, at.tokens, at.seconds
+        tokens = min(budget_left(config, config.batch_tokens / step, spent).values())
+        steps = max(1, math.ceil(tokens / config.batch_tokens))
+        self._between = seconds_between(config, at.step, steps, scoring, sampling)
+        own, rate = replace(config, micro_batch=at.micro_batch), config.batch_tokens / (step + self._between)
+        p = predict(self.model, self.optimizers, own, machine, rate, self._in_use, used=spent)
+        p["tokens per second"] = self._watch.expected_rate = config.batch_tokens / step
+        at_once = config.block_size * at.micro_batch * machine.processes  # the least that an evaluation computes
+        parts = self.data.manifest["tokens"]["val"] / max(config.eval_tokens, at_once)
+        p["last evaluation (s)"] = scoring * max(1.0, parts)  # of all held-out text, once the budget is used
+        epochs, left = self._epochs(at.tokens + p["tokens"]), budget_left(config, rate, spent)
+        self._forecast = print_preflight(p, config, machine, self.note, self.folder.path, epochs, left)
+        self._repeats = self._epochs(at.tokens) >= 1
+        p |= {"tokens": at.tokens + p["tokens"], "seconds": at.seconds + p["seconds"]}  # of the whole run
+        ends, self._band = (self._forecast.ends(), self._forecast.band()) if self._forecast else ({}, {})
+        self.predicted = {name: value for name, value in p.items() if math.isfinite(value)} | ends
+
     def clock(self) -> tuple[float, bool]:
         """Training time in seconds, over all parts of the run, and whether Ctrl-C or SIGTERM asked for the end."""
         return time.perf_counter() - self._started, self._stop.requested
@@ -224,7 +224,8 @@ class Run:
         at = self.at
         if at.step > self._begun_at or at.step == 0:
             return True
-        return self.progress() >= 1 and at.scores.get("val_tokens") != self.data.scored_tokens(math.inf)
+        last = self.data.scored_tokens(math.inf), at.step
+        return self.progress() >= 1 and (at.scores.get("val_tokens"), at.scores.get("val_step")) != last
 
     def stepped(self, loss: float, grad_norm: float, lr: float, since: float) -> None:
         """Note what a step gave that began when the clock stood at `since`."""
@@ -284,8 +285,8 @@ class Run:
         at, config = self.at, self.config
         best = at.scores.get("best_step") == at.step
         long = at.seconds - self._saved_seconds >= 60 * config.checkpoint_minutes
-        due = (best or long or at.step % config.checkpoint_every == 0) and not at.bad_steps
-        lost = diverged or is_lost(config.vocab_size, at.scores.get("val_loss", 0.0), *list(self._watch.losses)[-1:])
+        due = best or (long or at.step % config.checkpoint_every == 0) and not at.bad_steps
+        lost = diverged or is_lost(config.vocab_size, self._line.get("val_loss", 0.0), *list(self._watch.losses)[-1:])
         return at.step > at.bad_steps and (due or done) and not lost
 
     def save(self) -> None:
@@ -298,7 +299,7 @@ class Run:
     def finish(self, progress: float, diverged: bool) -> dict:
         """Write and return the summary; end a tokenization that still goes on."""
         at, machine = self.at, self.machine
-        diverged |= is_lost(self.config.vocab_size, at.scores.get("val_loss", 0.0))  # in fewer bad steps than end it
+        diverged |= is_lost(self.config.vocab_size, self._line.get("val_loss", 0.0))  # in fewer bad steps than end it
         rate = self.folder.usual_rate()
         flops = flops_per_token(self.model, self.config) * rate / machine.processes
         summary = {

@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+from machinery.checkpoints import checkpoint_folders
 from machinery.errors import UserError
 from machinery.files import read_json
 from machinery.machine import Machine, measure_matmul_flops
@@ -101,17 +102,16 @@ def settle_batch(config, machine: Machine):
     """`config` with a number for batch_tokens="auto", and learning rates that fit it; others are as they are.
 
     The rates are those of 524,288 tokens and move with the square root of the batch (Malladi et al. 2022, arXiv
-    2205.10643). The batch is a power of two of sequences in each process. A run that was begun keeps its own. Raises
+    2205.10643). The batch is a power of two of sequences in each process. A run that goes on keeps its own. Raises
     `UserError` for sizes that the machine cannot hold.
     """
     refuse_absurd_sizes(config, machine)
     if config.batch_tokens != "auto":
         return config
     unit = config.block_size * machine.processes * (1 if config.micro_batch == "auto" else config.micro_batch)
-    begun = Path(config.runs_dir) / config.run_name / "config.json"
-    batch, why = 0, "as this run was begun"
-    if config.resume != "never":
-        batch = read_json(begun, missing={}).get("batch_tokens")
+    run, batch, why = Path(config.runs_dir) / config.run_name, 0, "as this run was begun"
+    if config.resume != "never" and checkpoint_folders(run):
+        batch = read_json(run / "config.json", missing={}).get("batch_tokens")
     if type(batch) is not int or not 1 <= batch <= 1 << 40:
         tokens = machine.maximum(tokens_within(config, machine))[0]  # all processes agree
         best = best_batch(tokens, min(LEAST_STEPS, config.max_steps or LEAST_STEPS))

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from machinery.errors import UserError, first_line, told
 from machinery.files import (
+    flush,
     free_bytes,
     json_digest,
     make_folder,
@@ -125,6 +126,9 @@ def _write(target: Path, weights: dict[str, Tensor], training: dict, state: dict
     folder, beside = target.parent, target.with_name(f".{target.name}.part")
     refuse_link(folder)
     make_folder(folder)
+    for log in folder.parent.glob("*.jsonl"):  # on the disk before what goes on from them
+        with contextlib.suppress(OSError):
+            flush(log)
     for left in folder.glob(".step_*.part"):  # by a process that was cut off
         remove(left)
     beside.mkdir()
@@ -146,7 +150,7 @@ def _remove_older(newest: Path, keep: int, keep_step: int | None) -> None:
     """
     stay = {newest.name} if keep_step is None else {newest.name, f"step_{keep_step:08d}"}
     older = [path for path in checkpoint_folders(newest.parents[1]) if path.name not in stay and _is_whole(path)]
-    older = [path for path in older if set(os.listdir(path)) == {*FILES, "state.json"}]
+    older = [path for path in older if {file.name for file in path.glob("*")} == {*FILES, "state.json"}]
     same = [path for path in older if path.stem == newest.name]  # this step, before it was scored again
     older = [path for path in older if path.stem != newest.name]
     for path in same + older[: max(0, len(older) - keep + 1)]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from array import array
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -15,6 +14,7 @@ import tiktoken
 
 from machinery.errors import DataError
 from machinery.held_out import PIECE, line_hashes, long_lines, smallest_line
+from machinery.machine import usable_cores
 from machinery.sources import Position
 from machinery.text_files import in_parts
 from machinery.tokenizers import ENDS_OF_TEXT, SPLIT_PATTERN
@@ -49,7 +49,7 @@ def encode_all(
     def encode(texts: list[str]) -> list[tuple[list[np.ndarray], int, array, bytes]]:
         return [([ids], *look_at_lines(text)) for ids, text in zip(encoder.encode(texts), texts)]
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(usable_cores()) as pool:
         waiting: deque[tuple[list, list[Future], int]] = deque()
         ahead = 0
         for batch in _batches(documents):

@@ -19,7 +19,7 @@ LAWS = Path(__file__).parents[1] / "results" / "forecast.json"
 WEB, WEB_FLOPS, WEB_POWER, WEB_SPREAD = 0.829, 5e18, math.log2(0.829 / 0.800), 0.03
 # The Chinchilla law as corrected by Besiroglu et al. 2024 (arXiv 2404.10102), for web text and 50M to 16B parameters
 E, A, ALPHA, B, BETA = 1.8172, 482.01, 0.3478, 2085.43, 0.3658
-REACH = 2.0  # times outside the sizes it was fitted to, or with fewer tokens, that a law is believed
+REACH = 2.0  # times outside the sizes and the batch it was fitted to, or with fewer tokens, that a law is believed
 
 
 @dataclass(frozen=True)
@@ -112,12 +112,14 @@ def forecast(config, parameters: float, flops_per_token: float, tokens: float) -
     """The forecast for a run of `tokens` in all, of a model with so many multiplying parameters.
 
     None where nothing is known: other text or another recipe than those of the runs that the law was fitted to, or a
-    size or length far from theirs.
+    size, batch or length far from theirs.
     """
     law = laws().get(config.source)
     if law and all(getattr(config, name, None) == value for name, value in law["recipe"].items()):
         (smallest, largest), (fewest, most) = law["parameters"], law["tokens"]
         is_near = smallest / REACH <= parameters <= largest * REACH
+        if config.batch_tokens != "auto":
+            is_near &= 1 / REACH <= config.batch_tokens / law["batch_tokens"] <= REACH
         if is_near and fewest / REACH <= tokens <= most:  # with more, the text repeats too often
             return by_law(law, parameters, tokens)
     flops = flops_per_token * tokens

@@ -202,6 +202,11 @@ def _say_unused_gpu() -> None:
         )
 
 
+def usable_cores() -> int:
+    """How many cores this process may use: under a scheduler of jobs, or `taskset`, fewer than there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def cpu_name() -> str:
     """The processor's name as the system gives it."""
     with contextlib.suppress(OSError):

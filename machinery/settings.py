@@ -236,7 +236,10 @@ def _check_text_and_budget(c) -> None:
     for name in FOLDERS:
         folder = getattr(c, name)
         require(folder and folder[0] != "~", f"{name} is {folder!r}, which is no folder; '.' is this one")
-    require(c.warmup + c.decay <= 1, f"warmup {c.warmup} and decay {c.decay} make more than the whole budget, 1")
+    require(
+        c.schedule != "wsd" or c.warmup + c.decay <= 1,  # the other schedules do not use `decay`
+        f"warmup {c.warmup} and decay {c.decay} make more than the whole budget, 1",
+    )
     require(
         c.max_steps or c.max_tokens or c.max_hours, "no budget: set max_steps, max_tokens or max_hours to more than 0"
     )

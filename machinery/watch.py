@@ -7,14 +7,17 @@ import math
 import re
 import statistics
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
+
+import torch
 
 from machinery.budget import multiplying_and_flops
 from machinery.checkpoints import checkpoint_folders
 from machinery.errors import UserError
 from machinery.files import free_bytes
 from machinery.forecast import Forecast, forecast
-from machinery.machine import Machine, measure_matmul_flops
+from machinery.machine import Machine, measure_matmul_flops, time_between
 from machinery.sources import source_kind
 
 
@@ -63,7 +66,7 @@ def with_best(
     replaced = rise < 0 if comparable else not (best.get("best_tokens") and is_last)
     if replaced and math.isfinite(scores["val_bpb"]):
         best = {"best_val_bpb": scores["val_bpb"], "best_step": step, "best_tokens": tokens}
-    return scores | {"val_tokens": tokens} | best, rise
+    return scores | {"val_tokens": tokens, "val_step": step} | best, rise
 
 
 TEXT_BYTES = 4  # of a token, roughly: English with some ten thousand tokens to choose from
@@ -95,7 +98,7 @@ def announce(config) -> None:
         print(" (in a terminal: make run PRESET=hour)")
 
 
-def refuse_what_does_not_fit(prediction: dict, machine: Machine, folder: Path) -> None:
+def refuse_too_large(prediction: dict, machine: Machine, folder: Path) -> None:
     """Raise `UserError` where the device cannot hold one sequence at a time, or the disk one checkpoint."""
     p, free, memory = prediction, free_bytes(folder) / 1e9, machine.memory / 1e9
     if p["micro-batch"] == 1 and p["peak memory (GB)"] > memory:
@@ -108,6 +111,23 @@ def refuse_what_does_not_fit(prediction: dict, machine: Machine, folder: Path) -
             f"no go: a checkpoint takes {p['checkpoint (GB)']:,.4f} GB and {free:,.4f} GB are free in {folder.parent};"
             " make room or set runs_dir"
         )
+
+
+def time_parts(
+    model: torch.nn.Module, batches, gradient: Callable, update: Callable, evaluation: Callable, sample: Callable, hours
+) -> tuple[float, float, float]:
+    """Seconds of a step, an evaluation and a sample of a run of so many `hours`, if they limit it."""
+
+    def step(micro_steps: int) -> None:
+        batches.seek()  # the text may end with the run
+        batches.retry(model, lambda: gradient(min(micro_steps, batches.micro_steps)))
+        update()
+
+    others = [lambda: batches.retry(model, evaluation), sample, lambda: step(2)]
+    least = min(1.0, 18 * hours)  # seconds, a two-hundredth of a run by the clock
+    one, scoring, sampling, two = time_between(lambda: step(1), others, batches.machine, least)
+    batches.seek()
+    return one + (batches.micro_steps - 1) * max(0.0, two - one), scoring, sampling
 
 
 def _clock(seconds: float) -> datetime.timedelta:

@@ -44,9 +44,15 @@ def test_auto_follows_the_budget_and_moves_the_rates(lm, capsys, monkeypatch, tm
     odd = tmp_path / "odd" / "config.json"  # of a run that somebody wrote by hand
     odd.parent.mkdir()
     named = {"runs_dir": str(tmp_path), "run_name": "odd"}
+    (odd.parent / "checkpoints" / "step_00000001").mkdir(parents=True)
     for batch in ("auto", 10**400):
         odd.write_text(json.dumps({"batch_tokens": batch}))
         assert settle_batch(lm.Config.from_preset("day", max_tokens=10**8, **named), CPU).batch_tokens == 131072
+    odd.write_text(json.dumps({"batch_tokens": 1024}))
+    auto = lm.Config.from_preset("day", max_tokens=10**8, **named)
+    assert settle_batch(auto, CPU).batch_tokens == 1024
+    (odd.parent / "checkpoints" / "step_00000001").rmdir()  # it ended before its first checkpoint: begun anew
+    assert settle_batch(auto, CPU).batch_tokens == 131072
     capsys.readouterr()
     given = lm.Config.from_preset("day", batch_tokens=65536)
     assert settle_batch(given, CPU) is given and not capsys.readouterr().out
@@ -89,6 +95,7 @@ def test_a_law_is_found_again_and_knows_where_it_ends(lm, monkeypatch, tmp_path)
     assert forecast.expected(law, 2e6, 3e6) == pytest.approx(forecast.expected(true, 2e6, 3e6), abs=0.01)
     law |= {
         "recipe": {"vocab_size": 4096},
+        "batch_tokens": 2048,
         "error": [[5e5, 0.02]],
         "way": [[0.1, 0.3, 0.02], [0.5, 0.2, 0.02], [1.0, 0.0, 0.0]],
     }
@@ -100,7 +107,8 @@ def test_a_law_is_found_again_and_knows_where_it_ends(lm, monkeypatch, tmp_path)
     assert found.at(0.5)[0] > found.high and found.at(0.01) is None
     assert forecast.forecast(config, 2e6, 1e7, 1.1e6) is None  # longer than the runs: text repeats
     assert forecast.forecast(config, 2e7, 1e8, 1e6) is None  # far larger
-    for other in ({"source": "texts/*.txt"}, {"vocab_size": 8192}):  # other text, another recipe
+    assert forecast.forecast(lm.replace(config, batch_tokens=4096), 2e6, 1e7, 1e6) == found
+    for other in ({"source": "texts/*.txt"}, {"vocab_size": 8192}, {"batch_tokens": 8192}):  # text, recipe, few steps
         assert forecast.forecast(lm.replace(config, **other), 2e6, 1e7, 1e6) is None
     web = forecast.forecast(lm.Config.from_preset("day"), 2.2e8, 1.5e9, 3.7e9)
     assert 0.75 < web.low < 0.829 < web.high < 0.9 and web.at(0.5) is None

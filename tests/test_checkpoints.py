@@ -502,6 +502,23 @@ def test_where_the_disk_is_full_older_checkpoints_make_room_and_the_newest_stays
     assert newest_checkpoint(tmp_path).name == "step_00000005"
 
 
+def test_an_older_checkpoint_that_its_owner_removes_meanwhile_is_none_to_remove(tmp_path, monkeypatch):
+    (model, optimizers), is_whole = small_model(), checkpoints._is_whole
+    step(model, optimizers)
+
+    def looked_at(path):  # which takes seconds
+        found = is_whole(path)
+        if path.name == "step_00000001":
+            shutil.rmtree(path)
+        return found
+
+    for number in (1, 2):
+        save(tmp_path, number)
+    monkeypatch.setattr(checkpoints, "_is_whole", looked_at)
+    take_checkpoint(tmp_path, model, optimizers, {"step": 3}, 1)()
+    assert names(tmp_path) == ["step_00000003"]
+
+
 @posix
 @pytest.mark.parametrize("mask", [0o022, 0o027, 0o077])
 def test_new_files_are_for_all_who_may_read_the_folder(tmp_path, mask):

@@ -27,7 +27,7 @@ from tools.experiments import (
     sweep,
 )
 from tools.experiments.__main__ import FINDINGS, RESULTS, measured_at, repeat
-from tools.experiments.tool import places, runs_that_fit
+from tools.experiments.tool import PLAIN, places, runs_that_fit
 
 
 @pytest.fixture
@@ -156,11 +156,14 @@ def test_as_many_runs_at_a_time_as_memory_and_disk_hold(lm, common, monkeypatch)
         assert runs_that_fit(config, model, optimizers, machine) == runs
 
 
-def test_a_sweep_settles_the_batch(common):
-    row = sweep(
-        {"auto": {"batch_tokens": "auto", "max_steps": 3}}, **{n: v for n, v in common.items() if n != "max_steps"}
-    )
+def test_a_sweep_settles_the_batch_whatever_a_run_of_the_preset_s_name_has(lm, common):
+    common = {name: value for name, value in common.items() if name not in ("max_steps", "batch_tokens")}
+    row = sweep({"auto": {"batch_tokens": "auto", "max_steps": 3}}, **common)
     assert row.status.item() == "finished" and row.tokens.item() >= 3 * 16
+    preset = lm.Config.from_preset("smoke", **(PLAIN | common | {"batch_tokens": "auto", "max_steps": 3}))
+    (Path(common["runs_dir"]) / preset.run_name / "checkpoints" / "step_00000001").mkdir(parents=True)
+    (Path(common["runs_dir"]) / preset.run_name / "config.json").write_text('{"batch_tokens": 64}')
+    assert sweep({"auto": {"batch_tokens": "auto", "max_steps": 3}}, **common).tokens.item() == row.tokens.item()
 
 
 def test_a_configuration_that_cannot_work_is_refused_before_training(common):

@@ -55,7 +55,8 @@ def make_run(folder, config, encoding=BYTES):
     files = [("config", config.to_dict()), ("tokenizer", tokenizer_to_dict(encoding)), ("environment", ENVIRONMENT)]
     for name, value in files:
         (folder / f"{name}.json").write_text(json.dumps(value))
-    state = {"step": 20, "tokens": 5120, "seconds": 1.5, "scores": {"val_loss": 3.25, "val_bpb": 1.5}}
+    scores = {"val_loss": 3.25, "val_bpb": 1.5, "val_tokens": 18304}
+    state = {"step": 20, "tokens": 5120, "seconds": 1.5, "scores": scores}
     take_checkpoint(folder, model, [], state, keep=1)()
     return model
 
@@ -380,7 +381,7 @@ def test_padded_batches_write_what_single_prompts_do(tiny, tmp_path, family):
 def test_card_and_settings_for_generation(tiny, tmp_path):
     config, _, out = exported(tmp_path, tiny)
     card = (out / "README.md").read_text()
-    stated = ["python", "muon", "lr 0.02", "5,120 in 20 steps", "val_loss 3.2500", "val_bpb 1.5000", "commit abc123"]
+    stated = ["python", "muon", "lr 0.02", "5,120 in 20 steps", "val_loss 3.25", "val_tokens 18,304", "commit abc123"]
     assert all(part in card for part in stated), card
     source = json.loads((tmp_path / "run/config.json").read_text()) | {"source": "a\n\n# b | c"}
     (tmp_path / "run/config.json").write_text(json.dumps(source))

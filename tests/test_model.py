@@ -557,6 +557,13 @@ def test_generation_is_greedy_argmax_and_stops_at_the_last_position(lm, tiny):
         assert torch.equal(model(written[:, :t])[:, -1].argmax(-1), written[:, t])
 
 
+def test_a_prompt_keeps_half_of_the_context_however_much_is_to_be_written(lm, tiny):
+    model, encoding = lm.build_model(tiny(block_size=16)), get_tokenizer("bytes", 257)
+    for n_new, kept in ((4, 10), (12, 8), (16, 8), (100, 8)):
+        ids = lm.encode_prompt(model, encoding, "abcdefghi", n_new)
+        assert ids == [encoding.eot_token, *b"abcdefghi"][-kept:]
+
+
 @pytest.mark.cuda
 @pytest.mark.parametrize("combination", COVERING, ids=name_of)
 def test_cuda_equals_cpu(lm, tiny, combination):

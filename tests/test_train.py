@@ -19,6 +19,7 @@ import pytest
 import torch
 from torch.optim import lr_scheduler
 
+from data_utils import TokenWindows
 from machinery import machine as machine_module
 from machinery.budget import budget_left, budget_used
 from machinery.checkpoints import (
@@ -35,7 +36,7 @@ from machinery.loggers import LOGGERS, Logger, Loggers
 from machinery.machine import Machine, datasheet_flops, is_out_of_memory, measure_matmul_flops
 from machinery.notebook import train_elsewhere
 from machinery.run_folder import RunFolder, run_state
-from machinery.watch import Watch, print_preflight, refuse_what_does_not_fit
+from machinery.watch import Watch, print_preflight, refuse_too_large
 from model_utils import (
     attention_maps,
     choose_micro_batch,
@@ -500,6 +501,18 @@ def test_a_run_that_ends_by_a_smaller_budget_is_scored_on_all_held_out_text(lm, 
     assert read_jsonl(Path(config.runs_dir) / config.run_name / "metrics.jsonl") == lines  # once is enough
 
 
+def test_a_run_whose_budget_is_set_to_where_it_stopped_is_scored_there(lm, settings, monkeypatch):
+    """Also where each evaluation was of all held-out text: the last one was of an earlier step."""
+    config = settings(eval_tokens=10**6, eval_every=5)
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "clock", lambda self: (1.0, self.at.step == 7))
+        assert lm.train(config)["status"] == "interrupted"
+    summary = lm.train(replace(config, max_steps=7))
+    _, model, _ = lm.load_run(Path(config.runs_dir) / config.run_name)
+    scores = lm.evaluate(model, lm.prepare_data(config), Machine.find("cpu"), 4, math.inf)
+    assert summary["val_loss"] == pytest.approx(scores["val_loss"], rel=1e-3)
+
+
 def test_scores_of_different_texts_are_not_compared(lm, settings, monkeypatch):
     """A part of the held-out text that is harder than all of it; then the run goes on, and on with a larger part."""
     scores = iter([3.0, 2.0, 2.5, 1.0, 2.4, 1.9, 0.5, 2.8, 2.7, 0.4])
@@ -515,7 +528,7 @@ def test_scores_of_different_texts_are_not_compared(lm, settings, monkeypatch):
         ({"max_steps": 29, "eval_tokens": 128}, (2.7, 28, 128)),
     ]:
         with monkeypatch.context() as patch:
-            patch.setattr("train_utils.time_between", lambda *_: [1.0] * 4)
+            patch.setattr("machinery.watch.time_between", lambda *_: [1.0] * 4)
             patch.setitem(lm.train.__globals__, "evaluate", evaluate)
             summary = lm.train(replace(config, **change))
         assert tuple(summary[f"best_{name}"] for name in ("val_bpb", "step", "tokens")) == best
@@ -732,6 +745,43 @@ def test_a_run_whose_last_step_is_bad_is_saved(lm, settings, monkeypatch):
     assert all(torch.isfinite(tensor).all() for tensor in weights_of(lm, folder).values())
 
 
+def test_an_evaluation_far_off_keeps_no_later_step_from_being_saved(lm, settings, monkeypatch):
+    config, evaluate = settings(eval_every=5, checkpoint_every=3), lm.evaluate
+
+    def far_off(*arguments):
+        return {"val_loss": 17.0, "val_bpb": 24.0} if sum(steps) == 5 else evaluate(*arguments)
+
+    steps, stepped = [], Run.stepped
+    monkeypatch.setattr(Run, "stepped", lambda self, *given, **named: steps.append(1) or stepped(self, *given, **named))
+    monkeypatch.setattr(Run, "clock", lambda self: (1.0, self.at.step == 8))
+    monkeypatch.setattr(lm, "evaluate", far_off)
+    assert lm.train(config)["status"] == "interrupted"
+    assert newest_checkpoint(Path(config.runs_dir) / config.run_name).name == "step_00000008"
+
+
+def test_a_preflight_reads_no_more_than_the_run_will(lm, settings, monkeypatch):
+    """Its text may end there: more would have to be tokenized, or fetched."""
+    read, furthest = TokenWindows.read, [0]
+
+    def noted(self, position, count):
+        if self.split == "train":
+            furthest[0] = max(furthest[0], position + count)
+        return read(self, position, count)
+
+    monkeypatch.setattr(TokenWindows, "read", noted)
+    for steps in (1, 2):
+        config = settings(max_steps=steps, max_hours=0.05)
+        lm.train(config)
+        assert furthest[0] == steps * config.batch_tokens // config.block_size
+
+
+def test_a_best_score_at_a_skipped_step_has_its_checkpoint(lm, settings, monkeypatch):
+    config = settings(max_steps=10, eval_every=5, checkpoint_every=100, keep_checkpoints=1, lr=0.02)
+    summary = train_poisoned(lm, config, monkeypatch, lambda step: step == 5)
+    assert summary["best_step"] == 5  # the other evaluation is of another text
+    assert lm.load_run(Path(config.runs_dir) / config.run_name, step=5)
+
+
 def test_a_run_goes_on_in_another_precision_and_says_so(lm, settings, capsys):
     config = settings(max_steps=1, dtype="float32")
     lm.train(config)
@@ -770,11 +820,11 @@ def test_a_bad_step_never_reaches_the_weights(lm, settings, monkeypatch):
 
 OUT_OF_MEMORY_PROGRAM = """
 import json, resource, sys, psutil
+from data_utils import Batches
 from machinery.notebook import load_definitions
 lm = load_definitions()
 lm.torch.set_num_threads(1)
 config = lm.Config.from_dict(json.load(open(sys.argv[1])))
-from data_utils import Batches
 retry = Batches.retry
 _, most = resource.getrlimit(resource.RLIMIT_AS)
 def limited(batches, model, attempt):
@@ -947,9 +997,9 @@ def test_preflight_says_no_before_anything_is_made(lm, settings, tmp_path, capsy
         print_preflight(prediction, told, machine, "eager", tmp_path, 0.0, {"max_steps": prediction["tokens"]})
         assert ("for position 'rope', not" in capsys.readouterr().out) == said
     with pytest.raises(UserError, match="no go: one sequence .* 99999.0 GB"):
-        refuse_what_does_not_fit(prediction | {"peak memory (GB)": 99999.0}, machine, tmp_path)
+        refuse_too_large(prediction | {"peak memory (GB)": 99999.0}, machine, tmp_path)
     with pytest.raises(UserError, match="no go: a checkpoint takes"):
-        refuse_what_does_not_fit(prediction | {"checkpoint (GB)": 1e6}, machine, tmp_path)
+        refuse_too_large(prediction | {"checkpoint (GB)": 1e6}, machine, tmp_path)
     before = machine.peak_memory()
     with pytest.raises(UserError, match="no go"):
         lm.train(settings(n_layer=64, n_embd=1 << 16, n_head=16, n_kv_head=16, n_ffn=1 << 18))
@@ -980,7 +1030,7 @@ def test_what_is_predicted_counts_whole_steps_tables_and_the_copy_of_a_checkpoin
 
 
 def test_the_last_evaluation_is_foretold_from_what_one_computes_at_least(lm, settings, monkeypatch):
-    monkeypatch.setattr("train_utils.time_between", lambda *_: [1.0] * 4)
+    monkeypatch.setattr("machinery.watch.time_between", lambda *_: [1.0] * 4)
     config = settings(eval_tokens=1, max_steps=2)
     summary = lm.train(config)
     data, batch = lm.prepare_data(config), config.block_size * config.micro_batch
@@ -1188,7 +1238,7 @@ def test_time_left_and_progress_of_a_resumed_run_are_those_of_its_budget(lm, set
 @pytest.mark.parametrize(("every", "between"), [((4, 6), 5), ((7, 10**6), 3), ((10**6, 10**6), 2)])
 def test_time_left_counts_evaluations_and_samples(lm, settings, monkeypatch, every, between):
     """Each takes a second, and so does a step, as far as the preflight knows."""
-    monkeypatch.setattr("train_utils.time_between", lambda *_: [1.0] * 4)
+    monkeypatch.setattr("machinery.watch.time_between", lambda *_: [1.0] * 4)
     config = settings(max_steps=12, eval_every=every[0], sample_every=every[1])
     assert lm.train(config)["predicted"]["seconds"] == pytest.approx(12 + between)
     for line in read_jsonl(Path(config.runs_dir) / config.run_name / "metrics.jsonl"):

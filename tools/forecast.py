@@ -123,7 +123,8 @@ def fit_source(lines: list[dict], recipe: dict, left_out: list[list[dict]], edge
             way = [expected(law, line["multiplying"], share * line["tokens"]) for share in shares]
             rows.append(np.interp(shares, at, bpb) - way)
     way = [[float(s), float(np.mean(part)), float(np.std(part))] for s, part in zip(shares, zip(*rows))]
-    return law | {"error": errors, "runs": len(lines), "way": [*way, [1.0, 0.0, 0.0]], "recipe": recipe}
+    law |= {"error": errors, "runs": len(lines), "way": [*way, [1.0, 0.0, 0.0]]}
+    return law | {"recipe": recipe, "batch_tokens": lm.PRESETS["demo"]["batch_tokens"]}
 
 
 def fit_law(runs: list[dict]) -> dict:

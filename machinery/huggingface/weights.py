@@ -236,7 +236,7 @@ def _model_card(run: Path, config: dict, state: dict) -> str:
         "recipe": listed("optimizer", "lr", "embedding_lr", "head_lr", "weight_decay", "grad_clip", "schedule")
         + ", " + listed("warmup", "decay", "batch_tokens", "seed"),
         "tokens": f"{state.get('tokens', 0):,} in {state['step']:,} steps and {state.get('seconds', 0):,.0f} s",
-        "losses": ", ".join(f"{name} {value:.4f}" for name, value in state.get("scores", {}).items()) or "none",
+        "losses": ", ".join(f"{name} {round(value, 4):,}" for name, value in state.get("scores", {}).items()) or "none",
         "status": summary.get("status", "had not ended when this was written"),
         "GGUF": f"does llama.cpp compute the same? {family.gguf}",
         "device": f"{environment.get('device')}, {environment.get('dtype')}",

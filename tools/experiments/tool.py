@@ -11,7 +11,6 @@ A table is a pandas DataFrame with a row per run: `table.to_csv("answer.csv")` k
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -26,7 +25,7 @@ from tqdm import tqdm
 from machinery.budget import settle_batch
 from machinery.errors import UserError, told
 from machinery.files import free_bytes, json_digest, read_jsonl, read_note
-from machinery.machine import Machine
+from machinery.machine import Machine, usable_cores
 from machinery.notebook import defining_cells, load_definitions
 from model_utils import count_parameters, flops_per_token, predict
 from tools.common import train_apart
@@ -68,10 +67,12 @@ def sweep(
             raise UserError(f"{min(given)} of {label!r} would not count: seeds=(…) gives seeds, a sweep names")
         for seed in seeds:
             config = lm.Config.from_preset(preset, **(PLAIN | common | values | {"seed": seed, "run_name": ""}))
-            config = _named(settle_batch(config, Machine.find(config.device, config.dtype)), source)
+            own = replace(config, resume="never")  # takes no batch of a run that has the preset's name
+            own = settle_batch(own, Machine.find(config.device, config.dtype))
+            config = _named(replace(own, resume=config.resume), source)
             with torch.device("meta"):  # an unknown variant, and what the model holds
                 runs.append((label, config, lm.build_model(config)))
-    jobs = jobs or max(1, (os.cpu_count() or 1) // threads)
+    jobs = jobs or max(1, usable_cores() // threads)
     for _, config, model in runs:
         machine = Machine.find(config.device, config.dtype)
         if machine.device.type == "cuda":
