@@ -8,8 +8,8 @@ makes each token has to be among those listed.
 from __future__ import annotations
 
 import bisect
-import heapq
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import tiktoken
@@ -31,6 +31,7 @@ from machinery.tokenizers import (
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 QWEN_PATTERN = SPLIT_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")
 KNOWN_PATTERNS = (SPLIT_PATTERN, QWEN_PATTERN, GPT2_PATTERN, BYTES_PATTERN, r50k_pat_str)
+LONGEST_TOKEN = 1000  # bytes; the longest ones of published vocabularies have a few hundred
 
 
 def for_oniguruma(pattern: str) -> str:
@@ -46,30 +47,14 @@ def byte_letters() -> list[str]:
 
 
 def recover_merge(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
-    """The pieces that byte pairs reach before `token` itself is made: two, unless only a whole piece can be it.
-
-    A heap of pairs keeps the time near linear in the token's length, for files with tokens of any length.
-    """
-    pairs: list[tuple[int, int, int]] = []  # (id, beginning, end) of neighbours that may merge
-    ends, before = [*range(1, len(token) + 1)], [*range(-1, len(token))]  # of the piece that begins at each byte
-
-    def offer(start: int) -> None:
-        if start >= 0 and ends[start] < len(token):
-            end = ends[ends[start]]
-            if (number := ranks.get(token[start:end], ranks[token])) < ranks[token]:
-                heapq.heappush(pairs, (number, start, end))
-
-    for start in range(len(token)):
-        offer(start)
-    left = len(token)
-    while pairs and left > 2:
-        _, start, end = heapq.heappop(pairs)
-        middle = ends[start]
-        if 0 < middle < len(token) and ends[middle] == end:  # both are still there
-            ends[start], ends[middle], before[end], left = end, 0, start, left - 1
-            offer(before[start])
-            offer(start)
-    return [token[start:end] for start, end in enumerate(ends) if end]
+    """The pieces that byte pairs reach before `token` itself is made: two, unless only a whole piece can be it."""
+    pieces = [bytes([byte]) for byte in token]
+    while len(pieces) > 2:
+        rank, at = min((ranks.get(a + b, ranks[token]), at) for at, (a, b) in enumerate(pairwise(pieces)))
+        if rank >= ranks[token]:
+            break
+        pieces[at : at + 2] = [pieces[at] + pieces[at + 1]]
+    return pieces
 
 
 def merges_of(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
@@ -186,6 +171,8 @@ def _byte_level_bpe(spec: dict, path: Path) -> tiktoken.Encoding:
         if special.get(text) != number
     }
     order = sorted(ranks, key=ranks.get)
+    longest = max(map(len, order), default=0)
+    _refuse(path, "vocab", longest > LONGEST_TOKEN, f"has a token of {longest:,} bytes")
     numbers = [ranks[token] for token in order]
     first = 0 < sum(number < numbers[0] for number in special.values()) == numbers[0]
     advice = "begin after a special token; train without one, and add it afterwards (docs/huggingface.md)"
