@@ -6,13 +6,12 @@ tensor: that is a matter of its files, the numbers keep their order.
 
 from __future__ import annotations
 
-import glob
 import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
-import psutil
 import tiktoken
 import torch
 from safetensors import safe_open
@@ -128,22 +127,18 @@ def export_hf(run_dir: str | Path, out_dir: str | Path, step: int | None = None)
         model = _to_hf_model(config, weights)
         _set_generation(model, encoding.eot_token, config["sample_tokens"])
         card = _model_card(run, config, state)
-    beside = out.with_name(f".{out.name}.{os.getpid()}.part")
     with told(out_dir, ExportError, "not written"):
-        for left in out.parent.glob(f".{glob.escape(out.name)}.*.part"):  # by a process that was cut off
-            process = re.fullmatch(r".*\.(\d{1,9})\.part", left.name)
-            if left == beside or (process and not psutil.pid_exists(int(process[1]))):
-                remove(left)
-        beside.mkdir(parents=True)
-        try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.", suffix=".part") as name:
+            beside = Path(name) / out.name
+            beside.mkdir()
             model.save_pretrained(beside)
             save_tokenizer(encoding, beside, positions_of(config))
             (beside / "README.md").write_text(card, encoding="utf-8")
             write_json(beside / MARK, {"files": _checksums(beside)})
+            _check_target(out)  # again: exporting takes a while
             if earlier := publish(beside, out):
-                _remove_earlier(earlier)
-        finally:
-            remove(beside)
+                remove(earlier)
     return out_dir
 
 
@@ -180,15 +175,6 @@ def _check_target(out: Path) -> None:
     if others or not written:
         what = f"{', '.join(others[:3])} differs" if written else f"no {MARK} of one"
         raise ExportError(f"{out} holds other things than an export as it was written ({what}); choose another folder")
-
-
-def _remove_earlier(earlier: Path) -> None:
-    """Remove an export that has made room, unless somebody changed it after it was checked."""
-    try:
-        _check_target(earlier)
-        remove(earlier)
-    except ExportError:
-        print(f"the earlier export is kept in {earlier}: it was changed while the new one was made")
 
 
 class _Fields(dict):
