@@ -359,28 +359,11 @@ def test_optimizers_with_factored_states_are_restored(tmp_path):
     assert torch.equal(model[0].weight, other[0].weight)
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"step": "1"},
-        {"step": -1},
-        {"step": 2},
-        {"seconds": float("nan")},
-        {"seconds": "x"},
-        {"seconds": 1e300},
-        {"scores": []},
-        {"tokens": 1.5},
-        {"scores": {"best_val_bpb": 1.0}},
-        {"scores": {"best_val_bpb": 10**400, "best_step": 1}},
-        {"scores": {"best_val_bpb": float("nan"), "best_step": 1}},
-        {"scaler": {"scale": "x"}},
-    ],
-    ids=str,
-)
-def test_odd_states_are_one_line(tmp_path, change):
+@pytest.mark.parametrize("step", ["1", -1, 2])
+def test_a_state_of_another_step_is_one_line(tmp_path, step):
     path = save(tmp_path, 1)
-    seal(path, **change)
-    with pytest.raises(CheckpointError, match="state.json|not a whole checkpoint|holds step 2"):
+    seal(path, step=step)
+    with pytest.raises(CheckpointError, match=f"holds step {step}; give it the name of that step"):
         read_state(path)
 
 
