@@ -37,14 +37,11 @@ class Both:
 
 
 def load() -> None:
-    global lm, torch, machine, plt, prepare_data, read_jsonl
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
+    global lm, torch, machine, draw_run, prepare_data, read_jsonl
     import torch
 
     from data_utils import prepare_data
+    from machinery.figures import draw_run
     from machinery.files import read_jsonl
     from machinery.machine import Machine
     from tools.common import lm
@@ -117,19 +114,7 @@ def files() -> None:
     run = WORK / "day"
     for name in ("metrics.jsonl", "samples.jsonl"):
         shutil.copy(run / name, OUT / name)
-    lines = read_jsonl(run / "metrics.jsonl")
-    steps, evaluations = ([line for line in lines if key in line] for key in ("train_loss", "val_loss"))
-    figure, axes = plt.subplots(1, 3, figsize=(12, 3.2))
-    axes[0].plot([m["tokens"] / 1e6 for m in steps], [m["train_loss"] for m in steps], label="training batch")
-    axes[0].plot([m["tokens"] / 1e6 for m in evaluations], [m["val_loss"] for m in evaluations], "o-", label="held out")
-    axes[0].set(xlabel="tokens (millions)", ylabel="nats per token")
-    axes[0].legend()
-    axes[1].plot([m["seconds"] for m in steps], [m["tokens_per_second"] for m in steps], ".")
-    axes[1].set(xlabel="seconds", ylabel="tokens per second", ylim=(0, None))
-    axes[2].plot([m["tokens"] / 1e6 for m in steps], [m["grad_norm"] for m in steps])
-    axes[2].set(xlabel="tokens (millions)", ylabel="gradient norm", yscale="log")
-    figure.tight_layout()
-    figure.savefig(OUT / "curves.png", dpi=100)
+    draw_run(read_jsonl(run / "metrics.jsonl")).savefig(OUT / "curves.png", dpi=100)
 
 
 def resumed() -> None:
