@@ -1,6 +1,6 @@
 """How fast, against what users would pick instead, on the machine this runs on: `make bench`.
 
-    python -m tools.bench.bench                        everything: results/bench-<machine>.md, .json and .png
+    python -m tools.bench.bench                        everything: results/bench-<machine>.md and .json
     python -m tools.bench.bench --parts generation     some of it; the rest is taken from the .json that is there
 
 Parts: steps, attention, data, tokenization, generation, scaling. The machine should have nothing else to do.
@@ -13,7 +13,6 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import torch
 
 from machinery.files import read_json, write_json
@@ -102,7 +101,7 @@ should.""",
 
 
 def write_report(path: Path, results: dict) -> None:
-    """`path`.md and .png from what `path`.json holds."""
+    """`path`.md from what `path`.json holds."""
     e = results["environment"]
     versions = ", ".join(f"{name} {version}" for name, version in e["versions"].items())
     memory = e["device_memory_bytes"] / 1e9
@@ -122,49 +121,8 @@ def write_report(path: Path, results: dict) -> None:
 `make bench`, {dates[0][0]}{other}: {e["device"]}, {e["threads"]} threads, {memory:.0f} GB, {e["dtype"]}.
 Python {e["python"]}, {versions}.
 
-![Speed]({path.name}.png)
-
 """
     path.with_suffix(".md").write_text(text + "\n\n".join(blocks) + "\n")
-    draw_speed(path.with_suffix(".png"), results)
-
-
-def draw_speed(path: Path, results: dict) -> None:
-    """Bars for what is compared, and cost against size beside the formula."""
-    figure, axes = plt.subplots(2, 4, figsize=(17, 7))
-    rows = results.get("steps", [])
-    libraries = list(dict.fromkeys(row["library"] for row in rows))
-    models = list(dict.fromkeys(row["model"] for row in rows))
-    for axis, quantity in zip(axes[0], ("tokens/s", "peak memory (GB)")):
-        for i, library in enumerate(libraries):
-            values = {row["model"]: row[quantity] for row in rows if row["library"] == library}
-            best = {model: max(row[quantity] for row in rows if row["model"] == model) for model in values}
-            places = [models.index(model) + i * 0.8 / len(libraries) for model in values]
-            axis.bar(places, [values[model] / best[model] for model in values], 0.8 / len(libraries), label=library)
-        axis.set_xticks([place + 0.3 for place in range(len(models))], models)
-        axis.set(title=f"Training: {quantity}", ylabel="share of the largest")
-    if rows:
-        axes[0, 1].legend(fontsize=7)
-    rows = results.get("tokenization", [])
-    names = [f"{row['library']}\n{row['text (MB)']:.0f} MB" for row in rows]
-    axes[0, 2].barh(names, [row["MB/s"] for row in rows])
-    axes[0, 2].set(title="Tokenization", xlabel="MB/s")
-    rows = results.get("generation", [])
-    bars = [f"{row['model']} × {row['batch']}, {row['precision']}" for row in rows]
-    axes[0, 3].barh(bars, [row["ours is faster by"] for row in rows])
-    axes[0, 3].axvline(1, color="gray", linestyle="--")
-    axes[0, 3].set(title="Generation", xlabel="rate over transformers' (1)")
-    rows = results.get("scaling", [])
-    for axis, name in zip(axes[1], dict.fromkeys(row["axis"] for row in rows)):
-        points = [row for row in rows if row["axis"] == name]
-        sizes = [row["size"] for row in points]
-        axis.loglog(sizes, [row["time grows"] for row in points], "o-", label="time per token")
-        axis.loglog(sizes, [row["formula grows"] for row in points], "--", color="gray", label="FLOP formula")
-        axis.set(xlabel=name, ylabel="over the smallest")
-        axis.legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
 
 
 def main() -> None:
