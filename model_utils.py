@@ -17,7 +17,7 @@ from machinery.budget import budget_left, multiplying_and_flops, tokens_within, 
 from machinery.errors import UserError
 from machinery.forecast import compute_optimal, expected_loss, forecast, laws
 from machinery.machine import Machine, evaluation_mode
-from machinery.settings import LIMITS, kv_heads
+from machinery.settings import kv_heads
 from machinery.sources import source_kind
 
 __all__ = [
@@ -56,17 +56,15 @@ def flops_per_token(model: nn.Module, config) -> float:
     return training_flops(multiplying_parameters(model), config)
 
 
-def best_shape(config, machine: Machine, hours: float, channels: int = 64) -> dict[str, int]:
-    """Overrides of `config` for the depth, at so many channels per layer, that should be best after `hours`.
+def best_shape(config, machine: Machine, hours: float) -> dict[str, int]:
+    """Overrides of `config` for the depth, at 64 channels per layer, that should be best after `hours`.
 
     Speed is taken to be half the rate of a large matrix product; loss is that of the law fitted to the source, or for
     text from the hub, `expected_loss`. Prints the candidates near the best. Raises `UserError` where no law covers it.
     """
-    if not (isinstance(channels, int | float) and 0 < channels <= LIMITS["n_embd"]):
-        raise UserError(f"channels is {channels!r}; give a number of them for each layer, such as 64")
     sized, rows = replace(config, max_hours=hours, max_steps=0, max_tokens=0), []
     for depth in range(1, 65):
-        width = max(1, round(depth * channels / config.head_size)) * config.head_size
+        width = max(1, round(depth * 64 / config.head_size)) * config.head_size
         heads = width // config.head_size
         shape = {"n_layer": depth, "n_embd": width, "n_head": heads, "n_ffn": 128 * math.ceil(width / 48)}
         shape["n_kv_head"] = math.gcd(heads, max(1, heads * config.n_kv_head // config.n_head))

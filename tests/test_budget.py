@@ -1,7 +1,6 @@
 """The dial and the forecast: a batch that follows the budget, a law that finds what made its runs."""
 
 import json
-import math
 
 import pytest
 import torch
@@ -210,6 +209,3 @@ def test_the_best_shape_is_inside_of_what_was_tried_or_not_known(lm, monkeypatch
         with pytest.raises(UserError, match=f"the best size for .* is not known: .*{why}"):
             best_shape(config, CPU, hours=hours)
     assert best_shape(day, CPU, hours="24") == shape
-    for channels in ("64", None, math.nan, math.inf, 0):
-        with pytest.raises(UserError, match=f"^channels is {channels!r}; give a number"):
-            best_shape(day, CPU, 24, channels)
