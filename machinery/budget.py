@@ -14,7 +14,7 @@ from machinery.settings import AUTO_BATCH, RATE_FIELDS, kv_heads
 
 # The best batch grows as the tokens of a run to the power 0.383 (Bergsma et al. 2025, arXiv 2505.13738), from what
 # `day` has: 524,288 tokens a step, of 3.7 billion in 24 hours of an RTX 4090 at 40% of its data sheet.
-DAY_TOKENS, DAY_BATCH, POWER = 3.7e9, AUTO_BATCH, 0.383
+DAY_TOKENS, POWER = 3.7e9, 0.383
 LEAST_STEPS = 1000  # of a small run, for which that rule asks for too much (results/dial.md)
 OWN_PARTS = {"attention": ("mha", "gqa", "value"), "ffn": ("gated", "mlp", "relu2")}  # counted without a model
 SHARE = 0.5  # of the rate of a large matrix product that training is taken to reach; 2 times off is 1.3 times in batch
@@ -22,7 +22,7 @@ SHARE = 0.5  # of the rate of a large matrix product that training is taken to r
 
 def best_batch(tokens: float, least_steps: int = LEAST_STEPS) -> float:
     """Tokens per step for a run of so many tokens."""
-    return min(DAY_BATCH * (tokens / DAY_TOKENS) ** POWER, tokens / least_steps)
+    return min(AUTO_BATCH * (tokens / DAY_TOKENS) ** POWER, tokens / least_steps)
 
 
 def power_of_two(batch: float, unit: int) -> int:
@@ -32,7 +32,7 @@ def power_of_two(batch: float, unit: int) -> int:
 
 def tokens_of_steps(steps: int) -> float:
     """Tokens of a run of so many steps, each of the batch that the rule has for so many tokens."""
-    return (steps * DAY_BATCH / DAY_TOKENS**POWER) ** (1 / (1 - POWER))
+    return (steps * AUTO_BATCH / DAY_TOKENS**POWER) ** (1 / (1 - POWER))
 
 
 def budget_used(config, steps: float, tokens: float, seconds: float) -> float:
@@ -116,8 +116,8 @@ def settle_batch(config, machine: Machine):
         tokens = machine.maximum(tokens_within(config, machine))[0]  # all processes agree
         best = best_batch(tokens, min(LEAST_STEPS, config.max_steps or LEAST_STEPS))
         batch, why = power_of_two(best, unit), f"for a run of about {float(f'{tokens:.2g}'):,.0f}"
-    factor = math.sqrt(batch / DAY_BATCH)
+    factor = math.sqrt(batch / AUTO_BATCH)
     rates = {name: getattr(config, name) * factor for name in RATE_FIELDS}
     listed = ", ".join(f"{name} {getattr(config, name):.3g} → {rate:.3g}" for name, rate in rates.items())
-    print(f"batch_tokens 'auto': {batch:,} tokens a step {why}; rates of {DAY_BATCH:,} tokens move with it: {listed}")
+    print(f"batch_tokens 'auto': {batch:,} tokens a step {why}; rates of {AUTO_BATCH:,} tokens move with it: {listed}")
     return replace(config, batch_tokens=batch, **rates)
