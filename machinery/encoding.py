@@ -13,7 +13,7 @@ import numpy as np
 import tiktoken
 
 from machinery.errors import DataError
-from machinery.held_out import PIECE, line_hashes, long_lines, smallest_line
+from machinery.held_out import PIECE, look_at, smallest_line
 from machinery.machine import usable_cores
 from machinery.sources import Position
 from machinery.text_files import in_parts
@@ -35,7 +35,7 @@ class Encoded:
     position: Position  # in the source, after it
     ids: list[np.ndarray]  # in pieces
     bytes: int
-    lines: array  # hashes of its longer lines, of this process
+    lines: array  # hashes of its longer lines, and of its shingles (`look_at`)
     smallest: bytes  # of those lines
     ends_of_text: list[str]  # spelt in it
 
@@ -47,7 +47,7 @@ def encode_all(
     encoder = Encoder(encoding, dtype)
 
     def encode(texts: list[str]) -> list[tuple[list[np.ndarray], int, array, bytes]]:
-        return [([ids], *look_at_lines(text)) for ids, text in zip(encoder.encode(texts), texts)]
+        return [([ids], *found) for ids, found in zip(encoder.encode(texts), look_at(texts))]
 
     with ThreadPoolExecutor(usable_cores()) as pool:
         waiting: deque[tuple[list, list[Future], int]] = deque()
@@ -147,10 +147,3 @@ def _encode_text(encoding: tiktoken.Encoding, text: str) -> np.ndarray:
             raise
         half = len(text) // 2
         return np.concatenate([_encode_text(encoding, text[:half]), _encode_text(encoding, text[half:])])
-
-
-def look_at_lines(text: str) -> tuple[int, array, bytes]:
-    """Bytes of a text, the hashes of its longer lines, and the smallest of those."""
-    content = text.encode()
-    lines = long_lines(content)
-    return len(content), line_hashes(lines), smallest_line(lines)

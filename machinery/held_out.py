@@ -1,11 +1,11 @@
 """Held-out text: which documents it is, and that none of them has a near-copy in the training text.
 
-Documents are compared by their longer lines, or where they are few, by parts of these; blank space, line ends, ways to
-write an accent and the ">" of a quoted line do not count. The side of a document is that of its smallest line, by a
-hash: a function of its content alone, in which near-copies mostly agree, since two documents have the same smallest
-line as often as they have lines in common (MinHash; Broder 1997). What then still stands on both sides is set aside.
-A copy is not found that has other words, case or quotation marks in most lines, a number or sign before each, or its
-lines cut at other places.
+Documents are compared by their longer lines, and by *shingles*: stretches of bytes, of which their own content picks
+some, wherever they stand, whatever lines they are in. Blank space, line ends, ways to write an accent and the ">" of a
+quoted line do not count. The side of a document is that of its smallest line, by a hash: a function of its content
+alone, in which near-copies mostly agree, since two documents have the same smallest line as often as they have lines in
+common (MinHash; Broder 1997). What then still has half of its lines or shingles on the other side is set aside. A copy
+is not found that differs in every few words, or in case, or is shorter than some shingles and has no line in common.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import zlib
 from array import array
 from collections import Counter
 from collections.abc import Container, Iterable, Sequence
-from itertools import accumulate
 
 import numpy as np
 
@@ -34,89 +33,79 @@ ODD_LINE_ENDS = {end.encode() for end in "\x85\u2028\u2029"}  # among those blan
 NO_WIDTH = {sign.encode() for sign in "\xad\u061c\u180e\u200b\u200c\u200d\u200e\u200f\ufeff"}
 NO_WIDTH |= {chr(code).encode() for code in (*range(0x202A, 0x202F), *range(0x2060, 0x2070), *range(0xFE00, 0xFE10))}
 LONG_LINE, SPACED_LINE = 16, 20  # characters of a line that tells one document from another, without and with blanks
-FOLLOWING = 32  # bytes of a short line with what follows
 CONTINUED = bytes(range(0x80, 0xC0))  # what follows the first byte of a character
-FEW, FEW_LINES = 0.25, 0.15  # share of a text, or of its lines, that is longer, under which its short lines count too
 QUOTED = re.compile(rb"(?m)^(?:[ \t]*>)+")  # as in a reply
 REPLY = re.compile(rb"(?m)^>(?!>>)")  # which quotes once or twice, too, or mostly; else ">>>" is Python's prompt
 MARKS = re.compile(rb"(?:[\xcc\xcd][\x80-\xbf]){64}")  # on one letter; to put n of them in order takes n² steps
-LONGEST_LINE = 1 << 16  # bytes of a line that counts as one
-
-
-def _between(every: int, share: int) -> tuple[re.Pattern, re.Pattern]:
-    """Where a line of ASCII is cut, and any other: after some pairs of bytes; also after some pairs of letters of two
-    or three bytes, by their last ones, since the first are mostly the same in a script. `share` of 64 last bytes count,
-    of which any alphabet has a few.
-    """
-    some = rb"(?<=[%b]{2})" % re.escape(bytes(range(5, 256, every)))
-    last = re.escape(bytes(byte for byte in CONTINUED if byte * 29 % 64 < share))
-    letters = rb"(?<=[%b][\xc3-\xdf][%b])|(?<=[%b][\xe0-\xef][\x80-\xbf][%b])" % ((last,) * 4)
-    return re.compile(some), re.compile(some + b"|" + letters)
-
-
-CUT = _between(16, 8)  # of a longer one
-PARAGRAPHS, PARAGRAPH = 8, 64  # with fewer longer lines, one of so many bytes, a copy may have none whole in common
-FINE_CUT = _between(6, 16)  # of these: into parts of some 50 bytes
-NEAR_COPY = 0.5  # share of a document's longer lines that makes a near-copy
+SHINGLE, EVERY, LEAST = 32, 16, 4  # bytes of one; one of so many is picked; a text with fewer is not compared by them
+FACTOR = 0x9E3779B97F4A7C15  # odd, and without a pattern: 2⁶⁴ over the golden ratio
+FEW_LINES, PARAGRAPH, FEW = 8, 64, 0.33  # with fewer lines, one of so many bytes, or less of a text in longer ones: few
+NEAR_COPY = 0.5  # share of a document's longer lines, or shingles, that makes a near-copy
 MANY, TAIL = 20, 1000  # so many documents whose ends are shorter than so many bytes: some are held out whole
 FOOTER = 1 << 16  # characters at the end of a text among which what ends many texts is looked for
 COMMON = 0.25  # share of the documents that a line stands in which tells none of them from another
-OWN = 8  # lines of a text's own, more than which no footer goes on before
+OWN = 512  # bytes of a text's own, more than which no footer goes on before
 
 
 def long_lines(content: bytes) -> list[bytes]:
-    """The longer lines of a text, without blank space; where it has few, after a line end also each line with what
-    follows, in equal lengths, and the parts of paragraphs. Of a text too short for that, all of it.
-    """
+    """The longer lines of a text, without blank space; of one that has none, all of it."""
+    return _lines_and_all(content)[0]
+
+
+def _lines_and_all(content: bytes) -> tuple[list[bytes], bytes]:
+    """The longer lines of a text, and all of it as one, also without ">"; both without blank space."""
     plain = _plain(content)
-    if len(plain) < LONG_LINE:
-        return [b"".join(plain.split())]
     dense = plain.translate(None, b" \t")
-    lines, spaced = dense.split(b"\n"), plain.split(b"\n")
     surely = LONG_LINE if plain.isascii() else 4 * LONG_LINE  # bytes of so many characters
     found = [
         line
-        for line, whole in zip(lines, spaced)
-        if len(line) >= surely or (len(line) > SPACED_LINE // 2 and _is_long(line, whole))
+        for line, whole in zip(dense.split(b"\n"), plain.split(b"\n"))
+        if len(line) >= surely or (len(line) > SPACED_LINE // 2 and len(whole) >= SPACED_LINE and _is_long(line, whole))
     ]
-    few = len(found) < PARAGRAPHS and max(map(len, found), default=0) >= PARAGRAPH
-    parts = [part for line in found for part in _parts(line, FINE_CUT)] if few else []
-    if len(dense) > LONGEST_LINE:
-        found = [part for line in found for part in _cut_line(line)]
-    size = len(dense) - len(lines) + 1
-    wanted = FEW_LINES * len(lines)  # at most: to count those that are not empty takes longer
-    few_lines = len(found) < wanted and len(found) < FEW_LINES * sum(map(bool, lines))
-    if few_lines or sum(map(len, found)) < FEW * size:
-        whole = b"".join(lines)
-        starts = accumulate(map(len, lines), initial=0)
-        found += [b"\n" + whole[start : start + FOLLOWING] for start in starts if start + FOLLOWING <= size]
-    return found + [b"\n" + part for part in parts] or [b"".join(lines)]
+    whole = dense.translate(None, b"\n>")
+    return found or [whole], whole
 
 
-def _cut_line(line: bytes) -> list[bytes]:
-    """A line, or of one that is too long to count as one the longer parts."""
-    return [line] if len(line) <= LONGEST_LINE else _parts(line, CUT)
-
-
-def _parts(line: bytes, cuts: tuple[re.Pattern, re.Pattern]) -> list[bytes]:
-    """The longer parts of a line."""
-    return [part for part in cuts[not line.isascii()].split(line) if len(part) >= LONG_LINE]
-
-
-def line_hashes(lines: list[bytes]) -> array:
-    """Hashes of lines, of this process: below 0 for a line with what follows."""
-    hashes = array("q", [*map(abs, map(hash, lines))])  # from a list, which is faster
-    if lines[-1].startswith(b"\n"):
-        hashes = array("q", (-number if line.startswith(b"\n") else number for line, number in zip(lines, hashes)))
-    return hashes
-
-
-def comparable(lines: Iterable[int]) -> list[list[int]]:
-    """The hashes by which a document is compared: of its longer lines, and of lines with what follows and of parts. It
-    is a copy by either, since a copy with another few lines may have no more than the longer ones in common.
+def look_at(texts: list[str]) -> list[tuple[int, array, bytes]]:
+    """Of each text its bytes, the hashes of its longer lines (of this process) and, below 0, of its shingles, and what
+    stands for it: the smallest of the lines, or where these are few, of the shingles.
     """
-    kinds = [line for line in lines if line >= 0], [line for line in lines if line < 0]
-    return [kind for kind in kinds if kind]
+    contents = [text.encode("utf-8", "surrogatepass") for text in texts]
+    looked_at = [_lines_and_all(content) for content in contents]
+    found = []
+    for content, (lines, whole), some in zip(contents, looked_at, _shingles([whole for _, whole in looked_at])):
+        hashes = array("q", [*map(abs, map(hash, lines))])  # from a list, which is faster
+        hashes.frombytes(some.tobytes())
+        few = sum(map(len, lines)) < FEW * len(whole) or len(lines) < FEW_LINES and max(map(len, lines)) >= PARAGRAPH
+        smallest = some.min().tobytes() if few and len(some) >= LEAST else smallest_line(lines)
+        found.append((len(content), hashes, smallest))
+    return found
+
+
+def _shingles(texts: list[bytes]) -> list[np.ndarray]:
+    """Of each text the hashes, below 0, of some stretches of `SHINGLE` bytes; the stretch itself decides (Manber 1994).
+
+    A hash is a polynomial of the bytes, modulo 2⁶⁴, put together from those of halves of the stretch.
+    """
+    codes = np.frombuffer(b"".join(text + bytes(SHINGLE) for text in texts), np.uint8)
+    hashes, factor, span = codes.astype(np.uint64), FACTOR, 1
+    while span < SHINGLE:
+        hashes = hashes[:-span] * np.uint64(factor) + hashes[span:]
+        factor, span = factor * factor % 2**64, 2 * span
+    within = (codes[: len(hashes)] != 0) & (codes[SHINGLE - 1 :] != 0)  # one text
+    places = np.flatnonzero((hashes * np.uint64(FACTOR) < np.uint64(2**64 // EVERY)) & within)
+    ends = np.cumsum([len(text) + SHINGLE for text in texts])
+    return np.split((hashes[places] | np.uint64(1 << 63)).view(np.int64), np.searchsorted(places, ends[:-1]))
+
+
+def comparable(hashes: Iterable[int]) -> list[list[int]]:
+    """The hashes by which a document is compared: of its longer lines, and of its shingles. It is a copy by either: its
+    lines may end elsewhere, and a short text has few shingles.
+    """
+    lines, shingles = [], []
+    for number in hashes:
+        (lines if number >= 0 else shingles).append(number)
+    return [lines, shingles] if len(shingles) >= LEAST else [lines]
 
 
 def _plain(content: bytes) -> bytes:
@@ -156,7 +145,7 @@ def is_held_out(text: str, span: Sequence[float]) -> bool:
 def smallest_of_text(text: str) -> bytes:
     """The line that stands for a text, which is looked at in pieces, as it is when it is encoded."""
     pieces = [text] if len(text) <= PIECE else in_parts(text, PIECE)
-    return smallest_line([smallest_line(long_lines(piece.encode("utf-8", "surrogatepass"))) for piece in pieces])
+    return smallest_line([look_at([piece])[0][2] for piece in pieces])
 
 
 def falls_within(line: bytes, span: Sequence[float]) -> bool:
@@ -221,7 +210,7 @@ def cut_tail(text: str, fraction: float, common: Container[bytes] = ()) -> tuple
 def _before_footer(text: str, common: Container[bytes]) -> int:
     """Where common lines at the end of a text begin, with a few of its own among them; its length where it has no own.
 
-    That is where from there on most more lines are common than are not; some of its own stand before it.
+    That is where from there on most more bytes are of common lines than of others; some of its own stand before it.
     """
     found = end = start = len(text)
     score = most = 0
@@ -230,9 +219,9 @@ def _before_footer(text: str, common: Container[bytes]) -> int:
         spaced = _plain(line.encode("utf-8", "surrogatepass"))
         dense = spaced.translate(None, b" \t\r\n")
         if dense in common:
-            score += 1
+            score += len(dense)
         elif _is_long(dense, spaced):
-            found, score = end, score - 1
+            found, score = end, score - len(dense)
         if score >= max(most, 1):  # short lines before it are of the footer
             most, end = score, start
         elif score < most - OWN:

@@ -14,15 +14,15 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 
-from machinery.encoding import Encoded, encode_all, look_at_lines
+from machinery.encoding import Encoded, encode_all
 from machinery.errors import DataError, told
 from machinery.files import json_digest, regular_file, write_atomic, write_json
-from machinery.held_out import NEAR_COPY, PIECE, HeldOutLines, common_lines, comparable, cut_tail, falls_within
+from machinery.held_out import NEAR_COPY, PIECE, HeldOutLines, common_lines, comparable, cut_tail, falls_within, look_at
 from machinery.sources import EMPTY_ROWS, NOT_UTF8, Position, Source, named
 from machinery.text_files import in_parts
 from machinery.tokenizers import tokenizer_from_dict, tokenizer_hash
 
-MANIFEST_VERSION = 16  # part of the settings: shards of an earlier way are not mistaken for those of this one
+MANIFEST_VERSION = 17  # part of the settings: shards of an earlier way are not mistaken for those of this one
 FEW_BYTES = 10_000  # of held-out text, about 3,000 tokens
 FEWEST, MOST = 0.25, 2.0  # of the wanted held-out text: with less or more, ends of documents are held out instead
 
@@ -93,6 +93,7 @@ def report(manifest: dict) -> list[str]:
         "tails": "the end of each document, since there are few, or they are much alike",
         "val_source": "val_source",
     }
+    fraction = 0.0 if manifest["held_out"] == "val_source" else manifest["settings"]["val_fraction"]
     lines = [
         f"held out: {documents['val']:,} document{'' if documents['val'] == 1 else 's'}, {size['val'] / 1e6:,.2f} MB,"
         f" {size['val'] / sum(size.values()):.2%} of what was read ({ways[manifest['held_out']]});"
@@ -106,12 +107,13 @@ def report(manifest: dict) -> list[str]:
         )
     if manifest["val_source_cut"]:
         lines.append("val_source holds more than that: it is read until its tokens fill a shard")
-    if size["val"] < FEW_BYTES:
-        advice = (
-            "name more in val_source"
-            if manifest["held_out"] == "val_source"
-            else "raise val_fraction or set val_source"
+    if len(manifest["shards"]["train"]) == 1 and size["val"] < FEWEST * fraction * sum(size.values()):
+        lines.append(
+            f"val_fraction asks for {fraction:.2%}, but the texts repeat each other, and more would leave copies in the"
+            " training text; for a loss that says more, name a val_source"
         )
+    elif size["val"] < FEW_BYTES:
+        advice = "raise val_fraction or set val_source" if fraction else "name more in val_source"
         lines.append(f"{size['val']:,} bytes are held out; a loss on so few says little: {advice}")
     if not manifest["complete"]:
         lines.append(
@@ -226,7 +228,12 @@ class Collected:
 
     def standing_in(self, training: array) -> list[bool]:
         """Of each, whether half of its different lines stand in the training text, whose hashes of lines are given."""
-        shared = set(self.lines).intersection(training)
+        own, others = np.frombuffer(self.lines, np.int64), np.frombuffer(training, np.int64)
+        known = np.zeros(
+            1 << 24, bool
+        )  # by a part of each hash: a set would take longer to say of most that they are none
+        known[own >> 39] = True
+        shared = {*own.tolist()}.intersection(others[known[others >> 39]].tolist())
         return [
             any(len(shared.intersection(kind)) >= NEAR_COPY * len(kind) for kind in comparable({*document.lines}))
             for document in self
@@ -259,7 +266,7 @@ class HeldOut:
             for document in split_documents(np.frombuffer(content, self.writer.dtype), encoding.eot_token):
                 text, lines = encoding.decode_bytes(document.tolist()).decode(), array("q")
                 for piece in in_parts(text, PIECE):
-                    lines.extend(look_at_lines(piece)[1])
+                    lines.extend(look_at([piece])[0][1])
                 self.lines.add(lines)
         self.lines.trained = manifest["trained_lines"]
 
@@ -288,9 +295,8 @@ class HeldOut:
         sizes = self.documents.counts[2::4]
         whole, left = sum(sizes), sum(size for size, is_copy in zip(sizes, copied) if not is_copy)
         share, fraction = left / max(1, training_bytes + whole), settings["val_fraction"]
-        if way == "documents" and not FEWEST * fraction <= share <= min(MOST * fraction, (1 + fraction) / 2):
-            raise UnevenSides
-        if way == "ranked" and not left:
+        is_whole, most = way in ("documents", "ranked"), min(MOST * fraction, (1 + fraction) / 2)
+        if is_whole and (share < FEWEST * fraction or way == "documents" and share > most):
             raise UnevenSides
         if way == "val_source" and left < whole / 2:
             raise DataError(
@@ -309,7 +315,8 @@ class HeldOut:
             self.writer.add(document)
             if not self.manifest["complete"]:  # more text is to come
                 self.lines.add(document.lines)
-        self.lines.train(training, always=True)
+        if not self.manifest["complete"]:
+            self.lines.train(training, always=True)
         self.writer.close()
         self.documents = Collected(self.writer.dtype)
 

@@ -57,6 +57,11 @@ HUB_RETRIES = 5  # after a stream has broken off, with 1, 2, 4, … seconds betw
 Position = int | dict  # where reading a source goes on: a count of documents, or a place in a hub stream
 
 
+def is_blank(text: str) -> bool:
+    """Whether a text holds nothing but blank space."""
+    return not text or text.isspace()
+
+
 class Source:
     """Text under a name. A sibling class needs `documents`; the rest follows from it."""
 
@@ -72,8 +77,8 @@ class Source:
         raise NotImplementedError
 
     def read(self, split: str = "train", start: Position = 0) -> Iterator[tuple[str, Position]]:
-        """Yield each document that is not empty, from `start` on, with the position after it."""
-        documents = (text for whole in self.documents(split) for text in self.split_text(whole) if text)
+        """Yield each document that is not blank, from `start` on, with the position after it."""
+        documents = (text for whole in self.documents(split) for text in self.split_text(whole) if not is_blank(text))
         for number, text in enumerate(documents, 1):
             if number > start:
                 yield text, number
@@ -150,7 +155,7 @@ class FileSource(Source):
             with telling_os_errors(path):
                 if rows := ROWS.get(path.suffix):
                     for text in rows(path, self.text_column, self.separator):
-                        self.passed_over[EMPTY_ROWS] += not text
+                        self.passed_over[EMPTY_ROWS] += is_blank(text)
                         yield text
                 else:
                     yield from self._texts(path)
@@ -283,11 +288,11 @@ class HubSource(Source):
                     for at, text in enumerate(documents[taken:], taken + 1):
                         if at == len(documents):
                             position = {"stream": rows.state_dict(), "rows": number, "taken": 0}
-                            self.passed_over[EMPTY_ROWS] += sum(not text for text in texts)
+                            self.passed_over[EMPTY_ROWS] += sum(map(is_blank, texts))
                         else:
                             position = position | {"taken": at}
                         failures, reached = 0, True
-                        if text:
+                        if not is_blank(text):
                             yield text, position
                     taken = 0
                 return

@@ -123,7 +123,10 @@ def _check_format(path: Path, head: bytes, expected: str = "UTF-8 text") -> None
         elif re.search(rb"\x1b\$[@AB()]", head):  # Japanese, Korean or Chinese in seven bits
             name, advice = "ISO-2022", "convert it, for example with iconv -f iso-2022-jp -t utf-8"
         elif many and len(head) >= 64:
-            name, advice = f"binary data ({found} control characters in its first {len(head)} bytes)", "remove it"
+            name, advice = (
+                f"binary data ({found} control characters in its first {len(head)} bytes)",
+                "remove it, or the NULs",
+            )
     if name:
         raise DataError(f"{path}: holds {name}, not {expected}; {advice}")
 
