@@ -123,7 +123,7 @@ def test_the_settled_config_is_that_of_a_machine(lm):
 
 
 def test_a_run_is_held_against_its_forecast(lm, tiny, texts, monkeypatch, tmp_path, capsys):
-    law = FLAT_LAW | {"recipe": {"tokenizer": "bytes"}}
+    law = FLAT_LAW | {"recipe": {"tokenizer": "bytes"}, "batch_tokens": tiny().batch_tokens}
     law |= {"way": [[0.2, 3.0, 0.5], [1.0, 0.0, 0.0]], "parameters": [1e3, 1e6], "tokens": [100, 10000]}
     monkeypatch.setattr(forecast, "LAWS", tmp_path / "forecast.json")
     (tmp_path / "forecast.json").write_text(json.dumps({texts[0]: law}))

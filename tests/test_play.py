@@ -269,7 +269,7 @@ def test_a_run_in_a_notebook_is_drawn_in_one_place_at_evaluations_and_no_figure_
         assert [text.split("\n")[0] for text in samples] == [f"──── sample of step {i}" for i in (0, 3, 6, 9, 12)]
         assert "bits per byte held out" in printed
 
-        law = FLAT_LAW | {"recipe": {}, "parameters": [1, 1e9], "tokens": [1, 1e9]}
+        law = FLAT_LAW | {"recipe": {}, "parameters": [1, 1e9], "tokens": [1, 1e9], "batch_tokens": 512}
         law |= {"way": [[0.2, 3.0, 0.5], [1.0, 0.0, 0.0]]}
         (tmp_path / "laws.json").write_text(json.dumps({texts[0]: law}))
         known = f"from machinery import forecast\nforecast.LAWS = lm.Path({str(tmp_path / 'laws.json')!r})\n"
