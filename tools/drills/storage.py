@@ -20,7 +20,8 @@ from tools.drills.common import Result, equal, start_training, tiny_config, weig
 
 def full_disk(folder: Path, times: int) -> Result:
     """Train on a file system that fills: a small tmpfs where mounting is allowed, else a limit on file sizes."""
-    straight = tiny_config(folder, run_name="straight", max_steps=60, warmup=0.0)  # early rates of any budget
+    steady = {"schedule": "constant", "warmup": 0.0}  # the rates of any budget
+    straight = tiny_config(folder, run_name="straight", max_steps=60, **steady)
     quietly(lm.train, straight)
     survived, identical, mounted = 0, True, False
     for strike in range(times):
