@@ -68,7 +68,7 @@ def _lines_and_all(content: bytes) -> tuple[list[bytes], bytes]:
 
 def look_at(texts: list[str]) -> list[tuple[int, array, bytes]]:
     """Of each text its bytes, the hashes of its longer lines (of this process) and, below 0, of its shingles, and what
-    stands for it: the smallest of the lines, or where these are few, of the shingles.
+    stands for it.
     """
     contents = [text.encode("utf-8", "surrogatepass") for text in texts]
     looked_at = [_lines_and_all(content) for content in contents]
@@ -76,10 +76,17 @@ def look_at(texts: list[str]) -> list[tuple[int, array, bytes]]:
     for content, (lines, whole), some in zip(contents, looked_at, _shingles([whole for _, whole in looked_at])):
         hashes = array("q", [*map(abs, map(hash, lines))])  # from a list, which is faster
         hashes.frombytes(some.tobytes())
-        few = sum(map(len, lines)) < FEW * len(whole) or len(lines) < FEW_LINES and max(map(len, lines)) >= PARAGRAPH
-        smallest = some.min().tobytes() if few and len(some) >= LEAST else smallest_line(lines)
-        found.append((len(content), hashes, smallest))
+        found.append((len(content), hashes, _smallest(lines, whole, some)))
     return found
+
+
+def _smallest(lines: list[bytes], whole: bytes, shingles: np.ndarray | None = None) -> bytes:
+    """What stands for a text: the smallest of its longer lines, or where these are few, of its shingles."""
+    if sum(map(len, lines)) < FEW * len(whole) or len(lines) < FEW_LINES and max(map(len, lines)) >= PARAGRAPH:
+        some = _shingles([whole])[0] if shingles is None else shingles
+        if len(some) >= LEAST:
+            return some.min().tobytes()
+    return smallest_line(lines)
 
 
 def _shingles(texts: list[bytes]) -> list[np.ndarray]:
@@ -145,7 +152,7 @@ def is_held_out(text: str, span: Sequence[float]) -> bool:
 def smallest_of_text(text: str) -> bytes:
     """The line that stands for a text, which is looked at in pieces, as it is when it is encoded."""
     pieces = [text] if len(text) <= PIECE else in_parts(text, PIECE)
-    return smallest_line([look_at([piece])[0][2] for piece in pieces])
+    return smallest_line([_smallest(*_lines_and_all(piece.encode("utf-8", "surrogatepass"))) for piece in pieces])
 
 
 def falls_within(line: bytes, span: Sequence[float]) -> bool:
