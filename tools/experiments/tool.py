@@ -206,7 +206,8 @@ def compare_sweep(table: pd.DataFrame, y: str = "val_bpb") -> pd.DataFrame:
     for label in [label for label in losses if label != first and losses[label].keys() & losses[first].keys()]:
         effect, error, pairs = paired_effect(losses[label], losses[first])
         row = {"label": label, "against": first, f"difference in {y}": effect, "standard error": error, "pairs": pairs}
-        hint = ", a hint: two pairs" if pairs == 2 else ""  # by chance, in 30% of cases
+        few = {2: "two", 3: "three", 4: "four"}.get(pairs)  # by chance, in 30, 18 or 14% of cases
+        hint = f", a hint: {few} pairs" if few else ""
         rows.append(row | {"verdict": verdict(effect, error) + hint})
     return pd.DataFrame(rows)
 
