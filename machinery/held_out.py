@@ -4,8 +4,8 @@ Documents are compared by their longer lines, and by *shingles*: stretches of by
 some, wherever they stand, whatever lines they are in. Blank space, line ends, ways to write an accent and the ">" of a
 quoted line do not count. The side of a document is that of its smallest line, by a hash: a function of its content
 alone, in which near-copies mostly agree, since two documents have the same smallest line as often as they have lines in
-common (MinHash; Broder 1997). What then still has half of its lines or shingles on the other side is set aside. A copy
-is not found that differs in every few words, or in case, or is shorter than some shingles and has no line in common.
+common (MinHash; Broder 1997). What is then still copied on the other side (`HeldOutLines`) is set aside. A copy is not
+found that differs in every few words, or in case, or is shorter than some shingles and has no line in common.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ SHINGLE, EVERY, LEAST = 32, 16, 4  # bytes of one; one of so many is picked; a t
 FACTOR = 0x9E3779B97F4A7C15  # odd, and without a pattern: 2⁶⁴ over the golden ratio
 FEW_LINES, PARAGRAPH, FEW = 8, 64, 0.33  # with fewer lines, one of so many bytes, or less of a text in longer ones: few
 NEAR_COPY = 0.5  # share of a document's longer lines, or shingles, that makes a near-copy
+FEW_HOLDERS = 16  # a shingle that more held-out documents hold tells none of them from another
 MANY, TAIL = 20, 1000  # so many documents whose ends are shorter than so many bytes: some are held out whole
 FOOTER = 1 << 16  # characters at the end of a text among which what ends many texts is looked for
 COMMON = 0.25  # share of the documents that a line stands in which tells none of them from another
@@ -103,16 +104,6 @@ def _shingles(texts: list[bytes]) -> list[np.ndarray]:
     places = np.flatnonzero((hashes * np.uint64(FACTOR) < np.uint64(2**64 // EVERY)) & within)
     ends = np.cumsum([len(text) + SHINGLE for text in texts])
     return np.split((hashes[places] | np.uint64(1 << 63)).view(np.int64), np.searchsorted(places, ends[:-1]))
-
-
-def comparable(hashes: Iterable[int]) -> list[list[int]]:
-    """The hashes by which a document is compared: of its longer lines, and of its shingles. It is a copy by either: its
-    lines may end elsewhere, and a short text has few shingles.
-    """
-    lines, shingles = [], []
-    for number in hashes:
-        (lines if number >= 0 else shingles).append(number)
-    return [lines, shingles] if len(shingles) >= LEAST else [lines]
 
 
 def _plain(content: bytes) -> bytes:
@@ -237,31 +228,48 @@ def _before_footer(text: str, common: Container[bytes]) -> int:
 
 
 class HeldOutLines:
-    """The lines of held-out documents, and which of them stand in the training text so far."""
+    """The lines and shingles of held-out documents, and which lines stand in the training text so far.
+
+    A document is copied where half of its lines stand anywhere in the training text, or half of its shingles in one
+    document of it: of texts that are made alike, as by a template, many together hold nearly all shingles of another.
+    """
 
     def __init__(self) -> None:
         self._documents: dict[int, list[int]] = {}  # hash of a line to the numbers of the documents that hold it
         self._allowed: list[int] = []  # how many more lines of each may stand in the training text
         self._trained: set[int] = set()  # of the lines
+        self._shingles: dict[int, list[int]] = {}  # hash of a shingle to the documents that hold it
+        self._sizes: list[int] = []  # how many each has
+        self.copied: set[int] = set()  # documents
 
-    def add(self, lines: Iterable[int]) -> None:
-        """Take in a document by the hashes of its lines."""
-        for distinct in map(dict.fromkeys, comparable(lines)):
-            for line in distinct:
-                self._documents.setdefault(line, []).append(len(self._allowed))
-            self._allowed.append(math.ceil(NEAR_COPY * len(distinct)) - 1)
+    def add(self, hashes: Iterable[int]) -> None:
+        """Take in a document by the hashes of its lines and shingles."""
+        number, lines, shingles = len(self._allowed), [], []
+        for each in dict.fromkeys(hashes):
+            (lines if each >= 0 else shingles).append(each)
+        for line in lines:
+            self._documents.setdefault(line, []).append(number)
+        for shingle in shingles if len(shingles) >= LEAST else ():
+            self._shingles.setdefault(shingle, []).append(number)
+        self._allowed.append(math.ceil(NEAR_COPY * len(lines)) - 1)
+        self._sizes.append(len(shingles))
 
-    def train(self, lines: Iterable[int], always: bool = False) -> bool:
-        """Note a document with these lines as trained on, and return True; unless with it, training text would hold
-        half of the lines of a held-out one. `always` is for what cannot be left out.
+    def train(self, hashes: Iterable[int], always: bool = False) -> bool:
+        """Note a document with these lines and shingles as trained on, and return True; unless a held-out one would be
+        copied then. `always` is for what cannot be left out: then that is noted in `copied`.
         """
-        new = (self._documents.keys() & lines) - self._trained
+        new = (self._documents.keys() & hashes) - self._trained
         counts = Counter(number for line in new for number in self._documents[line])
-        if not always and any(count > self._allowed[number] for number, count in counts.items()):
+        holders = (self._shingles[shingle] for shingle in self._shingles.keys() & hashes)
+        alike = Counter(number for numbers in holders if len(numbers) <= FEW_HOLDERS for number in numbers)
+        copied = {number for number, count in counts.items() if count > self._allowed[number]}
+        copied |= {number for number, count in alike.items() if count >= NEAR_COPY * self._sizes[number]}
+        if copied and not always:
             return False
         for number, count in counts.items():
             self._allowed[number] -= count
         self._trained |= new
+        self.copied |= copied
         return True
 
     @property

@@ -9,6 +9,8 @@ import os
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +19,7 @@ import tiktoken
 from machinery.encoding import Encoded, encode_all
 from machinery.errors import DataError, told
 from machinery.files import json_digest, regular_file, write_atomic, write_json
-from machinery.held_out import NEAR_COPY, PIECE, HeldOutLines, common_lines, comparable, cut_tail, falls_within, look_at
+from machinery.held_out import PIECE, HeldOutLines, common_lines, cut_tail, falls_within, look_at
 from machinery.sources import EMPTY_ROWS, NOT_UTF8, Position, Source, named
 from machinery.text_files import in_parts
 from machinery.tokenizers import tokenizer_from_dict, tokenizer_hash
@@ -226,18 +228,18 @@ class Collected:
             yield Encoded("val", 0, [ids], length, own, smallest.to_bytes(8, "big", signed=True), ends)
             at, line = at + size, line + lines
 
-    def standing_in(self, training: array) -> list[bool]:
-        """Of each, whether half of its different lines stand in the training text, whose hashes of lines are given."""
-        own, others = np.frombuffer(self.lines, np.int64), np.frombuffer(training, np.int64)
-        known = np.zeros(
-            1 << 24, bool
-        )  # by a part of each hash: a set would take longer to say of most that they are none
+    def copied(self, training: array, ends: array) -> set[int]:
+        """The numbers of those that are copied in the training text, whose hashes and ends of documents are given."""
+        held_out, own, others = HeldOutLines(), np.frombuffer(self.lines, np.int64), np.frombuffer(training, np.int64)
+        for document in self:
+            held_out.add(document.lines)
+        known = np.zeros(1 << 24, bool)  # by a part of each hash: of most others it says at once that they are none
         known[own >> 39] = True
-        shared = {*own.tolist()}.intersection(others[known[others >> 39]].tolist())
-        return [
-            any(len(shared.intersection(kind)) >= NEAR_COPY * len(kind) for kind in comparable({*document.lines}))
-            for document in self
-        ]
+        places = np.flatnonzero(known[others >> 39])
+        found = zip(np.searchsorted(ends, places, side="right").tolist(), others[places].tolist())
+        for _, some in groupby(found, itemgetter(0)):  # of one document
+            held_out.train([each for _, each in some], always=True)
+        return held_out.copied
 
 
 class UnevenSides(Exception):
@@ -255,7 +257,7 @@ class HeldOut:
     def __init__(self, folder: Path, manifest: dict, encoding: tiktoken.Encoding) -> None:
         self.manifest, self.writer = manifest, ShardWriter(folder, "val", manifest)
         self.documents = Collected(self.writer.dtype)
-        self.lines, self.training = HeldOutLines(), array("q")
+        self.lines, self.training, self.ends = HeldOutLines(), array("q"), array("q")
         self.is_open = not manifest["shards"]["val"]
         for shard in manifest["shards"]["val"]:
             path = folder / shard["name"]
@@ -276,6 +278,7 @@ class HeldOut:
         """
         if self.is_open:
             self.training.extend(document.lines)
+            self.ends.append(len(self.training))
             return False
         if self.lines.train(document.lines):
             return False
@@ -289,24 +292,24 @@ class HeldOut:
     def close(self, training_bytes: int) -> None:
         """Write what is held out. Raises `UnevenSides`, or `DataError` where no other way is left."""
         settings, way, self.is_open = self.manifest["settings"], self.manifest["held_out"], False
-        copied, training, self.training = self.documents.standing_in(self.training), self.training, array("q")
-        if way == "tails" and all(copied):  # a text that repeats itself
-            copied, self.manifest["repeated"] = [False] * len(copied), True
+        copied = self.documents.copied(self.training, self.ends)
+        if way == "tails" and len(copied) == len(self.documents):  # a text that repeats itself
+            copied, self.manifest["repeated"] = set(), True
         sizes = self.documents.counts[2::4]
-        whole, left = sum(sizes), sum(size for size, is_copy in zip(sizes, copied) if not is_copy)
+        whole, left = sum(sizes), sum(size for number, size in enumerate(sizes) if number not in copied)
         share, fraction = left / max(1, training_bytes + whole), settings["val_fraction"]
         is_whole, most = way in ("documents", "ranked"), min(MOST * fraction, (1 + fraction) / 2)
         if is_whole and (share < FEWEST * fraction or way == "documents" and share > most):
             raise UnevenSides
         if way == "val_source" and left < whole / 2:
             raise DataError(
-                f"val_source {settings['val_source']!r}: {sum(copied)} of its {len(self.documents)}"
+                f"val_source {settings['val_source']!r}: {len(copied)} of its {len(self.documents)}"
                 f" documents stand in source {settings['source']!r} too, whole or half of their lines; name other text,"
                 " or leave val_source empty"
             )
         seen: set[bytes] = set()
-        for document, is_copy in zip(self.documents, copied):
-            if is_copy:
+        for number, document in enumerate(self.documents):
+            if number in copied:
                 self._set_aside(document)
                 continue
             if document.smallest in seen:
@@ -316,7 +319,9 @@ class HeldOut:
             if not self.manifest["complete"]:  # more text is to come
                 self.lines.add(document.lines)
         if not self.manifest["complete"]:
-            self.lines.train(training, always=True)
+            training = np.frombuffer(self.training, np.int64)
+            self.lines.train(training[training >= 0].tolist(), always=True)
+        self.training = self.ends = array("q")
         self.writer.close()
         self.documents = Collected(self.writer.dtype)
 
