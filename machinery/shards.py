@@ -27,6 +27,7 @@ from machinery.tokenizers import tokenizer_from_dict, tokenizer_hash
 MANIFEST_VERSION = 17  # part of the settings: shards of an earlier way are not mistaken for those of this one
 FEW_BYTES = 10_000  # of held-out text, about 3,000 tokens
 FEWEST, MOST = 0.25, 2.0  # of the wanted held-out text: with less or more, ends of documents are held out instead
+LEAST_END = 64  # bytes of an end that says something
 
 
 # ------------------------------------------------------------------------------------------- manifest
@@ -298,8 +299,10 @@ class HeldOut:
         sizes = self.documents.counts[2::4]
         whole, left = sum(sizes), sum(size for number, size in enumerate(sizes) if number not in copied)
         share, fraction = left / max(1, training_bytes + whole), settings["val_fraction"]
-        is_whole, most = way in ("documents", "ranked"), min(MOST * fraction, (1 + fraction) / 2)
-        if is_whole and (share < FEWEST * fraction or way == "documents" and share > most):
+        if way == "documents" and not FEWEST * fraction <= share <= min(MOST * fraction, (1 + fraction) / 2):
+            raise UnevenSides
+        end = fraction * (training_bytes + whole) / (len(self.ends) + len(self.documents))  # bytes of each
+        if way == "ranked" and (not left or share < FEWEST * fraction and end >= LEAST_END):
             raise UnevenSides
         if way == "val_source" and left < whole / 2:
             raise DataError(

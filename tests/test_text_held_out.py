@@ -217,6 +217,31 @@ def test_lines_that_many_texts_begin_with_are_no_footer(tmp_path, own):
     assert all(any(text.startswith(head) for text in texts) for head in trained)  # none is cut in its middle
 
 
+def forecast_of_weather(chance):
+    """A short text by a template, all of whose stretches stand in some other one."""
+    skies, winds = ("mostly sunny", "partly cloudy", "a chance of showers"), ("north", "west", "south")
+    days = ("Monday", "Monday night", "Tuesday", "Tuesday night", "Wednesday")
+    number = chance.randrange
+    return " ".join(
+        f"{day}: {chance.choice(skies)}, highs near {number(40, 90)}, {chance.choice(winds)} wind {number(3, 9)} mph."
+        for day in days
+    )
+
+
+def object_of_json(chance):
+    keys = ["identifier", "creation_date", "comment_count", "author_login_name", "number_of_labels"]
+    return json.dumps({key: chance.randrange(10**6) for key in keys} | {"is_it_closed_now": True}, indent=2)
+
+
+@pytest.mark.parametrize("make", [forecast_of_weather, object_of_json])
+def test_short_texts_by_a_template_are_held_out_whole(tmp_path, make):
+    chance = random.Random(0)
+    rows = [{"text": make(chance)} for _ in range(4000)]
+    data = prepare(tmp_path, write(tmp_path, {"t/rows.jsonl": rows}), val_fraction=0.05)
+    assert data.manifest["held_out"] in ("documents", "ranked")
+    assert len(texts_of(data, "val")) > 40 and {*texts_of(data, "val")} < {row["text"] for row in rows}
+
+
 def test_where_texts_repeat_each_other_the_small_share_is_told(tmp_path, capsys):
     chapters = ["\n".join(paragraphs(f"{book} {i}", 20)) for book in range(6) for i in range(12)]
     books = ["\n".join(chapters[start : start + 12]) for start in range(0, len(chapters), 12)]
