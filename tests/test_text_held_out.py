@@ -229,8 +229,10 @@ def forecast_of_weather(chance):
 
 
 def object_of_json(chance):
-    keys = ["identifier", "creation_date", "comment_count", "author_login_name", "number_of_labels"]
-    return json.dumps({key: chance.randrange(10**6) for key in keys} | {"is_it_closed_now": True}, indent=2)
+    """Half of its lines are those of another one, mostly."""
+    keys = ["identifier_of_it", "seconds_until_then", "number_of_comments", "number_of_labels"]
+    same = {"it_is_closed_now": True, "type_of_account": "User", "site_administrator": False}
+    return json.dumps({key: chance.randrange(6000) for key in keys} | same, indent=2)
 
 
 @pytest.mark.parametrize("make", [forecast_of_weather, object_of_json])
@@ -239,7 +241,7 @@ def test_short_texts_by_a_template_are_held_out_whole(tmp_path, make):
     rows = [{"text": make(chance)} for _ in range(4000)]
     data = prepare(tmp_path, write(tmp_path, {"t/rows.jsonl": rows}), val_fraction=0.05)
     assert data.manifest["held_out"] in ("documents", "ranked")
-    assert len(texts_of(data, "val")) > 40 and {*texts_of(data, "val")} < {row["text"] for row in rows}
+    assert len(texts_of(data, "val")) > 8 and {*texts_of(data, "val")} < {row["text"] for row in rows}
 
 
 def test_where_texts_repeat_each_other_the_small_share_is_told(tmp_path, capsys):
