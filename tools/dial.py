@@ -114,7 +114,8 @@ TEXT = """# The dial on two cores
 
 Tokens are what so many minutes hold at half of 911 GFLOP/s, the rate of a large matrix product on two quiet cores.
 *Foretold* is what the law of runs of up to a minute says ([forecast.md](forecast.md)), which was not fitted to these;
-*came* the mean over seeds; *chosen* the best size by the law, at most {most:.3f} above the best that came.
+*came* the mean over seeds; *chosen* the best size by the law, at most {most:.3f} above the best that came. The law does
+not know that text repeats: 18 million tokens are 5.7 readings of the Python text and 7.2 of the English.
 `best_shape` takes the law of all runs, these too, whose choices are at most {of_all:.3f} above.
 
 {sizes}
