@@ -101,6 +101,12 @@ def test_a_text_of_marks_alone_takes_no_longer_than_another():
     long_lines("\u0301\u0323".encode() * (1 << 17))  # a minute, if they were put in order
 
 
+def test_a_run_of_a_few_signs_is_one_stretch():
+    for signs in ("ha", "{}", "/\\", "-=", "0x00,", "<br/>", "\u7b11", "a", "-"):
+        (_, hashes, _), *_ = look_at([prose(0, 4) + signs * 50_000])
+        assert len(hashes) < 100
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("kind", ["files", "rows"])
 def test_near_copies_are_not_on_both_sides(tmp_path, variant, kind):
