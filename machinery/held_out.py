@@ -75,7 +75,7 @@ def look_at(texts: list[str]) -> list[tuple[int, array, bytes]]:
     looked_at = [_lines_and_all(content) for content in contents]
     found = []
     for content, (lines, whole), some in zip(contents, looked_at, _shingles([whole for _, whole in looked_at])):
-        if len(some) > 2 * len(whole) // EVERY:  # as where a sign or a few come again and again: each stretch is the same
+        if len(some) > 2 * len(whole) // EVERY:  # a run of a few signs: all of its stretches are alike
             some = np.unique(some)
         hashes = array("q", [*map(abs, map(hash, lines))])  # from a list, which is faster
         hashes.frombytes(some.tobytes())
