@@ -68,8 +68,9 @@ def _lines_and_all(content: bytes) -> tuple[list[bytes], bytes]:
 
 
 def look_at(texts: list[str]) -> list[tuple[int, array, bytes]]:
-    """Of each text its bytes, the hashes of its longer lines (of this process) and, below 0, of its shingles, and what
-    stands for it.
+    """Of each text its bytes, the hashes of its longer lines and, below 0, of its shingles, and what stands for it.
+
+    Hashes of lines, and of texts with few shingles, are of this process.
     """
     contents = [text.encode("utf-8", "surrogatepass") for text in texts]
     looked_at = [_lines_and_all(content) for content in contents]
@@ -78,7 +79,10 @@ def look_at(texts: list[str]) -> list[tuple[int, array, bytes]]:
         if len(some) > 2 * len(whole) // EVERY:  # a run of a few signs: all of its stretches are alike
             some = np.unique(some)
         hashes = array("q", [*map(abs, map(hash, lines))])  # from a list, which is faster
-        hashes.frombytes(some.tobytes())
+        if len(some) >= LEAST:
+            hashes.frombytes(some.tobytes())
+        else:
+            hashes.append(-abs(hash(whole)))  # of a short text all of it, whatever lines it is in
         found.append((len(content), hashes, _smallest(lines, whole, some)))
     return found
 
@@ -251,7 +255,7 @@ class HeldOutLines:
             (lines if each >= 0 else shingles).append(each)
         for line in lines:
             self._documents.setdefault(line, []).append(number)
-        for shingle in shingles if len(shingles) >= LEAST else ():
+        for shingle in shingles:
             self._shingles.setdefault(shingle, []).append(number)
         self._allowed.append(math.ceil(NEAR_COPY * len(lines)) - 1)
         self._sizes.append(len(shingles))

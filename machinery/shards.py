@@ -19,7 +19,7 @@ import tiktoken
 from machinery.encoding import Encoded, encode_all
 from machinery.errors import DataError, told
 from machinery.files import json_digest, regular_file, write_atomic, write_json
-from machinery.held_out import PIECE, HeldOutLines, common_lines, cut_tail, falls_within, look_at
+from machinery.held_out import NEAR_COPY, PIECE, HeldOutLines, common_lines, cut_tail, falls_within, look_at
 from machinery.sources import EMPTY_ROWS, NOT_UTF8, Position, Source, named
 from machinery.text_files import in_parts
 from machinery.tokenizers import tokenizer_from_dict, tokenizer_hash
@@ -28,6 +28,7 @@ MANIFEST_VERSION = 17  # part of the settings: shards of an earlier way are not 
 FEW_BYTES = 10_000  # of held-out text, about 3,000 tokens
 FEWEST, MOST = 0.25, 2.0  # of the wanted held-out text: with less or more, ends of documents are held out instead
 LEAST_END = 64  # bytes of an end that says something
+FEW_HOLDERS = 4  # training documents that hold a stretch of text, as passages of one that is held out do
 
 
 # ------------------------------------------------------------------------------------------- manifest
@@ -230,7 +231,9 @@ class Collected:
             at, line = at + size, line + lines
 
     def copied(self, training: array, ends: array) -> set[int]:
-        """The numbers of those that are copied in the training text, whose hashes and ends of documents are given."""
+        """The numbers of those that are copied in the training text, whose hashes and ends of documents are given; in
+        several documents together, too, by those shingles that few of them hold.
+        """
         held_out, own, others = HeldOutLines(), np.frombuffer(self.lines, np.int64), np.frombuffer(training, np.int64)
         for document in self:
             held_out.add(document.lines)
@@ -238,8 +241,16 @@ class Collected:
         known[own >> 39] = True
         places = np.flatnonzero(known[others >> 39])
         found = zip(np.searchsorted(ends, places, side="right").tolist(), others[places].tolist())
+        holders = Counter()
         for _, some in groupby(found, itemgetter(0)):  # of one document
-            held_out.train([each for _, each in some], always=True)
+            hashes = {each for _, each in some}
+            held_out.train(hashes, always=True)
+            holders.update(each for each in hashes if each < 0)
+        rare = {each for each, count in holders.items() if count <= FEW_HOLDERS}
+        for number, document in enumerate(self):
+            shingles = {each for each in document.lines if each < 0}
+            if len(rare & shingles) >= NEAR_COPY * len(shingles):
+                held_out.copied.add(number)
         return held_out.copied
 
 

@@ -185,6 +185,7 @@ OTHER_LINES = {  # two texts that are copies, though their lines are others
     "all in one line": lambda i: ("\n".join(paragraphs(i)), " ".join(paragraphs(i))),
     "a poem on a page": quoted_in_prose,
     "prompts in a module": doctests,
+    "a short row in two lines": lambda i: (prose(i, 1, 14), textwrap.fill(prose(i, 1, 14), 40)),
 }
 
 
@@ -201,10 +202,12 @@ def test_a_copy_may_be_cut_into_other_lines(tmp_path, kind):
 def test_pieces_of_the_training_text_are_no_held_out_text(tmp_path):
     """As chunks for retrieval are, cut wherever they are long enough."""
     text = "\n".join(paragraphs(0, 200))
-    chunks = [{"text": text[start : start + 900]} for start in range(450, 60_000, 900)]
+    chunks = [{"text": text[start : start + 500]} for start in range(250, 60_000, 500)]
     write(tmp_path, {"t/book.txt": text, "chunks.jsonl": chunks})
-    with pytest.raises(DataError, match="67 of its 67 documents stand in source .* too"):
+    with pytest.raises(DataError, match="120 of its 120 documents stand in source .* too"):
         prepare(tmp_path, str(tmp_path / "t"), val_source=str(tmp_path / "chunks.jsonl"))
+    with pytest.raises(DataError, match="1 of its 1 documents stand in source .* too"):  # in none of them half of it
+        prepare(tmp_path, str(tmp_path / "chunks.jsonl"), val_source=str(tmp_path / "t"))
 
 
 HEADER = ["date: 2024-05-17 at nine", "draft: no, it is published", "author: the one of all", "cover: a picture of it"]
