@@ -248,15 +248,14 @@ class HeldOutLines:
         self._sizes: list[int] = []  # how many each has
         self.copied: set[int] = set()  # documents
 
-    def add(self, hashes: Iterable[int]) -> None:
-        """Take in a document by the hashes of its lines and shingles."""
+    def add(self, hashes: Iterable[int], met: Container[int] | None = None) -> None:
+        """Take in a document by the hashes of its lines and shingles; only what will be `met`, where that is known."""
         number, lines, shingles = len(self._allowed), [], []
         for each in dict.fromkeys(hashes):
             (lines if each >= 0 else shingles).append(each)
-        for line in lines:
-            self._documents.setdefault(line, []).append(number)
-        for shingle in shingles:
-            self._shingles.setdefault(shingle, []).append(number)
+        for known, some in ((self._documents, lines), (self._shingles, shingles)):
+            for each in some if met is None else (each for each in some if each in met):
+                known.setdefault(each, []).append(number)
         self._allowed.append(math.ceil(NEAR_COPY * len(lines)) - 1)
         self._sizes.append(len(shingles))
 

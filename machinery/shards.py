@@ -235,11 +235,12 @@ class Collected:
         several documents together, too, by those shingles that few of them hold.
         """
         held_out, own, others = HeldOutLines(), np.frombuffer(self.lines, np.int64), np.frombuffer(training, np.int64)
-        for document in self:
-            held_out.add(document.lines)
         known = np.zeros(1 << 24, bool)  # by a part of each hash: of most others it says at once that they are none
         known[own >> 39] = True
         places = np.flatnonzero(known[others >> 39])
+        met = set(others[places].tolist())
+        for document in self:
+            held_out.add(document.lines, met)
         found = zip(np.searchsorted(ends, places, side="right").tolist(), others[places].tolist())
         holders = Counter()
         for _, some in groupby(found, itemgetter(0)):  # of one document
