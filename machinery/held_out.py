@@ -5,7 +5,7 @@ some, wherever they stand, whatever lines they are in. Blank space, line ends, w
 quoted line do not count. The side of a document is that of its smallest line, by a hash: a function of its content
 alone, in which near-copies mostly agree, since two documents have the same smallest line as often as they have lines in
 common (MinHash; Broder 1997). What is then still copied on the other side (`HeldOutLines`) is set aside. A copy is not
-found that differs in every few words, or in case, or is shorter than some shingles and has no line in common.
+found that differs in every few words, or in case, nor a short one within a longer text, without a line in common.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ CONTINUED = bytes(range(0x80, 0xC0))  # what follows the first byte of a charact
 QUOTED = re.compile(rb"(?m)^(?:[ \t]*>)+")  # as in a reply
 REPLY = re.compile(rb"(?m)^>(?!>>)")  # which quotes once or twice, too, or mostly; else ">>>" is Python's prompt
 MARKS = re.compile(rb"(?:[\xcc\xcd][\x80-\xbf]){64}")  # on one letter; to put n of them in order takes n² steps
-SHINGLE, EVERY, LEAST = 32, 16, 4  # bytes of one; one of so many is picked; a text with fewer is not compared by them
+SHINGLE, EVERY, LEAST = 32, 16, 4  # bytes of one; one of so many is picked; of a text with fewer, all is compared
 FACTOR = 0x9E3779B97F4A7C15  # odd, and without a pattern: 2⁶⁴ over the golden ratio
 FEW_LINES, PARAGRAPH, FEW = 8, 64, 0.33  # with fewer lines, one of so many bytes, or less of a text in longer ones: few
 NEAR_COPY = 0.5  # share of a document's longer lines, or shingles, that makes a near-copy
@@ -76,8 +76,6 @@ def look_at(texts: list[str]) -> list[tuple[int, array, bytes]]:
     looked_at = [_lines_and_all(content) for content in contents]
     found = []
     for content, (lines, whole), some in zip(contents, looked_at, _shingles([whole for _, whole in looked_at])):
-        if len(some) > 2 * len(whole) // EVERY:  # a run of a few signs: all of its stretches are alike
-            some = np.unique(some)
         hashes = array("q", [*map(abs, map(hash, lines))])  # from a list, which is faster
         if len(some) >= LEAST:
             hashes.frombytes(some.tobytes())
@@ -109,7 +107,9 @@ def _shingles(texts: list[bytes]) -> list[np.ndarray]:
     within = (codes[: len(hashes)] != 0) & (codes[SHINGLE - 1 :] != 0)  # one text
     places = np.flatnonzero((hashes * np.uint64(FACTOR) < np.uint64(2**64 // EVERY)) & within)
     ends = np.cumsum([len(text) + SHINGLE for text in texts])
-    return np.split((hashes[places] | np.uint64(1 << 63)).view(np.int64), np.searchsorted(places, ends[:-1]))
+    found = np.split((hashes[places] | np.uint64(1 << 63)).view(np.int64), np.searchsorted(places, ends[:-1]))
+    # In a run of a few signs all stretches are alike
+    return [np.unique(some) if len(some) > 2 * len(text) // EVERY else some for text, some in zip(texts, found)]
 
 
 def _plain(content: bytes) -> bytes:
