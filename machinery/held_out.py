@@ -61,7 +61,7 @@ def _lines_and_all(content: bytes) -> tuple[list[bytes], bytes]:
     found = [
         line
         for line, whole in zip(dense.split(b"\n"), plain.split(b"\n"))
-        if len(line) >= surely or (len(line) > SPACED_LINE // 2 and len(whole) >= SPACED_LINE and _is_long(line, whole))
+        if len(line) >= surely or (len(line) > SPACED_LINE // 2 and _is_long(line, whole))
     ]
     whole = dense.translate(None, b"\n>")
     return found or [whole], whole

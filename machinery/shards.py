@@ -28,7 +28,7 @@ MANIFEST_VERSION = 17  # part of the settings: shards of an earlier way are not 
 FEW_BYTES = 10_000  # of held-out text, about 3,000 tokens
 FEWEST, MOST = 0.25, 2.0  # of the wanted held-out text: with less or more, ends of documents are held out instead
 LEAST_END = 64  # bytes of an end that says something
-PASSAGES = 4  # training documents at most that hold a stretch of text, where they are passages of one held out
+PASSAGES, RARE = 4, 0.04  # training documents, and share of them, that hold a stretch of which they are passages
 
 
 # ------------------------------------------------------------------------------------------- manifest
@@ -247,7 +247,7 @@ class Collected:
             hashes = {each for _, each in some}
             held_out.train(hashes, always=True)
             holders.update(each for each in hashes if each < 0)
-        rare = {each for each, count in holders.items() if count <= PASSAGES}
+        rare = {each for each, count in holders.items() if count <= min(PASSAGES, RARE * len(ends))}
         for number, document in enumerate(self):
             shingles = {each for each in document.lines if each < 0}
             if len(rare & shingles) >= NEAR_COPY * len(shingles):
