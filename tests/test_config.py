@@ -35,6 +35,11 @@ WRONG = [
 ]
 
 
+def test_a_schedule_without_decay_may_warm_up_for_longer(lm):
+    for schedule in ("cosine", "linear", "constant"):
+        assert lm.Config.from_preset("demo", schedule=schedule, warmup=0.7).decay == 0.5
+
+
 @pytest.mark.parametrize(("overrides", "named"), WRONG)
 def test_wrong_input_is_one_line_with_the_numbers(lm, overrides, named):
     with pytest.raises(ConfigError) as caught:
