@@ -36,7 +36,7 @@ class Encoded:
     ids: list[np.ndarray]  # in pieces
     bytes: int
     lines: array  # hashes of its longer lines, and of its shingles (`look_at`)
-    smallest: bytes  # of those lines
+    smallest: bytes  # of those: what stands for it
     ends_of_text: list[str]  # spelt in it
 
 

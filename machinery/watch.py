@@ -114,9 +114,15 @@ def refuse_too_large(prediction: dict, machine: Machine, folder: Path) -> None:
 
 
 def time_parts(
-    model: torch.nn.Module, batches, gradient: Callable, update: Callable, evaluation: Callable, sample: Callable, hours
+    model: torch.nn.Module,
+    batches,
+    gradient: Callable,
+    update: Callable,
+    evaluation: Callable,
+    sample: Callable,
+    hours: float,
 ) -> tuple[float, float, float]:
-    """Seconds of a step, an evaluation and a sample of a run of so many `hours`, if they limit it."""
+    """Seconds of a step, an evaluation and a sample of a run of so many `hours`, 0 where they do not limit it."""
 
     def step(micro_steps: int) -> None:
         batches.seek()  # the text may end with the run
