@@ -43,27 +43,30 @@ class Encoded:
 def encode_all(
     encoding: tiktoken.Encoding, documents: Iterable[tuple[str, str, Position]], dtype: np.dtype
 ) -> Iterator[Encoded]:
-    """Encode (side, text, position), in order. Threads encode, outside Python's lock, while more is read."""
+    """Encode (side, text, position), in order. Threads encode, outside Python's lock, while this one reads on and looks
+    at what it read, which needs the lock.
+    """
     encoder = Encoder(encoding, dtype)
 
-    def encode(texts: list[str]) -> list[tuple[list[np.ndarray], int, array, bytes]]:
-        return [([ids], *found) for ids, found in zip(encoder.encode(texts), look_at(texts))]
-
     with ThreadPoolExecutor(usable_cores()) as pool:
-        waiting: deque[tuple[list, list[Future], int]] = deque()
+        waiting: deque[tuple[list, list[Future], list, int]] = deque()
         ahead = 0
         for batch in _batches(documents):
             size = sum(len(text) for _, text, _ in batch)
             texts = [text for _, text, _ in batch]
             parts = ([part] for part in in_parts(texts[0], PIECE)) if len(batch) == 1 else [texts]
-            waiting.append((batch, [pool.submit(encode, part) for part in parts], size))
+            futures, found = [], []
+            for part in parts:
+                futures.append(pool.submit(encoder.encode, part))
+                found += look_at(part)
+            waiting.append((batch, futures, found, size))
             ahead += size
-            del batch, texts, parts  # a document may be large
+            del batch, texts, parts, part, futures, found  # a document may be large
             while ahead > AHEAD or len(waiting) > 16:
-                ahead -= waiting[0][2]
-                yield from _finish(*waiting.popleft()[:2])
+                ahead -= waiting[0][3]
+                yield from _finish(*waiting.popleft()[:3])
         while waiting:
-            yield from _finish(*waiting.popleft()[:2])
+            yield from _finish(*waiting.popleft()[:3])
 
 
 def _batches(documents: Iterable[tuple[str, str, Position]]) -> Iterator[list[tuple[str, str, Position]]]:
@@ -80,9 +83,10 @@ def _batches(documents: Iterable[tuple[str, str, Position]]) -> Iterator[list[tu
         yield batch
 
 
-def _finish(batch: list[tuple[str, str, Position]], futures: list[Future]) -> Iterator[Encoded]:
-    parts = [part for future in futures for part in future.result()]
+def _finish(batch: list[tuple[str, str, Position]], futures: list[Future], found: list) -> Iterator[Encoded]:
+    parts = [([ids], *of_text) for ids, of_text in zip((ids for future in futures for ids in future.result()), found)]
     futures.clear()
+    found.clear()
     if len(batch) == 1:
         parts = [_put_together(parts)]
     for (side, text, position), (ids, size, lines, smallest) in zip(batch, parts):
