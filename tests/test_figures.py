@@ -158,14 +158,12 @@ def day_on(lm, card: str, hours: float) -> tuple[float, ...]:
 
 # A text and its sentence, and how to compute its numbers
 COMPUTED = [
-    (TEXT, "`day` would have #M parameters in place of #M",
-     lambda lm: [count_parameters(sized(lm, "day", attention=name)[1])["total"] / 1e6 for name in ("value", "gqa")]),
     (README, "`day`: #M parameters, # hours", lambda lm: [_millions(lm, "day"), lm.Config.max_hours]),
     (README, "`demo`: #M, three minutes", lambda lm: [_millions(lm, "demo")]),
     (TEXT, "about # million parameters for a day", lambda lm: [round(_millions(lm, "day"), -1)]),
     (DOCS, "n_embd·block_size = # GFLOP", lambda lm: [flops_per_token(*reversed(sized(lm, "day"))) / 1e9]),
     (DOCS, "with N = #M. A 4090 does # TFLOP/s", lambda lm: [_millions(lm, "day"), DATASHEET_TFLOPS["RTX 4090"]]),
-    (TEXT, "would reach a loss of about # in 1 hour, # in 6, # in 12 and # in 24",
+    (TEXT, "of 1 hour would end at a loss of about #, of 6 at #, of 12 at #, of 24 at #",
      lambda lm: [day_on(lm, "RTX 4090", hours)[2] for hours in (1, 6, 12, 24)]),
     (TEXT, "In `day`, sharing lowers training memory by only #%",
      lambda lm: [100 - 100 * _bytes(lm) / _bytes(lm, attention="mha")]),
