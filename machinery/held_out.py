@@ -1,11 +1,12 @@
 """Held-out text: which documents it is, and that none of them has a near-copy in the training text.
 
-Documents are compared by their longer lines, and by *shingles*: stretches of bytes, of which their own content picks
-some, wherever they stand, whatever lines they are in. Blank space, line ends, ways to write an accent and the ">" of a
-quoted line do not count. The side of a document is that of its smallest line, by a hash: a function of its content
-alone, in which near-copies mostly agree, since two documents have the same smallest line as often as they have lines in
-common (MinHash; Broder 1997). What is then still copied on the other side (`HeldOutLines`) is set aside. A copy is not
-found that differs in every few words, or in case, nor a short one within a longer text, without a line in common.
+Documents are compared by their longer lines, and by *shingles*: stretches of letters and digits, of which their own
+content picks some, wherever they stand, whatever lines they are in. Blank space, line ends, ways to write an accent and
+the ">" of a quoted line do not count, for shingles nor do capitals, signs and numbers of lines. The side of a document
+is that of its smallest line, by a hash: a function of its content alone, in which near-copies mostly agree, since two
+documents have the same smallest line as often as they have lines in common (MinHash; Broder 1997). What is then still
+copied on the other side (`HeldOutLines`) is set aside. A copy is not found that differs in every few words, nor a short
+one within a longer text, without a line in common.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
+import string
 import unicodedata
 import zlib
 from array import array
@@ -32,6 +34,14 @@ ODD_BLANKS = re.compile(
 ODD_LINE_ENDS = {end.encode() for end in "\x85\u2028\u2029"}  # among those blanks: U+00A0, U+2003, U+3000, …
 NO_WIDTH = {sign.encode() for sign in "\xad\u061c\u180e\u200b\u200c\u200d\u200e\u200f\ufeff"}
 NO_WIDTH |= {chr(code).encode() for code in (*range(0x202A, 0x202F), *range(0x2060, 0x2070), *range(0xFE00, 0xFE10))}
+SMALL = bytes.maketrans(string.ascii_uppercase.encode(), string.ascii_lowercase.encode())
+SIGNS = bytes({*range(128)} - {*b"\n", *string.ascii_letters.encode(), *string.digits.encode()})
+ODD_SIGNS = re.compile(  # and marks on letters
+    rb"\xc2[\x80-\xbf]|\xcc[\x80-\xbf]|\xcd[\x80-\xaf]|\xd6[\x91-\xbf]|\xd7[\x80-\x87]|\xd8[\x80-\x9f]"
+    rb"|\xd9[\x80\x8b-\x9f\xaa-\xad]|\xe2[\x80-\xaf][\x80-\xbf]|\xe3\x80[\x80-\xbf]|\xef\xb8[\x80-\xaf]"
+    rb"|\xef\xbc[\x80-\x8f\x9a-\xa0\xbb-\xbf]|\xef\xbd[\x80\x9b-\xa5]"
+)
+NUMBERED = re.compile(rb"\n[0-9]+")  # lines, or the times they begin with
 LONG_LINE, SPACED_LINE = 16, 20  # characters of a line that tells one document from another, without and with blanks
 CONTINUED = bytes(range(0x80, 0xC0))  # what follows the first byte of a character
 QUOTED = re.compile(rb"(?m)^(?:[ \t]*>)+")  # as in a reply
@@ -54,7 +64,9 @@ def long_lines(content: bytes) -> list[bytes]:
 
 
 def _lines_and_all(content: bytes) -> tuple[list[bytes], bytes]:
-    """The longer lines of a text, and all of it as one, also without ">"; both without blank space."""
+    """The longer lines of a text, without blank space; and all of it as one, in small letters, without signs, blanks
+    and what numbers its lines.
+    """
     plain = _plain(content)
     dense = plain.translate(None, b" \t")
     surely = LONG_LINE if plain.isascii() else 4 * LONG_LINE  # bytes of so many characters
@@ -63,8 +75,14 @@ def _lines_and_all(content: bytes) -> tuple[list[bytes], bytes]:
         for line, whole in zip(dense.split(b"\n"), plain.split(b"\n"))
         if len(line) >= surely or (len(line) > SPACED_LINE // 2 and _is_long(line, whole))
     ]
-    whole = dense.translate(None, b"\n>")
-    return found or [whole], whole
+    whole = (b"\n" + dense.replace(b"\\n", b"")).translate(SMALL, SIGNS)  # a line end may be escaped
+    if not plain.isascii():
+        whole = ODD_SIGNS.sub(b"", whole)
+    rest, numbered = NUMBERED.subn(b"", whole)
+    whole = (rest if 2 * numbered > whole.count(b"\n") else whole).translate(None, b"\n")
+    if len(whole) < FEW * len(dense):  # of numbers, or signs
+        whole = dense.translate(None, b"\n")
+    return found or [dense.translate(None, b"\n>")], whole
 
 
 def look_at(texts: list[str]) -> list[tuple[int, array, bytes]]:

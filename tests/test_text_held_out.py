@@ -199,6 +199,39 @@ def test_a_copy_may_be_cut_into_other_lines(tmp_path, kind):
     assert not [some for some in held_out if len(some & known) > 0.6 * len(some)]
 
 
+IN_OTHER_SIGNS = {  # what is done to each line of a copy, or to the whole of it
+    "a comment": lambda text: re.sub("(?m)^", "# ", text),
+    "a change": lambda text: re.sub("(?m)^", "+", text),
+    "a box": lambda text: re.sub("(?m)^", "│ ", text),
+    "numbered lines": lambda text: "\n".join(f"{n:4} {line}" for n, line in enumerate(text.split("\n"))),
+    "times": lambda text: "\n".join(f"[2024-05-17 10:{n:02}] {line}" for n, line in enumerate(text.split("\n"))),
+    "capitals": str.upper,
+    "emphasis": lambda text: re.sub(r"\b(\w{5,})\b", r"**\1**", text),
+    "escaped": lambda text: json.dumps(text),
+    "marks on letters": lambda text: text.replace("e", "e\u0316").replace("o", "o\u0316"),
+    "other full stops": lambda text: text.replace(".", "。").replace(" ", "、"),
+}
+
+
+@pytest.mark.parametrize("kind", IN_OTHER_SIGNS)
+def test_a_copy_may_be_written_with_other_signs(tmp_path, kind):
+    texts = [textwrap.fill(" ".join(paragraphs(i, 6)), 72) for i in range(150)]
+    copies = [IN_OTHER_SIGNS[kind](text) for text in texts[:60]]
+    data = prepare(tmp_path, write(tmp_path, {"t/rows.jsonl": [{"text": text} for text in texts + copies]}))
+    trained, held_out = set(texts_of(data, "train")), texts_of(data, "val")
+    other = dict(zip(texts + copies, copies + [""] * 90 + texts))
+    assert len(held_out) > 5 and not [text for text in held_out if other[text] in trained]
+
+
+def test_texts_of_numbers_are_compared_by_them(tmp_path):
+    chance = random.Random(0)
+    rows = [[f"{chance.random():.6f}, {chance.random():.6f};" for _ in range(40)] for _ in range(200)]
+    texts = ["\n".join(lines) for lines in rows] + [" ".join(lines) for lines in rows[:60]]
+    data = prepare(tmp_path, write(tmp_path, {"t/rows.jsonl": [{"text": text} for text in texts]}))
+    trained, held_out = ({text.replace("\n", " ") for text in texts_of(data, side)} for side in ("train", "val"))
+    assert len(held_out) > 8 and not held_out & trained
+
+
 def test_pieces_of_the_training_text_are_no_held_out_text(tmp_path):
     """As chunks for retrieval are, cut wherever they are long enough."""
     text = "\n".join(paragraphs(0, 200))
