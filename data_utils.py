@@ -57,7 +57,7 @@ def prepare_data(config, progress: bool = True) -> TokenData:
     fields = ("source", "val_source", "val_fraction", "text_column", "split_on", "tokenizer", "vocab_size")
     data_dir, runs_dir = (Path(folder).absolute() for folder in (config.data_dir, config.runs_dir))
     settings = {name: getattr(config, name) for name in fields}
-    task = {"settings": settings, "apart": [str(data_dir), str(runs_dir)], "train_tokens": tokens_needed(config)}
+    task = {"settings": settings, "apart": [str(runs_dir)], "train_tokens": tokens_needed(config)}
     source, val_source = open_sources(task)
     settings |= {
         "version": MANIFEST_VERSION,

@@ -46,8 +46,9 @@ LONG_LINE, SPACED_LINE = 16, 20  # characters of a line that tells one document 
 CONTINUED = bytes(range(0x80, 0xC0))  # what follows the first byte of a character
 QUOTED = re.compile(rb"(?m)^(?:[ \t]*>)+")  # as in a reply
 REPLY = re.compile(rb"(?m)^>(?!>>)")  # which quotes once or twice, too, or mostly; else ">>>" is Python's prompt
-MARKS = re.compile(rb"(?:[\xcc\xcd][\x80-\xbf]){64}")  # on one letter; to put n of them in order takes n² steps
-SHINGLE, EVERY, LEAST = 32, 16, 4  # bytes of one; one of so many is picked; of a text with fewer, all is compared
+NO_LETTERS = re.compile(r"[^\w\s\x00-\x7f]{64}")  # if they are marks on one letter, putting n in order takes n² steps
+SHINGLE, EVERY, LEAST = 32, 16, 4  # bytes of one; one of so many is picked; with fewer, a text is not told by them
+SHORT, OFTEN = 256, 4  # of a text of fewer bytes, one of so many is picked
 FACTOR = 0x9E3779B97F4A7C15  # odd, and without a pattern: 2⁶⁴ over the golden ratio
 FEW_LINES, PARAGRAPH, FEW = 8, 64, 0.33  # with fewer lines, one of so many bytes, or less of a text in longer ones: few
 NEAR_COPY = 0.5  # share of a document's longer lines, or shingles, that makes a near-copy
@@ -92,14 +93,17 @@ def look_at(texts: list[str]) -> list[tuple[int, array, bytes]]:
     """
     contents = [text.encode("utf-8", "surrogatepass") for text in texts]
     looked_at = [_lines_and_all(content) for content in contents]
+    shingles = _shingles([whole for _, whole in looked_at])
+    of_short = iter(_shingles([whole for _, whole in looked_at if len(whole) < SHORT], OFTEN))
     found = []
-    for content, (lines, whole), some in zip(contents, looked_at, _shingles([whole for _, whole in looked_at])):
+    for content, (lines, whole), some in zip(contents, looked_at, shingles):
         hashes = array("q", [*map(abs, map(hash, lines))])  # from a list, which is faster
-        if len(some) >= LEAST:
-            hashes.frombytes(some.tobytes())
-        else:
-            hashes.append(-abs(hash(whole)))  # of a short text all of it, whatever lines it is in
-        found.append((len(content), hashes, _smallest(lines, whole, some)))
+        smallest = _smallest(lines, whole, some)
+        some = next(of_short) if len(whole) < SHORT else some
+        hashes.frombytes(some.tobytes())
+        if not len(some):
+            hashes.append(-abs(hash(whole)))  # all of it, whatever lines it is in
+        found.append((len(content), hashes, smallest))
     return found
 
 
@@ -112,7 +116,7 @@ def _smallest(lines: list[bytes], whole: bytes, shingles: np.ndarray | None = No
     return smallest_line(lines)
 
 
-def _shingles(texts: list[bytes]) -> list[np.ndarray]:
+def _shingles(texts: list[bytes], every: int = EVERY) -> list[np.ndarray]:
     """Of each text the hashes, below 0, of some stretches of `SHINGLE` bytes; the stretch itself decides (Manber 1994).
 
     A hash is a polynomial of the bytes, modulo 2⁶⁴, put together from those of halves of the stretch.
@@ -123,25 +127,28 @@ def _shingles(texts: list[bytes]) -> list[np.ndarray]:
         hashes = hashes[:-span] * np.uint64(factor) + hashes[span:]
         factor, span = factor * factor % 2**64, 2 * span
     within = (codes[: len(hashes)] != 0) & (codes[SHINGLE - 1 :] != 0)  # one text
-    places = np.flatnonzero((hashes * np.uint64(FACTOR) < np.uint64(2**64 // EVERY)) & within)
+    places = np.flatnonzero((hashes * np.uint64(FACTOR) < np.uint64(2**64 // every)) & within)
     ends = np.cumsum([len(text) + SHINGLE for text in texts])
     found = np.split((hashes[places] | np.uint64(1 << 63)).view(np.int64), np.searchsorted(places, ends[:-1]))
     # In a run of a few signs all stretches are alike
-    return [np.unique(some) if len(some) > 2 * len(text) // EVERY else some for text, some in zip(texts, found)]
+    return [np.unique(some) if len(some) > 2 * len(text) // every else some for text, some in zip(texts, found)]
 
 
 def _plain(content: bytes) -> bytes:
     """A text with plain line ends and blank space, its accents composed."""
     if not content.isascii():
         text = content.decode("utf-8", "surrogatepass")
-        many = (b"\xcc" in content or b"\xcd" in content) and MARKS.search(content)  # to look for one byte is faster
-        if not many and not unicodedata.is_normalized("NFC", text):
+        if not unicodedata.is_normalized("NFC", text) and not _has_many_marks(text):
             content = unicodedata.normalize("NFC", text).encode("utf-8", "surrogatepass")
         content = ODD_BLANKS.sub(lambda found: _plain_blank(found[0]), content)
     content = content.translate(LINE_ENDS)
     mostly = 2 * content.count(b">") > (lines := content.count(b"\n")) and 2 * len(QUOTED.findall(content)) > lines
     is_reply = mostly or ((content.startswith(b">") or b"\n>" in content) and REPLY.search(content))
     return QUOTED.sub(b"", content) if is_reply else content
+
+
+def _has_many_marks(text: str) -> bool:
+    return any(all(map(unicodedata.combining, some)) for some in NO_LETTERS.findall(text))
 
 
 def _plain_blank(blank: bytes) -> bytes:

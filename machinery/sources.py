@@ -69,6 +69,8 @@ class Source:
         """`split_on` is what stands between documents within a text; files in the folders `apart` are no text."""
         self.name, self.text_column, self.apart = name, text_column, tuple(apart)
         self.separator = separator_pattern(split_on)
+        lines = split_on if split_on.strip("\r\n") else ""
+        self.line_ends = ["\n" * (end in ("\r", "\n")) for end in (lines[:1], lines[-1:])]  # around whole lines
         self.passed_over: Counter[str] = Counter()  # what lies beside the text, and how often
         self.is_split = False  # whether `split_on` was found
 
@@ -88,7 +90,12 @@ class Source:
 
         Byte order marks are no text; files that were put together have several.
         """
-        documents = self.separator.split(text) if self.separator else [text]
+        documents = [text]
+        if self.separator:  # which may be the first or the last line of the text, too
+            before, after = self.line_ends
+            documents = self.separator.split(before + text + after)
+            documents[0] = documents[0].removeprefix(before)
+            documents[-1] = documents[-1].removesuffix(after)
         if "\ufeff" in text:
             documents = [document.replace("\n\ufeff", "\n").lstrip("\ufeff") for document in documents]
         self.is_split |= len(documents) > 1

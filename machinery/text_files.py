@@ -63,7 +63,7 @@ FORMATS = {  # first bytes, what they are of, and how to get at the text
     b"\x5d\0\0": ("lzma", "unpack it with unlzma"),
     b"\x28\xb5\x2f\xfd": ("zstd", "unpack it with unzstd"),
     b"\x04\x22\x4d\x18": ("lz4", "unpack it with unlz4"),
-    **dict.fromkeys((b"\x78\x01", b"\x78\x9c", b"\x78\xda"), ("zlib", "unpack it with pigz -dz")),
+    **dict.fromkeys((b"\x78\x01", b"\x78\x5e", b"\x78\x9c", b"\x78\xda"), ("zlib", "unpack it with pigz -dz")),
     b"LZIP": ("lzip", "unpack it with lzip -d"),
     b"\x89LZO": ("lzop", "unpack it with lzop -d"),
     b"\xff\x06\0\0sNaPpY": ("snappy", "unpack it with snzip -d"),
@@ -96,7 +96,7 @@ FORMATS = {  # first bytes, what they are of, and how to get at the text
 TEXT_FORMATS = {b"%PDF-", b"{\\rtf", b"version https://git-lfs", b"/annex/objects/"}  # which may be plain characters
 SHORT = 64  # bytes of a text that is too short to tell its encoding
 WIDE = ("utf-32-le", "utf-32-be", "utf-16-le", "utf-16-be")
-BETWEEN_WORDS = set(" \n、。，　")  # one of which any longer text holds, where its encoding is not mistaken
+BETWEEN_WORDS = set(" \n、。，！？「　")  # one of which any longer text holds, where its encoding is not mistaken
 CONTROLS = bytes(byte for byte in range(32) if byte not in b"\b\t\n\v\f\r\x1b")  # which text does not hold
 FEW_CONTROLS = 0.1  # share of them, beyond which a file is no text; a fifth of it where the file is not UTF-8
 HALF = re.compile(rb"\xed[\xa0-\xbf][\x80-\xbf]")  # of a surrogate pair, as if it were a character in UTF-8
@@ -159,7 +159,7 @@ def _wide_encoding(head: bytes) -> str | None:
         with contextlib.suppress(UnicodeDecodeError):
             text = codecs.getincrementaldecoder(encoding)().decode(head)
             no_text = sum(c not in "\t\n\r" and unicodedata.category(c) in ("Cc", "Cn", "Co", "Cs") for c in text)
-            is_text = text.isascii() or not BETWEEN_WORDS.isdisjoint(text)
+            is_text = encoding in WIDE[:2] or text.isascii() or not BETWEEN_WORDS.isdisjoint(text)
             is_likely = is_text if len(text) >= 32 else ascii_share < 0.7
             if text and no_text <= 0.05 * len(text) and is_likely:
                 return encoding

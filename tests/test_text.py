@@ -181,7 +181,15 @@ def test_the_order_does_not_depend_on_where_the_folder_lies(tmp_path):
 
 def test_runs_and_shards_inside_the_source_are_not_text(tmp_path):
     root = write(tmp_path, {f"{i}.txt": f"text {i}\n" * 40 for i in range(20)})
-    write(tmp_path, {"runs/x/samples.jsonl": [{"text": "no"}], "shards/x/y.txt": "no", "copy/deep/notes.md": "no"})
+    write(
+        tmp_path,
+        {
+            "runs/x/samples.jsonl": [{"text": "no"}],
+            "shards/x/y.txt": "no",
+            "shards/x/tokenizer.json": "{}",
+            "copy/deep/notes.md": "no",
+        },
+    )
     write(tmp_path, {"copy/tokenizer.json": "{}", "copy/samples.jsonl": [{"step": 1}], "runs/wandb/log.txt": "no"})
     data = prepare(tmp_path, root)
     assert len(texts_of(data, "train") + texts_of(data, "val")) == 20
@@ -343,6 +351,7 @@ WORDS = {
     "japanese": "吾輩は猫である。名前はまだ無い。\nどこで生れたかとんと見当がつかぬ。\n" * 3,
     "thai": "ภาษาไทยเป็นภาษาราชการ\nของประเทศไทย และคนไทย\n",
     "short": "hi\n",
+    "exclamations": "新聞！号外？" * 30,
     "without blanks": "ACGT" * 25,
     "devanagari": "सभी मनुष्यों को गौरव और अधिकारों के मामले में\nजन्मजात स्वतन्त्रता\n",
 }
@@ -364,7 +373,14 @@ def test_wide_encodings_are_named(tmp_path, words, suffix):
 
 @pytest.mark.parametrize(
     "text",
-    ["1\n0\n1\n0\n", "abc\0def", "Да\0\n" * 9, "a\0b\n" + "plain text\n" * 200, "\x1b[1mbold\x1b[0m\n" * 9, "é" * 50]
+    [
+        "1\n0\n1\n0\n",
+        "abc\0def",
+        "Да\0\n" * 9,
+        "a\0b\n" + "plain text\n" * 200,
+        "\x1b[1mbold\x1b[0m\n" * 9,
+        "é" * 50,
+    ]
     + ["\x1b[1mprompt\x1b$ ls\n" * 20, "word " * 51 + "a ustar\n" * 3],
 )
 def test_odd_text_is_text(tmp_path, text):
@@ -448,6 +464,7 @@ def test_packed_files_under_a_wrong_name_are_named(tmp_path, suffix):
         "tar": (tmp_path / "x.tar").read_bytes(),
         "zlib": zlib.compress(b"a"),
         "zlib ": zlib.compress(b"a", 1),
+        "zlib  ": zlib.compress(b"a", 3),
         "PDF": b"%PDF-1.7\n",
         "PDF ": b"\r\n%PDF-1.7\n\xe2\xe3\xcf\xd3",
         "RTF": b"\xef\xbb\xbf\n{\\rtf1\\ansi",
@@ -797,6 +814,16 @@ def test_line_ends_in_a_separator_are_those_of_any_system(tmp_path, capsys, spli
     stories = f"{end}---{end}".join(f"story {i}{end}" * 30 for i in range(30))
     data = prepare(tmp_path, write(tmp_path / "texts", {"a.txt": stories.encode()}), split_on=split_on)
     assert sum(data.manifest["documents"].values()) == 30 and "stands" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", ""])
+def test_a_separator_of_a_line_may_be_the_first_or_the_last(tmp_path, end):
+    """As between poems, or before each mail."""
+    write(tmp_path, {"a.txt": f"---\none\n---\ntwo\n---{end}".encode(), "mbox.txt": "From a\nhi\n\nFrom b\nho\n"})
+    read = {
+        mark: [text for text, _ in open_source(str(tmp_path), split_on=mark).read()] for mark in ("\n---\n", "\nFrom ")
+    }
+    assert read["\n---\n"][:2] == ["one", "two"] and read["\nFrom "][1:] == ["a\nhi\n", "b\nho\n"]
 
 
 @pytest.mark.parametrize("split_on", ["\n\n", "\r\n\r\n", "\n\n\n"])

@@ -5,6 +5,7 @@ import os
 import random
 import re
 import textwrap
+import time
 import tracemalloc
 import unicodedata
 from pathlib import Path
@@ -17,7 +18,7 @@ from data_utils import get_tokenizer, prepare_data
 from machinery import sources, text_files
 from machinery.encoding import encode_all
 from machinery.errors import DataError, UserError
-from machinery.held_out import HeldOutLines, common_lines, cut_tail, long_lines, look_at, smallest_of_text
+from machinery.held_out import PIECE, HeldOutLines, common_lines, cut_tail, long_lines, look_at, smallest_of_text
 from machinery.preparation import open_sources, tokenize
 from machinery.tokenizers import tokenizer_to_dict
 from tests.test_text import prepare, texts_of, told, write
@@ -221,6 +222,26 @@ def test_a_copy_may_be_written_with_other_signs(tmp_path, kind):
     trained, held_out = set(texts_of(data, "train")), texts_of(data, "val")
     other = dict(zip(texts + copies, copies + [""] * 90 + texts))
     assert len(held_out) > 5 and not [text for text in held_out if other[text] in trained]
+
+
+@pytest.mark.parametrize("size", [60, 100, 140])
+@pytest.mark.parametrize("kind", ["RT @user7: {}", "{} https://t.co/5b7d", "{}…"])
+def test_a_short_row_with_something_before_or_after_it_is_a_copy(tmp_path, size, kind):
+    chance = random.Random(size)
+    words = [f"{word}{chance.choice(['', 's', 'ly', 'er'])}" for word in WORDS for _ in range(8)]
+    rows = [" ".join(chance.choices(words, k=size // 5))[:size].strip() for _ in range(400)]
+    copies = [kind.format(row) for row in rows[:100]]
+    data = prepare(tmp_path, write(tmp_path, {"t/rows.jsonl": [{"text": text} for text in rows + copies]}))
+    trained, held_out = set(texts_of(data, "train")), texts_of(data, "val")
+    other = dict(zip(rows + copies, copies + [""] * 300 + rows))
+    assert len(held_out) > 20 and sum(other[text] in trained for text in held_out) < 0.05 * len(held_out)
+
+
+def test_many_marks_on_a_letter_take_no_time():
+    for marks in ("\u0301\u0316", "\u05b0\u05c1", "\u064b\u0650", "\u0f71\u0f74"):
+        start = time.perf_counter()
+        look_at(["a" + marks * (PIECE // 2)])
+        assert time.perf_counter() - start < 5, marks  # in order, they take minutes
 
 
 def test_texts_of_numbers_are_compared_by_them(tmp_path):
