@@ -19,7 +19,7 @@ import unicodedata
 import zlib
 from array import array
 from collections import Counter
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Collection, Container, Iterable, Sequence
 
 import numpy as np
 
@@ -50,6 +50,7 @@ NO_LETTERS = re.compile(r"[^\w\s\x00-\x7f]{64}")  # if they are marks on one let
 SHINGLE, EVERY, LEAST = 32, 16, 4  # bytes of one; one of so many is picked; with fewer, a text is not told by them
 SHORT, OFTEN = 256, 4  # of a text of fewer bytes, one of so many is picked
 FACTOR = 0x9E3779B97F4A7C15  # odd, and without a pattern: 2⁶⁴ over the golden ratio
+PICKED = 2**64 // EVERY - 2**63  # what is picked in any text has a hash below this
 FEW_LINES, PARAGRAPH, FEW = 8, 64, 0.33  # with fewer lines, one of so many bytes, or less of a text in longer ones: few
 NEAR_COPY = 0.5  # share of a document's longer lines, or shingles, that makes a near-copy
 FEW_HOLDERS = 64  # a shingle that more held-out documents hold tells none of them from another, and takes long to count
@@ -89,7 +90,7 @@ def _lines_and_all(content: bytes) -> tuple[list[bytes], bytes]:
 def look_at(texts: list[str]) -> list[tuple[int, array, bytes]]:
     """Of each text its bytes, the hashes of its longer lines and, below 0, of its shingles, and what stands for it.
 
-    Hashes of lines, and of texts with few shingles, are of this process.
+    Hashes of lines, and of texts too short for shingles, are of this process.
     """
     contents = [text.encode("utf-8", "surrogatepass") for text in texts]
     looked_at = [_lines_and_all(content) for content in contents]
@@ -127,11 +128,18 @@ def _shingles(texts: list[bytes], every: int = EVERY) -> list[np.ndarray]:
         hashes = hashes[:-span] * np.uint64(factor) + hashes[span:]
         factor, span = factor * factor % 2**64, 2 * span
     within = (codes[: len(hashes)] != 0) & (codes[SHINGLE - 1 :] != 0)  # one text
-    places = np.flatnonzero((hashes * np.uint64(FACTOR) < np.uint64(2**64 // every)) & within)
+    hashes *= np.uint64(FACTOR)
+    places = np.flatnonzero((hashes < np.uint64(2**64 // every)) & within)
     ends = np.cumsum([len(text) + SHINGLE for text in texts])
     found = np.split((hashes[places] | np.uint64(1 << 63)).view(np.int64), np.searchsorted(places, ends[:-1]))
     # In a run of a few signs all stretches are alike
     return [np.unique(some) if len(some) > 2 * len(text) // every else some for text, some in zip(texts, found)]
+
+
+def picked_anywhere(shingles: Collection[int]) -> list[int]:
+    """Of the hashes of shingles those that are picked in a text of any length; all where these are few."""
+    picked = [each for each in shingles if each < PICKED]
+    return picked if len(picked) >= LEAST else [*shingles]
 
 
 def _plain(content: bytes) -> bytes:
@@ -269,8 +277,8 @@ class HeldOutLines:
         self._documents: dict[int, list[int]] = {}  # hash of a line to the numbers of the documents that hold it
         self._allowed: list[int] = []  # how many more lines of each may stand in the training text
         self._trained: set[int] = set()  # of the lines
-        self._shingles: dict[int, list[int]] = {}  # hash of a shingle to the documents that hold it
-        self._sizes: list[int] = []  # how many each has
+        self._shingles: dict[int, list[int]] = {}  # hash of a shingle to the numbers of the sets that hold it
+        self._sets: list[tuple[int, int]] = []  # of each the document, and how many shingles
         self.copied: set[int] = set()  # documents
 
     def add(self, hashes: Iterable[int], met: Container[int] | None = None) -> None:
@@ -278,11 +286,14 @@ class HeldOutLines:
         number, lines, shingles = len(self._allowed), [], []
         for each in dict.fromkeys(hashes):
             (lines if each >= 0 else shingles).append(each)
-        for known, some in ((self._documents, lines), (self._shingles, shingles)):
-            for each in some if met is None else (each for each in some if each in met):
-                known.setdefault(each, []).append(number)
+        for each in lines if met is None else (each for each in lines if each in met):
+            self._documents.setdefault(each, []).append(number)
         self._allowed.append(math.ceil(NEAR_COPY * len(lines)) - 1)
-        self._sizes.append(len(shingles))
+        picked = picked_anywhere(shingles)  # by which a short document is found in a long one
+        for some in [shingles] + [picked] * (len(picked) < len(shingles)):
+            for each in some if met is None else (each for each in some if each in met):
+                self._shingles.setdefault(each, []).append(len(self._sets))
+            self._sets.append((number, len(some)))
 
     def train(self, hashes: Iterable[int], always: bool = False) -> bool:
         """Note a document with these lines and shingles as trained on, and return True; unless a held-out one would be
@@ -293,7 +304,7 @@ class HeldOutLines:
         holders = (self._shingles[shingle] for shingle in self._shingles.keys() & hashes)
         alike = Counter(number for numbers in holders if len(numbers) <= FEW_HOLDERS for number in numbers)
         copied = {number for number, count in counts.items() if count > self._allowed[number]}
-        copied |= {number for number, count in alike.items() if count >= NEAR_COPY * self._sizes[number]}
+        copied |= {self._sets[some][0] for some, count in alike.items() if count >= NEAR_COPY * self._sets[some][1]}
         if copied and not always:
             return False
         for number, count in counts.items():

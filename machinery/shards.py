@@ -19,7 +19,16 @@ import tiktoken
 from machinery.encoding import Encoded, encode_all
 from machinery.errors import DataError, told
 from machinery.files import json_digest, regular_file, write_atomic, write_json
-from machinery.held_out import NEAR_COPY, PIECE, HeldOutLines, common_lines, cut_tail, falls_within, look_at
+from machinery.held_out import (
+    NEAR_COPY,
+    PIECE,
+    HeldOutLines,
+    common_lines,
+    cut_tail,
+    falls_within,
+    look_at,
+    picked_anywhere,
+)
 from machinery.sources import EMPTY_ROWS, NOT_UTF8, Position, Source, named
 from machinery.text_files import in_parts
 from machinery.tokenizers import tokenizer_from_dict, tokenizer_hash
@@ -249,8 +258,8 @@ class Collected:
             holders.update(each for each in hashes if each < 0)
         rare = {each for each, count in holders.items() if count <= min(PASSAGES, RARE * len(ends))}
         for number, document in enumerate(self):
-            shingles = {each for each in document.lines if each < 0}
-            if len(rare & shingles) >= NEAR_COPY * len(shingles):
+            shingles = picked_anywhere({each for each in document.lines if each < 0})
+            if len(rare.intersection(shingles)) >= NEAR_COPY * len(shingles):
                 held_out.copied.add(number)
         return held_out.copied
 
