@@ -5,9 +5,12 @@ import os
 import struct
 
 import pytest
+import tiktoken
+import torch
 
 from machinery.files import read_jsonl
 from machinery.notebook import NOTEBOOK, mark_executed, source_digest
+from machinery.tokenizers import tokenizer_to_dict
 
 nbformat, papermill = pytest.importorskip("nbformat"), pytest.importorskip("papermill")
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -195,3 +198,21 @@ def test_notebook_converts_to_a_program(tmp_path):
     source, _ = ScriptExporter().from_filename(str(NOTEBOOK))
     compile(source, "LMHarness.py", "exec")
     assert "get_ipython" not in source
+
+
+def test_tokens_are_shown_of_a_vocabulary_whose_numbers_have_a_gap(lm, texts, tmp_path):
+    """As of cl100k_base and o200k_base, where a number before that of end-of-text stands for nothing."""
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    gap = tiktoken.Encoding("gap", pat_str=r"[\s\S]", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 257})
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer_to_dict(gap)))
+    config = lm.Config.from_preset(
+        "smoke", source=texts[0], val_fraction=0.2, tokenizer=str(tmp_path), data_dir=str(tmp_path / "data")
+    )
+    data = lm.prepare_data(config)
+    names = vars(lm) | {"config": config, "data": data, "encoding": data.encoding, "model": lm.build_model(config)}
+    sources = ["".join(cell["source"]) for cell in json.loads(NOTEBOOK.read_text("utf-8"))["cells"]]
+    for words in ("longest = sorted", "rows = F.normalize"):
+        (source,) = (source for source in sources if words in source)
+        with torch.no_grad():
+            names["model"].embedding.weight[256] = names["model"].embedding.weight.mean(0)  # near all others
+        exec(source, names)
