@@ -255,6 +255,8 @@ def test_functions_are_begun_and_the_share_is_that_of_those_that_parse(lm, run):
         return torch.cat((tokens, torch.full((len(tokens), n_new), data.encoding.encode_ordinary("(")[0])), dim=1)
 
     assert parse_share(model, data, machine, nothing)["written"] == 0.0
+    short = lm.build_model(lm.Config.from_preset("smoke", block_size=8))  # a ninth of it would be no token
+    assert set(parse_share(short, data, machine, lm.generate)) == {"written", "real"}
 
 
 def test_text_that_is_not_python_has_no_share(lm, tiny, texts, tmp_path):

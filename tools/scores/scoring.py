@@ -154,7 +154,7 @@ def parse_share(model: nn.Module, data: TokenData, machine: Machine, generate: C
     `generate(model, tokens, n_new, n_vocab=…)` continues tokens (B, T), as the notebook's does.
     """
     length = min(72, model.max_length)  # a few lines of code
-    given = length // 9  # enough for the first line
+    given = max(1, length // 9)  # enough for the first line
     functions = torch.from_numpy(held_out_functions(data, 16, length)).to(machine.device)  # (B, length)
     if not len(functions):
         return {}
