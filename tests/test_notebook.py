@@ -210,9 +210,25 @@ def test_tokens_are_shown_of_a_vocabulary_whose_numbers_have_a_gap(lm, texts, tm
     )
     data = lm.prepare_data(config)
     names = vars(lm) | {"config": config, "data": data, "encoding": data.encoding, "model": lm.build_model(config)}
-    sources = ["".join(cell["source"]) for cell in json.loads(NOTEBOOK.read_text("utf-8"))["cells"]]
+    with torch.no_grad():
+        names["model"].embedding.weight[256] = names["model"].embedding.weight.mean(0)  # near all others
     for words in ("longest = sorted", "rows = F.normalize"):
-        (source,) = (source for source in sources if words in source)
-        with torch.no_grad():
-            names["model"].embedding.weight[256] = names["model"].embedding.weight.mean(0)  # near all others
-        exec(source, names)
+        exec(source_with(words), names)
+
+
+def source_with(words):
+    """The source of the one code cell that has these words."""
+    cells = [cell for cell in json.loads(NOTEBOOK.read_text("utf-8"))["cells"] if cell["cell_type"] == "code"]
+    (source,) = (source for cell in cells if words in (source := "".join(cell["source"])))
+    return source
+
+
+def test_a_run_without_a_prompt_is_exported(lm, texts, tmp_path, capsys):
+    pytest.importorskip("transformers")
+    places = {"data_dir": str(tmp_path / "data"), "runs_dir": str(tmp_path), "run_name": "here"}
+    config = lm.Config.from_preset("smoke", source=texts[0], val_fraction=0.2, prompt="", max_steps=1, **places)
+    lm.train(config)
+    run = tmp_path / "here"
+    names = vars(lm) | {"config": config, "run": run, "encoding": lm.load_run(run)[2]}
+    exec(source_with("exported = export_hf("), names)
+    assert "logits differ by at most" in capsys.readouterr().out
