@@ -81,6 +81,16 @@ def test_sweep_makes_a_tidy_table_reuses_what_is_finished_and_reports_what_fails
     assert losses.shape == (64,) and losses.isfinite().all()
 
 
+def test_runs_on_other_text_are_not_taken_for_those_of_now(common):
+    (first,) = sweep({"a": {"n_layer": 1}}, **common).run
+    file = Path(common["source"]).with_name("00.txt")
+    file.touch()
+    assert list(sweep({"a": {"n_layer": 1}}, **common).run) == [first]
+    file.write_text("Another beginning.\n" * 40)
+    (second,) = sweep({"a": {"n_layer": 1}}, **common).run
+    assert second != first and (Path(second) / "summary.json").exists()
+
+
 def test_runs_of_one_seed_are_compared_in_pairs():
     losses = {("base", 0): 2.0, ("base", 1): 3.0, ("better", 0): 1.8, ("better", 1): 2.9}
     losses |= {("alone", 1): 3.2, ("new", 2): 1.0}

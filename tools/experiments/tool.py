@@ -11,6 +11,7 @@ A table is a pandas DataFrame with a row per run: `table.to_csv("answer.csv")` k
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +28,7 @@ from machinery.errors import UserError, told
 from machinery.files import free_bytes, json_digest, read_jsonl, read_note
 from machinery.machine import Machine, usable_cores
 from machinery.notebook import defining_cells, load_definitions
+from machinery.preparation import open_sources, tokenizer_digest
 from model_utils import count_parameters, flops_per_token, predict
 from tools.common import train_apart
 from tools.runs import paired_effect, verdict
@@ -52,7 +54,8 @@ def sweep(
 
     `variants` maps a label to its overrides of `preset`, `common` are overrides of all. Returns a row per run: label,
     seed, what the variants override, what the run's summary holds, FLOPs, and the run's folder. A run that is finished
-    on disk is not made again, and one that was cut off goes on; a change of the notebook's definitions makes a new one.
+    on disk is not made again, and one that was cut off goes on; a change of the notebook's definitions, or of the text,
+    makes a new one.
     A run that fails is a row with its `error`, and the others go on. `then` is called with the folder of each run that
     is finished, before more are begun. `jobs` is, unless given, the number of cores over `threads`; on a GPU no more
     than its memory and the disk hold. Raises UserError for a configuration that cannot work, before any training.
@@ -65,11 +68,13 @@ def sweep(
     for label, values in variants.items():
         if given := {"seed", "run_name"} & (common.keys() | values.keys()):
             raise UserError(f"{min(given)} of {label!r} would not count: seeds=(…) gives seeds, a sweep names")
+        text = None  # of all seeds
         for seed in seeds:
             config = lm.Config.from_preset(preset, **(PLAIN | common | values | {"seed": seed, "run_name": ""}))
             own = replace(config, resume="never")  # takes no batch of a run that has the preset's name
             own = settle_batch(own, Machine.find(config.device, config.dtype))
-            config = _named(replace(own, resume=config.resume), source)
+            text = text or _text(own)
+            config = _named(replace(own, resume=config.resume), [source, *text])
             with torch.device("meta"):  # an unknown variant, and what the model holds
                 runs.append((label, config, lm.build_model(config)))
     jobs = jobs or max(1, usable_cores() // threads)
@@ -256,7 +261,17 @@ def places(options: dict) -> dict:
     return {name: options[name] for name in ("source", "data_dir") if name in options}
 
 
-def _named(config, source: str):
+def _text(config) -> list[str]:
+    """What changes with the content of the text and of the tokenizer that a run reads; where that fails, it tells."""
+    settings = {name: getattr(config, name) for name in ("source", "val_source", "text_column", "split_on")}
+    apart = [str(Path(folder).absolute()) for folder in (config.data_dir, config.runs_dir)]
+    with contextlib.suppress(UserError):
+        sources = open_sources({"settings": settings, "apart": apart})
+        return [tokenizer_digest(config.tokenizer), *(source.digest() for source in sources if source)]
+    return ["none"]
+
+
+def _named(config, source: list[str]):
     """The config, with a run_name that changes with whatever may change the result."""
     values = {name: value for name, value in config.to_dict().items() if name not in KEEPING}
     return replace(config, run_name=f"sweep-{json_digest([values, source])[:10]}")
