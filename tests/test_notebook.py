@@ -232,3 +232,9 @@ def test_a_run_without_a_prompt_is_exported(lm, texts, tmp_path, capsys):
     names = vars(lm) | {"config": config, "run": run, "encoding": lm.load_run(run)[2]}
     exec(source_with("exported = export_hf("), names)
     assert "logits differ by at most" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("values", [{"block_size": 3, "batch_tokens": 12}, {"position": "none", "n_embd": 4}])
+def test_rotary_positions_are_shown_for_a_short_context_and_for_heads_of_one_channel(lm, values):
+    names = {"config": lm.Config.from_preset("smoke", **values), "play": lambda draw, **_: draw()}
+    exec(source_with("play(draw_rope"), vars(lm) | names)
