@@ -163,7 +163,7 @@ COMPUTED = [
     (TEXT, "about # million parameters for a day", lambda lm: [round(_millions(lm, "day"), -1)]),
     (DOCS, "n_embd·block_size = # GFLOP", lambda lm: [flops_per_token(*reversed(sized(lm, "day"))) / 1e9]),
     (DOCS, "with N = #M. A 4090 does # TFLOP/s", lambda lm: [_millions(lm, "day"), DATASHEET_TFLOPS["RTX 4090"]]),
-    (TEXT, "of 1 hour would end at a loss of about #, of 6 at #, of 12 at #, of 24 at #",
+    (TEXT, "would end at a loss of about # with 1 hour, # with 6, # with 12, # with 24",
      lambda lm: [day_on(lm, "RTX 4090", hours)[2] for hours in (1, 6, 12, 24)]),
     (TEXT, "In `day`, sharing lowers training memory by only #%",
      lambda lm: [100 - 100 * _bytes(lm) / _bytes(lm, attention="mha")]),
