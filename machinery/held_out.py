@@ -95,16 +95,13 @@ def look_at(texts: list[str]) -> list[tuple[int, array, bytes]]:
     contents = [text.encode("utf-8", "surrogatepass") for text in texts]
     looked_at = [_lines_and_all(content) for content in contents]
     shingles = _shingles([whole for _, whole in looked_at])
-    of_short = iter(_shingles([whole for _, whole in looked_at if len(whole) < SHORT], OFTEN))
     found = []
     for content, (lines, whole), some in zip(contents, looked_at, shingles):
         hashes = array("q", [*map(abs, map(hash, lines))])  # from a list, which is faster
-        smallest = _smallest(lines, whole, some)
-        some = next(of_short) if len(whole) < SHORT else some
         hashes.frombytes(some.tobytes())
         if not len(some):
             hashes.append(-abs(hash(whole)))  # all of it, whatever lines it is in
-        found.append((len(content), hashes, smallest))
+        found.append((len(content), hashes, _smallest(lines, whole, some)))
     return found
 
 
@@ -112,12 +109,12 @@ def _smallest(lines: list[bytes], whole: bytes, shingles: np.ndarray | None = No
     """What stands for a text: the smallest of its longer lines, or where these are few, of its shingles."""
     if sum(map(len, lines)) < FEW * len(whole) or len(lines) < FEW_LINES and max(map(len, lines)) >= PARAGRAPH:
         some = _shingles([whole])[0] if shingles is None else shingles
-        if len(some) >= LEAST:
+        if np.count_nonzero(some < PICKED) >= LEAST:
             return some.min().tobytes()
     return smallest_line(lines)
 
 
-def _shingles(texts: list[bytes], every: int = EVERY) -> list[np.ndarray]:
+def _shingles(texts: list[bytes]) -> list[np.ndarray]:
     """Of each text the hashes, below 0, of some stretches of `SHINGLE` bytes; the stretch itself decides (Manber 1994).
 
     A hash is a polynomial of the bytes, modulo 2⁶⁴, put together from those of halves of the stretch.
@@ -129,11 +126,15 @@ def _shingles(texts: list[bytes], every: int = EVERY) -> list[np.ndarray]:
         factor, span = factor * factor % 2**64, 2 * span
     within = (codes[: len(hashes)] != 0) & (codes[SHINGLE - 1 :] != 0)  # one text
     hashes *= np.uint64(FACTOR)
-    places = np.flatnonzero((hashes < np.uint64(2**64 // every)) & within)
+    places = np.flatnonzero((hashes < np.uint64(2**64 // OFTEN)) & within)
     ends = np.cumsum([len(text) + SHINGLE for text in texts])
     found = np.split((hashes[places] | np.uint64(1 << 63)).view(np.int64), np.searchsorted(places, ends[:-1]))
-    # In a run of a few signs all stretches are alike
-    return [np.unique(some) if len(some) > 2 * len(text) // every else some for text, some in zip(texts, found)]
+    for number, text in enumerate(texts):
+        every = OFTEN if len(text) < SHORT else EVERY
+        some = found[number] if every == OFTEN else found[number][found[number] < PICKED]
+        # In a run of a few signs all stretches are alike
+        found[number] = np.unique(some) if len(some) > 2 * len(text) // every else some
+    return found
 
 
 def picked_anywhere(shingles: Collection[int]) -> list[int]:
