@@ -41,7 +41,7 @@ ODD_SIGNS = re.compile(  # and marks on letters
     rb"|\xd9[\x80\x8b-\x9f\xaa-\xad]|\xe2[\x80-\xaf][\x80-\xbf]|\xe3\x80[\x80-\xbf]|\xef\xb8[\x80-\xaf]"
     rb"|\xef\xbc[\x80-\x8f\x9a-\xa0\xbb-\xbf]|\xef\xbd[\x80\x9b-\xa5]"
 )
-NUMBERED = re.compile(rb"\n[0-9]+")  # lines, or the times they begin with
+NUMBERED = re.compile(rb"\n[0-9]+(?:t[0-9]+z?)?")  # lines, or the times they begin with
 LONG_LINE, SPACED_LINE = 16, 20  # characters of a line that tells one document from another, without and with blanks
 CONTINUED = bytes(range(0x80, 0xC0))  # what follows the first byte of a character
 QUOTED = re.compile(rb"(?m)^(?:[ \t]*>)+")  # as in a reply

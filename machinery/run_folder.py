@@ -157,7 +157,8 @@ class RunFolder:
 
     def same_text(self, tokenizer: dict, key: str, dtype: str) -> None:
         """Raise `UserError` where a run would go on with another tokenizer or text; say where its precision changes."""
-        name, advice = self.path.name, "use a new run_name, or resume='never' to start over"
+        name = self.path.name
+        advice = "use a new run_name (init_from takes an export of this one), put the text back, or resume='never'"
         saved = read_json(self.path / "config.json")
         if read_json(self.path / "tokenizer.json", advice=COPY) != tokenizer:
             raise UserError(

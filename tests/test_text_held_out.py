@@ -206,6 +206,9 @@ IN_OTHER_SIGNS = {  # what is done to each line of a copy, or to the whole of it
     "a box": lambda text: re.sub("(?m)^", "│ ", text),
     "numbered lines": lambda text: "\n".join(f"{n:4} {line}" for n, line in enumerate(text.split("\n"))),
     "times": lambda text: "\n".join(f"[2024-05-17 10:{n:02}] {line}" for n, line in enumerate(text.split("\n"))),
+    "ISO times": lambda text: "\n".join(
+        f"2024-05-17T10:23:{n:02}.5Z {line}" for n, line in enumerate(text.split("\n"))
+    ),
     "capitals": str.upper,
     "emphasis": lambda text: re.sub(r"\b(\w{5,})\b", r"**\1**", text),
     "escaped": lambda text: json.dumps(text),
