@@ -20,6 +20,7 @@ import zlib
 from array import array
 from collections import Counter
 from collections.abc import Collection, Container, Iterable, Sequence
+from itertools import pairwise
 
 import numpy as np
 
@@ -41,7 +42,8 @@ ODD_SIGNS = re.compile(  # and marks on letters
     rb"|\xd9[\x80\x8b-\x9f\xaa-\xad]|\xe2[\x80-\xaf][\x80-\xbf]|\xe3\x80[\x80-\xbf]|\xef\xb8[\x80-\xaf]"
     rb"|\xef\xbc[\x80-\x8f\x9a-\xa0\xbb-\xbf]|\xef\xbd[\x80\x9b-\xa5]"
 )
-NUMBERED = re.compile(rb"\n[0-9]+(?:t[0-9]+z?)?")  # lines, or the times they begin with
+NUMBER = re.compile(rb"\n[0-9]{1,7}")  # of a line
+TIME = re.compile(rb"(?:\d{4}-\d\d-\d\dT?)?\d\d?:\d\d(?::\d\d(?:[.,]\d+)?)?Z?")  # in a log or a chat, without blanks
 LONG_LINE, SPACED_LINE = 16, 20  # characters of a line that tells one document from another, without and with blanks
 CONTINUED = bytes(range(0x80, 0xC0))  # what follows the first byte of a character
 QUOTED = re.compile(rb"(?m)^(?:[ \t]*>)+")  # as in a reply
@@ -50,6 +52,7 @@ NO_LETTERS = re.compile(r"[^\w\s\x00-\x7f]{64}")  # if they are marks on one let
 SHINGLE, EVERY, LEAST = 32, 16, 4  # bytes of one; one of so many is picked; with fewer, a text is not told by them
 SHORT, OFTEN = 256, 4  # of a text of fewer bytes, one of so many is picked
 FACTOR = 0x9E3779B97F4A7C15  # odd, and without a pattern: 2⁶⁴ over the golden ratio
+NUMBERED_LINE, MOSTLY = 48, 0.6  # bytes of a line, and share of a text, without which numbers or times are what counts
 PICKED = 2**64 // EVERY - 2**63  # what is picked in any text has a hash below this
 FEW_LINES, PARAGRAPH, FEW = 8, 64, 0.33  # with fewer lines, one of so many bytes, or less of a text in longer ones: few
 NEAR_COPY = 0.5  # share of a document's longer lines, or shingles, that makes a near-copy
@@ -77,14 +80,27 @@ def _lines_and_all(content: bytes) -> tuple[list[bytes], bytes]:
         for line, whole in zip(dense.split(b"\n"), plain.split(b"\n"))
         if len(line) >= surely or (len(line) > SPACED_LINE // 2 and _is_long(line, whole))
     ]
-    whole = (b"\n" + dense.replace(b"\\n", b"")).translate(SMALL, SIGNS)  # a line end may be escaped
+    whole = b"\n" + dense.replace(b"\\n", b"")  # a line end may be escaped
+    whole = _without_numbers(whole).translate(SMALL, SIGNS + b"\n")
     if not plain.isascii():
         whole = ODD_SIGNS.sub(b"", whole)
-    rest, numbered = NUMBERED.subn(b"", whole)
-    whole = (rest if 2 * numbered > whole.count(b"\n") else whole).translate(None, b"\n")
     if len(whole) < FEW * len(dense):  # of numbers, or signs
         whole = dense.translate(None, b"\n")
     return found or [dense.translate(None, b"\n>")], whole
+
+
+def _without_numbers(dense: bytes) -> bytes:
+    """A text without the times that most of its lines hold, and the numbers by which long lines are counted."""
+    lines = dense.count(b"\n")
+    if 2 * dense.count(b":") > lines:
+        rest, times = TIME.subn(b"", dense)
+        if 2 * times > lines and len(rest) > MOSTLY * len(dense):  # of a timetable, times say what it is
+            dense = rest
+    if len(dense) > NUMBERED_LINE * lines:
+        numbers = [int(number) for number in NUMBER.findall(dense)]
+        if 2 * sum(after - before == 1 for before, after in pairwise(numbers)) > lines:
+            dense = NUMBER.sub(b"", dense)
+    return dense
 
 
 def look_at(texts: list[str]) -> list[tuple[int, array, bytes]]:
@@ -141,6 +157,12 @@ def picked_anywhere(shingles: Collection[int]) -> list[int]:
     """Of the hashes of shingles those that are picked in a text of any length; all where these are few."""
     picked = [each for each in shingles if each < PICKED]
     return picked if len(picked) >= LEAST else [*shingles]
+
+
+def without_common(hashes: Collection[int], common: Container[int]) -> list[int]:
+    """The hashes of a text; of a short one without the shingles that many texts hold, as those of a template."""
+    is_short = any(PICKED <= each < 0 for each in hashes)
+    return [each for each in hashes if each not in common] if is_short else [*hashes]
 
 
 def _plain(content: bytes) -> bytes:

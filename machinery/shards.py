@@ -28,6 +28,7 @@ from machinery.held_out import (
     falls_within,
     look_at,
     picked_anywhere,
+    without_common,
 )
 from machinery.sources import EMPTY_ROWS, NOT_UTF8, Position, Source, named
 from machinery.text_files import in_parts
@@ -37,6 +38,7 @@ MANIFEST_VERSION = 18  # part of the settings: shards of an earlier way are not 
 FEW_BYTES = 10_000  # of held-out text, about 3,000 tokens
 FEWEST, MOST = 0.25, 2.0  # of the wanted held-out text: with less or more, ends of documents are held out instead
 LEAST_END = 64  # bytes of an end that says something
+MANY_HOLDERS = 16  # training documents with a shingle that tells no copy of a short text
 PASSAGES, RARE = 4, 0.04  # training documents, and share of them, that hold a stretch of which they are passages
 
 
@@ -83,6 +85,7 @@ def new_manifest(settings: dict, encoding: tiktoken.Encoding, held_out: str, spa
         "is_split": False,  # whether split_on was found
         "val_source_cut": False,  # whether val_source holds more than a shard, of which the rest is not read
         "passed_over": {},  # beside the text: kinds of files and rows, and how many
+        "common": [],  # shingles that many documents of the first shard hold, so that they tell no copy of a short text
         "trained_lines": "",  # of the held-out ones: which stand in the training text so far (`HeldOutLines`)
         "position": 0,  # in the source, after the last closed shard: where an interrupted preparation goes on
         "complete": False,
@@ -239,29 +242,33 @@ class Collected:
             yield Encoded("val", 0, [ids], length, own, smallest.to_bytes(8, "big", signed=True), ends)
             at, line = at + size, line + lines
 
-    def copied(self, training: array, ends: array) -> set[int]:
+    def copied(self, training: array, ends: array) -> tuple[set[int], set[int]]:
         """The numbers of those that are copied in the training text, whose hashes and ends of documents are given; in
-        several documents together, too, by those shingles that few of them hold.
+        several documents together, too, by those shingles that few of them hold. And the shingles that many hold.
         """
         held_out, own, others = HeldOutLines(), np.frombuffer(self.lines, np.int64), np.frombuffer(training, np.int64)
         known = np.zeros(1 << 24, bool)  # by a part of each hash: of most others it says at once that they are none
         known[own >> 39] = True
         places = np.flatnonzero(known[others >> 39])
-        met = set(others[places].tolist())
+        numbers, hashes = np.searchsorted(ends, places, side="right").tolist(), others[places].tolist()
+
+        def training_documents() -> Iterator[set[int]]:
+            for _, some in groupby(zip(numbers, hashes), itemgetter(0)):
+                yield {each for _, each in some}
+
+        holders = Counter(each for some in training_documents() for each in some if each < 0)
+        met = set(hashes).intersection(self.lines)
+        common = {each for each in met if holders[each] > MANY_HOLDERS}
         for document in self:
-            held_out.add(document.lines, met)
-        found = zip(np.searchsorted(ends, places, side="right").tolist(), others[places].tolist())
-        holders = Counter()
-        for _, some in groupby(found, itemgetter(0)):  # of one document
-            hashes = {each for _, each in some}
-            held_out.train(hashes, always=True)
-            holders.update(each for each in hashes if each < 0)
+            held_out.add(without_common(document.lines, common), met)
+        for some in training_documents():
+            held_out.train(some, always=True)
         rare = {each for each, count in holders.items() if count <= min(PASSAGES, RARE * len(ends))}
         for number, document in enumerate(self):
             shingles = picked_anywhere({each for each in document.lines if each < 0})
             if len(rare.intersection(shingles)) >= NEAR_COPY * len(shingles):
                 held_out.copied.add(number)
-        return held_out.copied
+        return held_out.copied, common
 
 
 class UnevenSides(Exception):
@@ -280,7 +287,7 @@ class HeldOut:
         self.manifest, self.writer = manifest, ShardWriter(folder, "val", manifest)
         self.documents = Collected(self.writer.dtype)
         self.lines, self.training, self.ends = HeldOutLines(), array("q"), array("q")
-        self.is_open = not manifest["shards"]["val"]
+        self.is_open, common = not manifest["shards"]["val"], {*manifest["common"]}
         for shard in manifest["shards"]["val"]:
             path = folder / shard["name"]
             with told(path, DataError, "cannot be read", "remove the folder to tokenize again"):
@@ -291,7 +298,7 @@ class HeldOut:
                 text, lines = encoding.decode_bytes(document.tolist()).decode(), array("q")
                 for piece in in_parts(text, PIECE):
                     lines.extend(look_at([piece])[0][1])
-                self.lines.add(lines)
+                self.lines.add(without_common(lines, common))
         self.lines.trained = manifest["trained_lines"]
 
     def takes_apart(self, document: Encoded) -> bool:
@@ -314,7 +321,7 @@ class HeldOut:
     def close(self, training_bytes: int) -> None:
         """Write what is held out. Raises `UnevenSides`, or `DataError` where no other way is left."""
         settings, way, self.is_open = self.manifest["settings"], self.manifest["held_out"], False
-        copied = self.documents.copied(self.training, self.ends)
+        copied, common = self.documents.copied(self.training, self.ends)
         if way == "tails" and len(copied) == len(self.documents):  # a text that repeats itself
             copied, self.manifest["repeated"] = set(), True
         sizes = self.documents.counts[2::4]
@@ -341,8 +348,9 @@ class HeldOut:
             seen.add(document.smallest)
             self.writer.add(document)
             if not self.manifest["complete"]:  # more text is to come
-                self.lines.add(document.lines)
+                self.lines.add(without_common(document.lines, common))
         if not self.manifest["complete"]:
+            self.manifest["common"] = sorted(common)
             training = np.frombuffer(self.training, np.int64)
             self.lines.train(training[training >= 0].tolist(), always=True)
         self.training = self.ends = array("q")

@@ -90,6 +90,7 @@ class Source:
 
         Byte order marks are no text; files that were put together have several.
         """
+        text = text.lstrip("\ufeff")
         documents = [text]
         if self.separator:  # which may be the first or the last line of the text, too
             before, after = self.line_ends

@@ -240,6 +240,44 @@ def test_a_short_row_with_something_before_or_after_it_is_a_copy(tmp_path, size,
     assert len(held_out) > 20 and sum(other[text] in trained for text in held_out) < 0.05 * len(held_out)
 
 
+@pytest.mark.parametrize("kind", ["people", "sums", "questions"])
+def test_short_rows_by_a_template_are_no_copies_of_one_another(tmp_path, monkeypatch, kind):
+    """In the first shard or later, interrupted or not."""
+    chance = random.Random(kind)
+    make = {
+        "people": "{0} is a professional player of basketball, born in the town of Alba in {1}.",
+        "sums": "If {0} has {1} apples and buys {2} more apples, how many apples are there?",
+        "questions": "Столица какой страны называется {0}?",
+    }[kind]
+    names = ["".join(chance.choices("abcdefghijklmnoprstu", k=chance.randrange(6, 13))) for _ in range(2000)]
+    texts = [make.format(name.title(), *chance.choices(range(9999), k=2)) for name in names]
+    root = write(tmp_path / "texts", {"rows.jsonl": [{"text": text} for text in texts]})
+    whole = prepare(tmp_path / "whole", root, val_fraction=0.1).manifest
+    assert whole["held_out"] == "documents" and whole["documents"]["val"] > 100
+    assert whole["set_aside"]["documents"] < 0.05 * len(texts)
+    monkeypatch.setattr(data_utils, "SHARD_TOKENS", 60_000)
+    whole = prepare(tmp_path / "shards", root, val_fraction=0.1).manifest
+    assert not prepare(tmp_path / "part", root, val_fraction=0.1, max_tokens=1000).manifest["complete"]
+    assert prepare(tmp_path / "part", root, val_fraction=0.1).manifest["shards"] == whole["shards"]
+    assert len(whole["shards"]["train"]) > 1 and whole["set_aside"]["documents"] < 0.1 * len(texts)
+
+
+def test_tables_that_begin_with_numbers_or_times_are_compared_by_them(tmp_path):
+    chance = random.Random(0)
+    kinds = [
+        lambda: "".join(f"{chance.random():.3f},{chance.random():.3f},setosa\n" for _ in range(30)),
+        lambda: "".join(f"{hour:02}:00 {chance.random() * 40:.2f} C\n" for hour in range(24)),
+        lambda: "".join(f"{n}. {chance.choice(WORDS)} {chance.choice(WORDS)}\n" for n in range(40)),
+    ]
+    for i, make in enumerate(kinds):
+        texts = [make() for _ in range(100)]
+        texts += [text.replace("\n", " ") for text in texts[:40]]
+        data = prepare(tmp_path, write(tmp_path / f"{i}", {"rows.jsonl": [{"text": text} for text in texts]}))
+        trained, held_out = ([text.replace("\n", " ") for text in texts_of(data, side)] for side in ("train", "val"))
+        assert data.manifest["held_out"] in ("documents", "ranked"), i
+        assert len(held_out) > 3 and not {*held_out} & {*trained} and data.manifest["set_aside"]["documents"] < 20, i
+
+
 def test_many_marks_on_a_letter_take_no_time():
     for marks in ("\u0301\u0316", "\u05b0\u05c1", "\u064b\u0650", "\u0f71\u0f74"):
         start = time.perf_counter()
