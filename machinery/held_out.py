@@ -36,7 +36,7 @@ ODD_LINE_ENDS = {end.encode() for end in "\x85\u2028\u2029"}  # among those blan
 NO_WIDTH = {sign.encode() for sign in "\xad\u061c\u180e\u200b\u200c\u200d\u200e\u200f\ufeff"}
 NO_WIDTH |= {chr(code).encode() for code in (*range(0x202A, 0x202F), *range(0x2060, 0x2070), *range(0xFE00, 0xFE10))}
 SMALL = bytes.maketrans(string.ascii_uppercase.encode(), string.ascii_lowercase.encode())
-SIGNS = bytes({*range(128)} - {*b"\n", *string.ascii_letters.encode(), *string.digits.encode()})
+SIGNS = bytes({*range(128)} - {*string.ascii_letters.encode(), *string.digits.encode()})
 ODD_SIGNS = re.compile(  # and marks on letters
     rb"\xc2[\x80-\xbf]|\xcc[\x80-\xbf]|\xcd[\x80-\xaf]|\xd6[\x91-\xbf]|\xd7[\x80-\x87]|\xd8[\x80-\x9f]"
     rb"|\xd9[\x80\x8b-\x9f\xaa-\xad]|\xe2[\x80-\xaf][\x80-\xbf]|\xe3\x80[\x80-\xbf]|\xef\xb8[\x80-\xaf]"
@@ -81,7 +81,7 @@ def _lines_and_all(content: bytes) -> tuple[list[bytes], bytes]:
         if len(line) >= surely or (len(line) > SPACED_LINE // 2 and _is_long(line, whole))
     ]
     whole = b"\n" + dense.replace(b"\\n", b"")  # a line end may be escaped
-    whole = _without_numbers(whole).translate(SMALL, SIGNS + b"\n")
+    whole = _without_numbers(whole).translate(SMALL, SIGNS)
     if not plain.isascii():
         whole = ODD_SIGNS.sub(b"", whole)
     if len(whole) < FEW * len(dense):  # of numbers, or signs

@@ -264,9 +264,8 @@ def places(options: dict) -> dict:
 def _text(config) -> list[str]:
     """What changes with the content of the text and of the tokenizer that a run reads; where that fails, it tells."""
     settings = {name: getattr(config, name) for name in ("source", "val_source", "text_column", "split_on")}
-    apart = [str(Path(folder).absolute()) for folder in (config.data_dir, config.runs_dir)]
     with contextlib.suppress(UserError):
-        sources = open_sources({"settings": settings, "apart": apart})
+        sources = open_sources({"settings": settings, "apart": [str(Path(config.runs_dir).absolute())]})
         return [tokenizer_digest(config.tokenizer), *(source.digest() for source in sources if source)]
     return ["none"]
 
