@@ -2,7 +2,7 @@
 
 Documents are compared by their longer lines, and by *shingles*: stretches of letters and digits, of which their own
 content picks some, wherever they stand, whatever lines they are in. Blank space, line ends, ways to write an accent and
-the ">" of a quoted line do not count, for shingles nor do capitals, signs and numbers of lines. The side of a document
+the ">" of a quoted line do not count, for shingles nor do capitals, accents, signs and numbers of lines. The side of a document
 is that of its smallest line, by a hash: a function of its content alone, in which near-copies mostly agree, since two
 documents have the same smallest line as often as they have lines in common (MinHash; Broder 1997). What is then still
 copied on the other side (`HeldOutLines`) is set aside. A copy is not found that differs in every few words, nor a short
@@ -37,11 +37,7 @@ NO_WIDTH = {sign.encode() for sign in "\xad\u061c\u180e\u200b\u200c\u200d\u200e\
 NO_WIDTH |= {chr(code).encode() for code in (*range(0x202A, 0x202F), *range(0x2060, 0x2070), *range(0xFE00, 0xFE10))}
 SMALL = bytes.maketrans(string.ascii_uppercase.encode(), string.ascii_lowercase.encode())
 SIGNS = bytes({*range(128)} - {*string.ascii_letters.encode(), *string.digits.encode()})
-ODD_SIGNS = re.compile(  # and marks on letters
-    rb"\xc2[\x80-\xbf]|\xcc[\x80-\xbf]|\xcd[\x80-\xaf]|\xd6[\x91-\xbf]|\xd7[\x80-\x87]|\xd8[\x80-\x9f]"
-    rb"|\xd9[\x80\x8b-\x9f\xaa-\xad]|\xe2[\x80-\xaf][\x80-\xbf]|\xe3\x80[\x80-\xbf]|\xef\xb8[\x80-\xaf]"
-    rb"|\xef\xbc[\x80-\x8f\x9a-\xa0\xbb-\xbf]|\xef\xbd[\x80\x9b-\xa5]"
-)
+LETTERS = re.compile(r"[^\W_]+")  # and digits; no signs, and no marks on letters
 NUMBER = re.compile(rb"\n[0-9]{1,7}")  # of a line
 TIME = re.compile(rb"(?:\d{4}-\d\d-\d\dT?)?\d\d?:\d\d(?::\d\d(?:[.,]\d+)?)?Z?")  # in a log or a chat, without blanks
 LONG_LINE, SPACED_LINE = 16, 20  # characters of a line that tells one document from another, without and with blanks
@@ -83,8 +79,11 @@ def _lines_and_all(content: bytes) -> tuple[list[bytes], bytes]:
     whole = b"\n" + dense.replace(b"\\n", b"")  # a line end may be escaped
     whole = _without_numbers(whole).translate(SMALL, SIGNS)
     if not plain.isascii():
-        whole = ODD_SIGNS.sub(b"", whole)
-    if len(whole) < FEW * len(dense):  # of numbers, or signs
+        text = whole.decode("utf-8", "surrogatepass")
+        apart = text if _has_many_marks(text) else unicodedata.normalize("NFKD", text)
+        text = unicodedata.normalize("NFC", "".join(LETTERS.findall(apart)).casefold())
+        whole = text.encode("utf-8", "surrogatepass")
+    if _length(whole) < FEW * _length(dense):  # of numbers, or signs
         whole = dense.translate(None, b"\n")
     return found or [dense.translate(None, b"\n>")], whole
 
@@ -182,13 +181,18 @@ def _has_many_marks(text: str) -> bool:
     return any(all(map(unicodedata.combining, some)) for some in NO_LETTERS.findall(text))
 
 
+def _length(content: bytes) -> int:
+    """In characters."""
+    return len(content) if content.isascii() else len(content.translate(None, CONTINUED))
+
+
 def _plain_blank(blank: bytes) -> bytes:
     return b"\n" if blank in ODD_LINE_ENDS else b"" if blank in NO_WIDTH else b" "
 
 
 def _is_long(line: bytes, spaced: bytes) -> bool:
     """Whether a line tells one document from another; a row of a table may be little more than its blanks."""
-    size = len(line) if line.isascii() else len(line.translate(None, CONTINUED))
+    size = _length(line)
     return size >= LONG_LINE or (2 * size > SPACED_LINE and size + len(spaced.split()) > SPACED_LINE)
 
 

@@ -227,6 +227,25 @@ def test_a_copy_may_be_written_with_other_signs(tmp_path, kind):
     assert len(held_out) > 5 and not [text for text in held_out if other[text] in trained]
 
 
+CYRILLIC = str.maketrans("abcdefghijklmnoprstuvwxyz", "абцдефгхийклмнопрстувщызж")
+IN_OTHER_LETTERS = {  # a text and its copy
+    "capitals": (lambda text: text.translate(CYRILLIC), lambda text: text.translate(CYRILLIC).upper()),
+    "no accents": (lambda text: text.replace("e", "é").replace("o", "ö"), str),
+    "full width": (str, lambda text: text.translate({code: code + 0xFEE0 for code in range(0x21, 0x7F)})),
+}
+
+
+@pytest.mark.parametrize("kind", IN_OTHER_LETTERS)
+def test_a_copy_may_be_written_in_other_letters(tmp_path, kind):
+    texts = [textwrap.fill(" ".join(paragraphs(i, 6)), 72) for i in range(150)]
+    of_text, of_copy = IN_OTHER_LETTERS[kind]
+    written, copies = [of_text(text) for text in texts], [of_copy(text) for text in texts[:60]]
+    data = prepare(tmp_path, write(tmp_path, {"t/rows.jsonl": [{"text": text} for text in written + copies]}))
+    trained, held_out = set(texts_of(data, "train")), texts_of(data, "val")
+    other = dict(zip(written + copies, copies + [""] * 90 + written))
+    assert len(held_out) > 5 and not [text for text in held_out if other[text] in trained]
+
+
 @pytest.mark.parametrize("size", [60, 100, 140])
 @pytest.mark.parametrize("kind", ["RT @user7: {}", "{} https://t.co/5b7d", "{}…"])
 def test_a_short_row_with_something_before_or_after_it_is_a_copy(tmp_path, size, kind):
