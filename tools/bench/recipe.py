@@ -74,10 +74,10 @@ CHOICES: dict[str, dict] = {
 
 SHOWN = {  # in section 7: a change, and where the notebook explains it
     "LayerNorm": "LayerNorm (4.1)",
-    "absolute positions, and so random weights at first": "absolute positions, and so no `induction` (4.2)",
-    "MHA": "a key/value head per query head (4.3)",
-    "no qk_norm": "no `qk_norm` (4.3)",
-    "value embeddings (more parameters)": "value embeddings: 3.4M parameters, not 2.4M (4.3)",
+    "absolute positions, and so random weights at first": "absolute positions, and so no `induction` (4.3)",
+    "MHA": "a key/value head per query head (4.2)",
+    "no qk_norm": "no `qk_norm` (4.2)",
+    "value embeddings (more parameters)": "value embeddings: 3.4M parameters, not 2.4M (4.2)",
     "MLP": "an MLP with GELU (4.4)",
     "MLP with squared ReLU": "an MLP with squared ReLU (4.4)",
     "no embedding_norm": "no `embedding_norm` (4.5)",
