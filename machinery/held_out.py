@@ -2,11 +2,11 @@
 
 Documents are compared by their longer lines, and by *shingles*: stretches of letters and digits, of which their own
 content picks some, wherever they stand, whatever lines they are in. Blank space, line ends, ways to write an accent and
-the ">" of a quoted line do not count, for shingles nor do capitals, accents, signs and numbers of lines. The side of a document
-is that of its smallest line, by a hash: a function of its content alone, in which near-copies mostly agree, since two
-documents have the same smallest line as often as they have lines in common (MinHash; Broder 1997). What is then still
-copied on the other side (`HeldOutLines`) is set aside. A copy is not found that differs in every few words, nor a short
-one within a longer text, without a line in common.
+the ">" of a quoted line do not count, for shingles nor do capitals, accents, signs and numbers of lines. The side of a
+document is that of its smallest line, by a hash: a function of its content alone, in which near-copies mostly agree,
+since two documents have the same smallest line as often as they have lines in common (MinHash; Broder 1997). What is
+then still copied on the other side (`HeldOutLines`) is set aside. A copy is not found that differs in every few words,
+nor a short one within a longer text, without a line in common.
 """
 
 from __future__ import annotations
