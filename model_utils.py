@@ -21,9 +21,9 @@ from machinery.settings import kv_heads
 from machinery.sources import source_kind
 
 __all__ = [
-    "attention_maps", "best_shape", "choose_micro_batch",
-    "compute_optimal", "count_parameters", "cross_entropy", "evaluation_mode", "expected_loss", "flops_per_token",
-    "fused_attention", "loss_rows", "multiplying_parameters", "predict", "short_attention", "training_memory",
+    "attention_maps", "best_shape", "choose_micro_batch", "compute_optimal", "count_parameters", "cross_entropy",
+    "evaluation_mode", "expected_loss", "flops_per_token", "fused_attention", "loss_rows", "multiplying_parameters",
+    "predict", "shape_of", "short_attention", "training_memory",
 ]  # fmt: skip
 
 
@@ -56,18 +56,24 @@ def flops_per_token(model: nn.Module, config) -> float:
     return training_flops(multiplying_parameters(model), config)
 
 
-def best_shape(config, machine: Machine, hours: float) -> dict[str, int]:
-    """Overrides of `config` for the depth, at 64 channels per layer, that should be best after `hours`.
+def shape_of(config, n_layer: int) -> dict[str, int]:
+    """Overrides of `config` for so many blocks, at about 64 channels per block, with its heads' size and sharing."""
+    heads = max(1, round(n_layer * 64 / config.head_size))
+    size = {"n_layer": n_layer, "n_embd": heads * config.head_size, "n_head": heads}
+    size["n_kv_head"] = math.gcd(heads, max(1, heads * config.n_kv_head // config.n_head))
+    return size | {"n_ffn": 128 * math.ceil(size["n_embd"] / 48)}
 
-    Speed is taken to be half the rate of a large matrix product; loss is that of the law fitted to the source, or for
-    text from the hub, `expected_loss`. Prints the candidates near the best. Raises `UserError` where no law covers it.
+
+def best_shape(config, machine: Machine | str, hours: float) -> dict[str, float]:
+    """Overrides of `config` for the depth (`shape_of`) that should be best after `hours` on a machine or a named card.
+
+    Speed is taken to be half the rate of a large matrix product, or 40% of the card's datasheet; loss is that of the
+    law fitted to the source, or for text from the hub, `expected_loss`. Prints the candidates near the best. Raises
+    `UserError` where no law covers it.
     """
     sized, rows = replace(config, max_hours=hours, max_steps=0, max_tokens=0), []
     for depth in range(1, 65):
-        width = max(1, round(depth * 64 / config.head_size)) * config.head_size
-        heads = width // config.head_size
-        shape = {"n_layer": depth, "n_embd": width, "n_head": heads, "n_ffn": 128 * math.ceil(width / 48)}
-        shape["n_kv_head"] = math.gcd(heads, max(1, heads * config.n_kv_head // config.n_head))
+        shape = shape_of(config, depth)
         one = replace(sized, **shape)
         parameters, flops = multiplying_and_flops(one)
         tokens = tokens_within(one, machine)
@@ -88,7 +94,7 @@ def best_shape(config, machine: Machine, hours: float) -> dict[str, int]:
     for loss, unit, shape, parameters, tokens in rows[max(0, rows.index(best) - 2) : rows.index(best) + 3]:
         sizes = f"{shape['n_layer']:3d} × {shape['n_embd']:<5d}{parameters:14,.0f} weights {tokens:16,.0f} tokens"
         print(f"{sizes}  {loss:.3f} {unit}{'   <- best' if shape is best[2] else ''}")
-    return best[2]
+    return best[2] | {"max_hours": sized.max_hours}
 
 
 def training_memory(

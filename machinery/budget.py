@@ -9,8 +9,8 @@ from pathlib import Path
 from machinery.checkpoints import checkpoint_folders
 from machinery.errors import UserError
 from machinery.files import read_json
-from machinery.machine import Machine, measure_matmul_flops
-from machinery.settings import AUTO_BATCH, RATE_FIELDS, kv_heads
+from machinery.machine import DATASHEET_TFLOPS, Machine, measure_matmul_flops
+from machinery.settings import AUTO_BATCH, RATE_FIELDS, kv_heads, one_of
 
 # The best batch grows as the tokens of a run to the power 0.383 (Bergsma et al. 2025, arXiv 2505.13738), from what
 # `day` has: 524,288 tokens a step, of 3.7 billion in 24 hours of an RTX 4090 at 40% of its data sheet.
@@ -18,6 +18,7 @@ DAY_TOKENS, POWER = 3.7e9, 0.383
 LEAST_STEPS = 1000  # of a small run, for which that rule asks for too much (results/dial.md)
 OWN_PARTS = {"attention": ("mha", "gqa", "value"), "ffn": ("gated", "mlp", "relu2")}  # counted without a model
 SHARE = 0.5  # of the rate of a large matrix product that training is taken to reach; 2 times off is 1.3 times in batch
+MFU = 0.4  # of the datasheet rate of a card that is not here
 
 
 def best_batch(tokens: float, least_steps: int = LEAST_STEPS) -> float:
@@ -77,9 +78,17 @@ def training_flops(multiplying: float, config) -> float:
     return 6 * multiplying + 12 * config.n_layer * config.n_embd * config.block_size
 
 
-def tokens_within(config, machine: Machine) -> float:
+def training_rate(machine: Machine | str) -> float:
+    """The FLOP/s that training is taken to reach on a machine, or on a card by its name, such as "RTX 4080"."""
+    if isinstance(machine, str):
+        one_of("card", machine, list(DATASHEET_TFLOPS))
+        return MFU * 1e12 * DATASHEET_TFLOPS[machine]
+    return SHARE * measure_matmul_flops(machine) * machine.processes
+
+
+def tokens_within(config, machine: Machine | str) -> float:
     """About how many tokens the budget of `config` holds on `machine`: the least that one of its limits allows."""
-    rate = SHARE * measure_matmul_flops(machine) * machine.processes / multiplying_and_flops(config)[1]
+    rate = training_rate(machine) / multiplying_and_flops(config)[1]
     by_steps = config.max_steps and tokens_of_steps(config.max_steps)
     return min(limit for limit in (config.max_tokens, by_steps, config.max_hours * 3600 * rate) if limit)
 

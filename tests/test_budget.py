@@ -209,3 +209,7 @@ def test_the_best_shape_is_inside_of_what_was_tried_or_not_known(lm, monkeypatch
         with pytest.raises(UserError, match=f"the best size for .* is not known: .*{why}"):
             best_shape(config, CPU, hours=hours)
     assert best_shape(day, CPU, hours="24") == shape
+    small, large = (best_shape(day, card, hours=8)["n_layer"] for card in ("RTX 3090", "H100"))
+    assert small < best_shape(day, "RTX 4090", hours=8)["n_layer"] < large
+    with pytest.raises(UserError, match="card 'RTX4090' is not known; did you mean 'RTX 4090'"):
+        best_shape(day, "RTX4090", hours=8)
