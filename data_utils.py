@@ -22,13 +22,13 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 import torch
-from tqdm import tqdm
 
 from machinery.errors import DataError, UserError, told
 from machinery.files import json_digest, no_links, sha256
 from machinery.machine import Machine, is_out_of_memory
 from machinery.notebook import start_python
 from machinery.preparation import ADVICE, is_known, open_sources, tokenize, tokenizer_digest
+from machinery.screen import progress_bar
 from machinery.shards import MANIFEST_VERSION, is_enough, load_tokenizer, read_manifest, report, split_documents
 from machinery.sources import refuse_overlap
 from machinery.tokenizers import token_byte_counts
@@ -198,7 +198,7 @@ class TokenData:
 
     def wait(self, shards: int = 1, progress: bool = False) -> None:
         """Return when there are `shards` train shards, or no more to come. Raises what the other process raised."""
-        with tqdm(desc="tokenizing", unit="B", unit_scale=True, disable=not progress, file=sys.stdout) as bar:
+        with progress_bar(progress, desc="tokenizing", unit="B", unit_scale=True) as bar:
             while True:
                 code = running.poll() if (running := _background.get(self.folder)) else 0
                 manifest = self.manifest  # read after that: what has ended has written all of it

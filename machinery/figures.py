@@ -21,7 +21,7 @@ from matplotlib.patches import Rectangle
 from machinery.errors import UserError, printable, readable, told
 from machinery.files import folder_path, read_jsonl, read_note
 from machinery.run_folder import as_sample, run_state
-from machinery.screen import duration, keep_printing
+from machinery.screen import duration, in_notebook, keep_printing, shell
 
 
 def show(*pictures) -> None:
@@ -52,21 +52,9 @@ def describe(figure: Figure) -> str:
     return "; ".join(dict.fromkeys(parts))
 
 
-def _shell():
-    """The notebook's kernel or IPython's terminal; None in a program."""
-    from IPython import get_ipython  # where figures are shown; training needs none
-
-    return get_ipython()
-
-
-def in_notebook() -> bool:
-    """Whether pictures can be displayed: in a notebook's kernel, also where a program executes the notebook."""
-    return hasattr(_shell(), "get_parent")
-
-
 def attended() -> bool:
     """Whether somebody runs this cell: programs that execute notebooks say that nobody could answer a question."""
-    return in_notebook() and _shell().get_parent().get("content", {}).get("allow_stdin", True)  # a control is silent
+    return in_notebook() and shell().get_parent().get("content", {}).get("allow_stdin", True)  # a control is silent
 
 
 def play(draw: Callable, **controls) -> None:
@@ -82,7 +70,7 @@ def play(draw: Callable, **controls) -> None:
     from ipywidgets import Textarea, interactive
 
     first, metadata = draw(), {}
-    picture, _ = _shell().display_formatter.format(first)  # for a page made of the notebook that is saved now
+    picture, _ = shell().display_formatter.format(first)  # for a page made of the notebook that is saved now
     if isinstance(first, Figure):
         metadata = {"image/png": {"alt": describe(first)}}
         plt.close(first)

@@ -17,9 +17,10 @@ import matplotlib.pyplot as plt
 import psutil
 
 from machinery.errors import first_line
-from machinery.figures import describe, draw_run, in_notebook
+from machinery.figures import describe, draw_run
 from machinery.files import json_digest, read_jsonl, read_note, refuse_link, regular_file, write_atomic
 from machinery.run_folder import as_sample
+from machinery.screen import in_notebook
 
 
 class Logger:

@@ -7,18 +7,17 @@ from __future__ import annotations
 
 import contextlib
 import json
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import tiktoken
 from filelock import FileLock, Timeout
-from tqdm import tqdm
 
 from machinery.errors import DataError, told
 from machinery.files import no_links, write_atomic
 from machinery.held_out import is_held_out, span_of_share
+from machinery.screen import progress_bar
 from machinery.shards import (
     UnevenSides,
     is_enough,
@@ -66,7 +65,7 @@ def tokenize(folder: Path, task: dict, progress: bool, source: Source, val_sourc
             return encoding
         if manifest and manifest["text"] and settings["text"] != source.stamp():
             _refuse_other_text(manifest, source, val_source)
-        with tqdm(desc="tokenizing", unit="B", unit_scale=True, disable=not progress, file=sys.stdout) as bar:
+        with progress_bar(progress, desc="tokenizing", unit="B", unit_scale=True) as bar:
             read = sum(manifest["bytes"].values()) if manifest else 0
 
             def advance(size: int) -> None:

@@ -47,12 +47,28 @@ def keep_printing() -> None:
         stdout.write, stdout.flush = careful(stdout.write), careful(stdout.flush)
 
 
+def shell():
+    """The notebook's kernel or IPython's terminal; None in a program."""
+    return sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+
+
+def in_notebook() -> bool:
+    """Whether pictures can be displayed: in a notebook's kernel, also where a program executes the notebook."""
+    return hasattr(shell(), "get_parent")
+
+
+def progress_bar(shown: bool = True, **options) -> tqdm:
+    """tqdm's bar, where a line can be drawn anew: in a terminal or a notebook, not in a file."""
+    drawn = in_notebook() or (not sys.stdout.closed and sys.stdout.isatty())
+    return tqdm(file=sys.stdout, disable=not (shown and drawn), **options)
+
+
 class Screen:
-    """tqdm's bar over the budget. Plain text, so that it looks the same in a terminal, a notebook and a saved page."""
+    """A bar over the budget. Plain text, so that it looks the same in a terminal, a notebook and a saved page."""
 
     def __init__(self, progress: float) -> None:
-        self._bar = tqdm(
-            total=1.0, initial=progress, file=sys.stdout, bar_format="{percentage:5.1f}% |{bar:20}| {desc}",
+        self._bar = progress_bar(
+            total=1.0, initial=progress, bar_format="{percentage:5.1f}% |{bar:20}| {desc}",
             mininterval=0.5, miniters=1 / 2000,  # at most 2,000 updates: a saved page stays small
         )  # fmt: skip
 
