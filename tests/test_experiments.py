@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from machinery.errors import UserError
+from machinery.huggingface import config_from_hf, export_hf
 from machinery.machine import Machine
 from model_utils import count_parameters, flops_per_token, predict
 from tools.experiments import (
@@ -89,6 +90,16 @@ def test_runs_on_other_text_are_not_taken_for_those_of_now(common):
     file.write_text("Another beginning.\n" * 40)
     (second,) = sweep({"a": {"n_layer": 1}}, **common).run
     assert second != first and (Path(second) / "summary.json").exists()
+
+
+def test_runs_that_begin_with_other_weights_are_not_taken_for_those_of_now(lm, common, tmp_path):
+    values, places = common | {"n_layer": 1, "max_steps": 1}, []
+    for seed in (0, 1):
+        lm.train(lm.Config.from_preset("smoke", **values, seed=seed, run_name=f"begun-{seed}"))
+        fields = config_from_hf(export_hf(tmp_path / "runs" / f"begun-{seed}", tmp_path / "export"))  # one folder
+        places += list(sweep({"a": fields}, **values).run)
+    assert len(set(places)) == 2
+    assert list(sweep({"a": fields}, **values).run) == places[1:]
 
 
 def test_runs_of_one_seed_are_compared_in_pairs():

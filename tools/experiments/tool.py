@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from machinery.budget import settle_batch
 from machinery.errors import UserError, told
-from machinery.files import free_bytes, json_digest, read_jsonl, read_note
+from machinery.files import folder_path, free_bytes, json_digest, read_jsonl, read_note, sha256
 from machinery.machine import Machine, usable_cores
 from machinery.notebook import defining_cells, load_definitions
 from machinery.preparation import open_sources, tokenizer_digest
@@ -54,8 +54,8 @@ def sweep(
 
     `variants` maps a label to its overrides of `preset`, `common` are overrides of all. Returns a row per run: label,
     seed, what the variants override, what the run's summary holds, FLOPs, and the run's folder. A run that is finished
-    on disk is not made again, and one that was cut off goes on; a change of the notebook's definitions, or of the text,
-    makes a new one.
+    on disk is not made again, and one that was cut off goes on; a change of the notebook's definitions, of the text, or
+    of the weights of a folder `init_from`, makes a new one.
     A run that fails is a row with its `error`, and the others go on. `then` is called with the folder of each run that
     is finished, before more are begun. `jobs` is, unless given, the number of cores over `threads`; on a GPU no more
     than its memory and the disk hold. Raises UserError for a configuration that cannot work, before any training.
@@ -262,11 +262,13 @@ def places(options: dict) -> dict:
 
 
 def _text(config) -> list[str]:
-    """What changes with the content of the text and of the tokenizer that a run reads; where that fails, it tells."""
+    """What changes with the content of the text, tokenizer and weights that a run reads; where that fails, it tells."""
     settings = {name: getattr(config, name) for name in ("source", "val_source", "text_column", "split_on")}
-    with contextlib.suppress(UserError):
+    with contextlib.suppress(UserError, OSError):
         sources = open_sources({"settings": settings, "apart": [str(Path(config.runs_dir).absolute())]})
-        return [tokenizer_digest(config.tokenizer), *(source.digest() for source in sources if source)]
+        texts = [tokenizer_digest(config.tokenizer), *(source.digest() for source in sources if source)]
+        begun = sorted(folder_path(config.init_from).glob("*.safetensors")) if config.init_from else []
+        return texts + [sha256(path) for path in begun]
     return ["none"]
 
 
