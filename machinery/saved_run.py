@@ -46,6 +46,8 @@ class SavedRun:
     def settings(self, kind: type[Settings]) -> Settings:
         """The config as a `kind` of settings. Raises `UserError` for fields and values that it does not have."""
         known = {n: v for n, v in self.config.items() if not (n in FOLDERS and str(v).startswith("…/"))}  # of elsewhere
+        if str(known.get("tokenizer")).startswith("…/"):  # a folder elsewhere; here is what it held
+            known["tokenizer"] = str(self._path.parent)
         with told(self._path):
             return kind.from_dict(known)
 

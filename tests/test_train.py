@@ -647,6 +647,19 @@ def test_a_loaded_run_asks_for_the_whole_path_of_its_text_and_makes_no_folder_of
         lm.prepare_data(config)
 
 
+def test_a_loaded_run_has_its_tokenizer_whose_folder_was_elsewhere(lm, settings, tmp_path):
+    folder = tmp_path / "runs" / "loaded"
+    lm.train(settings(run_name="first", max_steps=2))
+    begun = settings(run_name="loaded", max_steps=2, tokenizer=str(tmp_path / "runs" / "first"))
+    lm.train(begun)
+    (tmp_path / "runs" / "first").rename(tmp_path / "moved")
+    config = replace(
+        lm.load_run(folder)[0], source=begun.source, data_dir=begun.data_dir, runs_dir=begun.runs_dir, max_steps=3
+    )
+    assert lm.prepare_data(config).encoding._mergeable_ranks == lm.load_run(folder)[2]._mergeable_ranks
+    assert lm.train(config)["steps"] == 3  # the run goes on
+
+
 def test_a_run_elsewhere_ends_with_who_started_it_and_keeps_a_checkpoint(settings, tmp_path):
     folder = tmp_path / "runs" / "apart"
     with train_elsewhere(settings(run_name="apart", max_steps=10**6, checkpoint_every=10**6)) as process:
