@@ -89,6 +89,9 @@ def test_a_run_whose_source_has_an_absolute_path_is_scored_with_that_path(run, c
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="source '…/.*' is the end of a path"):
         by_ours(run[0], tmp_path, Machine.find("cpu"))
+    (tmp_path / "text.txt").write_text("Another text, of which this run has held nothing out.\n" * 400)
+    with pytest.raises(UserError, match="was begun with other text than source '.*text.txt' holds now"):
+        by_ours(run[0], tmp_path / "scores", Machine.find("cpu"), str(tmp_path / "text.txt"))
     assert by_ours(run[0], tmp_path, Machine.find("cpu"), code).keys() == {"endings", "documents"}
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from data_utils import prepare_data
 from machinery.errors import UserError, plain_errors
-from machinery.files import folder_path, read_json, write_json
+from machinery.files import folder_path, read_json, read_note, write_json
 from machinery.huggingface import export_hf
 from machinery.machine import Machine
 from tools.common import lm
@@ -41,6 +41,11 @@ def by_ours(run: Path, folder: Path, machine: Machine, source: str = "") -> dict
     config, model, encoding = lm.load_run(run, machine.device)
     if not has_tasks(folder):
         data = prepare_data(replace(config, source=source or config.source))
+        if read_note(run / "data.json").get("key", data.key) != data.key:
+            raise UserError(
+                f"{run} was begun with other text than source {source or config.source!r} holds now, so what is held"
+                " out of that may be text that it was trained on; put the text back, or name its place by SOURCE"
+            )
         texts = held_out_documents(data, 8 * config.eval_tokens)
         write_tasks(folder, make_questions(texts, config.block_size), texts)
     scores = {}
