@@ -123,10 +123,8 @@ def _check_format(path: Path, head: bytes, expected: str = "UTF-8 text") -> None
         elif re.search(rb"\x1b\$[@AB()]", head):  # Japanese, Korean or Chinese in seven bits
             name, advice = "ISO-2022", "convert it, for example with iconv -f iso-2022-jp -t utf-8"
         elif many and len(head) >= 64:
-            name, advice = (
-                f"binary data ({found} control characters in its first {len(head)} bytes)",
-                "remove it, or the NULs",
-            )
+            name = f"binary data ({found} control characters in its first {len(head)} bytes)"
+            advice = r"remove it, or put line ends for the NULs with tr '\0' '\n'"
     if name:
         raise DataError(f"{path}: holds {name}, not {expected}; {advice}")
 
@@ -154,13 +152,14 @@ def _wide_encoding(head: bytes) -> str | None:
     ascii_share = sum(32 <= byte < 127 for byte in head) / len(head)
     if ascii_share > 0.7 and sum(byte in b" \n" for byte in head) > 0.05 * len(head):  # words, with an odd byte or two
         return None
+    is_plain = _is_plain(head.replace(b"\0", b""))  # with NULs between records; UTF-16 is, where it holds only ASCII
     high = {encoding: head[position::2] for encoding, position in zip(WIDE[2:], (1, 0))}
     for encoding in (*WIDE[:2], *sorted(high, key=lambda name: (len(set(high[name])), sum(high[name])))):
         with contextlib.suppress(UnicodeDecodeError):
             text = codecs.getincrementaldecoder(encoding)().decode(head)
             no_text = sum(c not in "\t\n\r" and unicodedata.category(c) in ("Cc", "Cn", "Co", "Cs") for c in text)
-            is_text = encoding in WIDE[:2] or text.isascii() or not BETWEEN_WORDS.isdisjoint(text)
-            is_likely = is_text if len(text) >= 32 else ascii_share < 0.7
+            is_text = encoding in WIDE[:2] or text.isascii() or not (is_plain or BETWEEN_WORDS.isdisjoint(text))
+            is_likely = is_text if is_plain or len(text) >= 32 else ascii_share < 0.7
             if text and no_text <= 0.05 * len(text) and is_likely:
                 return encoding
     return None
@@ -168,9 +167,12 @@ def _wide_encoding(head: bytes) -> str | None:
 
 def separator_pattern(split_on: str) -> re.Pattern | None:
     """What is looked for between documents: line ends in it stand for those of any system. None for nothing."""
-    parts = re.split(r"\r\n|\n|\r", split_on)
-    # As one: else "\r\n" would also be two line ends, as in "\n\n"
-    return re.compile(r"(?>\r\n|\n|\r)".join(map(re.escape, parts))) if split_on else None
+    lines = re.sub(r"\r\n|\r", "\n", split_on)
+    shared = min(len(lines) - len(lines.lstrip("\n")), len(lines) - len(lines.rstrip("\n")))
+    again = lines[shared:]  # what a second one adds, which begins with the line ends that the first ends with
+    # A line end as one: else "\r\n" would also be two, as in "\n\n"
+    once, again = (r"(?>\r\n|\n|\r)".join(map(re.escape, part.split("\n"))) for part in (lines, again))
+    return re.compile(f"{once}(?:{again})*" if shared and again else once) if split_on else None
 
 
 def texts(path: Path, separator: re.Pattern | None) -> Iterator[str]:
@@ -254,6 +256,7 @@ DECODER = json.JSONDecoder(parse_int=float)  # numbers are never text; of int, o
 LONG_ROW = 1 << 20  # bytes, from which on a row's other columns and a single emoji would take several times as many
 OBJECT = re.compile(rb"[ \t\r]*\{")  # how a row begins; at another, null, Arrow's reader breaks down
 ROW = "a row is one object on one line"
+NO_ROW = b"\x1e\x1a"  # stands before each row in JSON text sequences (RFC 7464), and at the end of old files (Ctrl-Z)
 
 
 def json_text(line: bytes, text_column: str, where: str, is_utf8: bool = False) -> str:
@@ -284,6 +287,8 @@ def _decode_json(content: str | bytes, text_column: str, where: str, expected: s
         raise DataError(f"{line}; {_mend_or_convert(error.object, is_utf8)}") from None
     except json.JSONDecodeError as error:
         found = f"{error.msg.removesuffix(' at')} at character {error.pos + 1}"
+        if error.doc[: error.pos].endswith("\r"):
+            expected = r"its lines end in carriage returns alone; make them line ends with tr '\r' '\n'"
         raise DataError(f"{where}: not JSON ({found}); mend it: {expected}") from None
     except RecursionError:
         raise DataError(f"{where}: nested too deeply; mend or remove it") from None
@@ -360,7 +365,10 @@ def no_column(where: str, text_column: str, names: Iterable[str]) -> DataError:
     names = [_spelt(name) for name in names]
     shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
     missing = f"{where}: no column {_spelt(text_column)}; there are {shown or 'none'}"
-    return DataError(f"{missing}: set text_column to one that every row has, null where it has no text")
+    return DataError(
+        f"{missing}: set text_column to one that every row has, also those of val_source, null where it has no text,"
+        " or rename it"
+    )
 
 
 def _spelt(name: str) -> str:
@@ -394,6 +402,8 @@ def jsonl_texts(path: Path, text_column: str, separator: re.Pattern | None = Non
                 raise DataError(f"{name}, line {number}: has {len(line):,} bytes or more; {ROW}; mend or remove it")
             if line[0] == 0xEF:  # each of several files that were put together may have a mark
                 line = _without_marks(line) or b"\n"
+            if line[0] in NO_ROW or line[-1] in NO_ROW:
+                line = line.strip(NO_ROW) or b"\n"
             if line.isspace():
                 continue
             content = _long_text(line, text_column) if len(line) > LONG_ROW and OBJECT.match(line) else None

@@ -387,6 +387,15 @@ def test_odd_text_is_text(tmp_path, text):
     assert list(iter_documents(write(tmp_path, {"a.txt": text}))) == [text]
 
 
+@pytest.mark.parametrize("text", ["hi\0yo\0", "ab\0cde\0f\0" * 30, "да\0нет\0 или\0" * 30, "学而\0时习之\0 \0" * 30])
+def test_texts_with_nuls_between_them_are_not_called_utf16(tmp_path, text):
+    write(tmp_path, {"a.txt": text})
+    if len(text) < 64:
+        assert list(iter_documents(str(tmp_path))) == [text]
+    else:
+        assert "holds binary data (" in refused(str(tmp_path)) and r"tr '\0' '\n'" in refused(str(tmp_path))
+
+
 @pytest.mark.parametrize("text", ["你好，", "ひらがな", "안녕하세요", "🙂🙃"])
 def test_a_short_text_that_may_be_utf16_is_said_to(tmp_path, text):
     """Without a line end, such bytes could be of other encodings too."""
@@ -634,6 +643,29 @@ def test_a_wrong_row_is_named_the_same_wherever_it_stands(tmp_path, row):
             assert f"a.jsonl, line {before + 1}: " in message and WRONG_ROWS[row] in message, message
 
 
+@pytest.mark.parametrize(
+    "content", ["\x1e{a}\n\x1e{b}\n", "{a}\r\n{b}\r\n\x1a", "{a}\n{b}\x1a", "\ufeff\x1e{a}\n{b}\n\x1a\n"]
+)
+@pytest.mark.usefixtures("rows_of")
+def test_marks_of_rows_and_of_the_end_of_a_file_are_no_rows(tmp_path, content):
+    for name in "ab":
+        content = content.replace(f"{{{name}}}", json.dumps({"text": name}))
+    write(tmp_path, {"a.jsonl": content})
+    assert list(iter_documents(str(tmp_path))) == ["a", "b"]
+
+
+def test_rows_that_end_in_carriage_returns_alone_are_told_so(tmp_path):
+    write(tmp_path, {"a.jsonl": '{"text": "a"}\r{"text": "b"}\r'})
+    assert r"line 1: not JSON (Extra data" in refused(str(tmp_path)) and r"tr '\r' '\n'" in refused(str(tmp_path))
+
+
+def test_a_held_out_table_with_another_column_is_told_what_to_do(tmp_path):
+    write(tmp_path, {"a.jsonl": [{"text": f"row {i}\n" * 40} for i in range(20)], "b.jsonl": [{"body": "b"}]})
+    message = told(prepare, tmp_path, str(tmp_path / "a.jsonl"), val_source=str(tmp_path / "b.jsonl"))
+    assert "b.jsonl, line 1: no column 'text'; there are 'body'" in message
+    assert "also those of val_source" in message and "or rename it" in message
+
+
 @pytest.mark.parametrize(("before", "line"), [("", 1), ("\ufeff", 1), ("\r\n \ufeff\n", 3)])
 def test_an_array_is_told_before_it_is_read(tmp_path, before, line):
     write(tmp_path, {"a.jsonl": before + '[\n{"text": "a"}\n]'})
@@ -824,6 +856,17 @@ def test_a_separator_of_a_line_may_be_the_first_or_the_last(tmp_path, end):
         mark: [text for text, _ in open_source(str(tmp_path), split_on=mark).read()] for mark in ("\n---\n", "\nFrom ")
     }
     assert read["\n---\n"][:2] == ["one", "two"] and read["\nFrom "][1:] == ["a\nhi\n", "b\nho\n"]
+
+
+@pytest.mark.parametrize("split_on", ["\n---\n", "\n\n---\n\n"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_separators_that_follow_one_another_share_a_line_end(tmp_path, split_on, end):
+    separator = split_on.strip("\n")
+    ends = end * (split_on.count("\n") // 2)
+    text = f"one{ends}" + f"{separator}{ends}" * 3 + f"two{ends}{separator}{ends}----{end}three{ends}{separator}{ends}"
+    write(tmp_path, {"a.txt": text.encode()})
+    documents = [text for text, _ in open_source(str(tmp_path), split_on=split_on).read()]
+    assert documents == ["one", "two", f"----{end}three"]
 
 
 @pytest.mark.parametrize("split_on", ["\n\n", "\r\n\r\n", "\n\n\n"])
