@@ -212,6 +212,7 @@ class TokenData:
                         continue
                     self.start_background()
                 elif code:
+                    del _background[self.folder]  # who asks again, when it is mended, has it tried again
                     said = (self.folder / "work.log").read_text("utf-8", "replace").strip() if code > 0 else ""
                     last = (said or "it was killed, as where memory runs out").splitlines()[-1]
                     raise DataError(f"tokenization stopped: {last.removeprefix('DataError: ')}")

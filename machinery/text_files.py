@@ -168,11 +168,13 @@ def _wide_encoding(head: bytes) -> str | None:
 def separator_pattern(split_on: str) -> re.Pattern | None:
     """What is looked for between documents: line ends in it stand for those of any system. None for nothing."""
     lines = re.sub(r"\r\n|\r", "\n", split_on)
-    shared = min(len(lines) - len(lines.lstrip("\n")), len(lines) - len(lines.rstrip("\n")))
-    again = lines[shared:]  # what a second one adds, which begins with the line ends that the first ends with
-    # A line end as one: else "\r\n" would also be two, as in "\n\n"
-    once, again = (r"(?>\r\n|\n|\r)".join(map(re.escape, part.split("\n"))) for part in (lines, again))
-    return re.compile(f"{once}(?:{again})*" if shared and again else once) if split_on else None
+    body = lines.lstrip("\n")
+    first, last = len(lines) - len(body), len(body) - len(body.rstrip("\n"))  # line ends at its two ends
+    end = r"(?>\r\n|\n|\r)"  # as one: else "\r\n" would also be two, as in "\n\n"
+    again, once = (end.join(map(re.escape, part.split("\n"))) for part in (body, lines))
+    if first and last:  # of several that follow one another, each may begin with line ends of the one before
+        once += f"(?:{end}{{{max(0, first - last)},{first}}}{again})*"
+    return re.compile(once) if split_on else None
 
 
 def texts(path: Path, separator: re.Pattern | None) -> Iterator[str]:
@@ -224,8 +226,11 @@ def _decoded(blocks: Iterable[bytes], separator: re.Pattern | None) -> Iterator[
         del block
         cut = len(rest)
         if separator:  # what comes after the last one may go on
-            found = max((found.end() for found in separator.finditer(rest)), default=0)
             cut -= len(separator.pattern)  # where one begins, it may end in the next block
+            found = 0
+            for match in separator.finditer(rest):  # each part begins with a line or with a separator
+                if match.end() <= cut:
+                    found = match.end() if rest[match.end() - 1] in "\r\n" else match.start()
             cut = rest.rfind("\n", cut - MAX_LINE_BYTES, cut) + 1 or cut
             cut = cut if cut - found > 3 * MAX_DOCUMENT_BYTES else found
         yield rest[:cut]

@@ -40,7 +40,7 @@ def get_tokenizer(name: str, vocab_size: int, documents: Iterable[str] = ()) -> 
     elif path := tokenizer_file(name):
         from machinery.huggingface.tokenizers import read_tokenizer
 
-        fields = read_json(path)
+        fields = read_json(path, advice="bring it back, or use another tokenizer")
         own = "special_tokens" in fields  # of a run of this project
         encoding = tokenizer_from_dict(fields, path) if own else read_tokenizer(path.parent)
     else:

