@@ -152,13 +152,15 @@ def _wide_encoding(head: bytes) -> str | None:
     ascii_share = sum(32 <= byte < 127 for byte in head) / len(head)
     if ascii_share > 0.7 and sum(byte in b" \n" for byte in head) > 0.05 * len(head):  # words, with an odd byte or two
         return None
-    is_plain = _is_plain(head.replace(b"\0", b""))  # with NULs between records; UTF-16 is, where it holds only ASCII
+    words = head.replace(b"\0", b"")  # where NULs stand between them; of UTF-16, those of English and of Hindi look so
+    is_plain = _is_plain(words) and sum(byte < 32 for byte in words) < len(words) / 4
     high = {encoding: head[position::2] for encoding, position in zip(WIDE[2:], (1, 0))}
     for encoding in (*WIDE[:2], *sorted(high, key=lambda name: (len(set(high[name])), sum(high[name])))):
         with contextlib.suppress(UnicodeDecodeError):
             text = codecs.getincrementaldecoder(encoding)().decode(head)
             no_text = sum(c not in "\t\n\r" and unicodedata.category(c) in ("Cc", "Cn", "Co", "Cs") for c in text)
-            is_text = encoding in WIDE[:2] or text.isascii() or not (is_plain or BETWEEN_WORDS.isdisjoint(text))
+            is_ascii = sum(map(str.isascii, text)) > len(text) / 2
+            is_text = encoding in WIDE[:2] or is_ascii or not (is_plain or BETWEEN_WORDS.isdisjoint(text))
             is_likely = is_text if is_plain or len(text) >= 32 else ascii_share < 0.7
             if text and no_text <= 0.05 * len(text) and is_likely:
                 return encoding
