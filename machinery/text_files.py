@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import io
 import json
+import mmap
 import os
 import re
 import unicodedata
@@ -444,6 +445,7 @@ def parquet_texts(path: Path, text_column: str, separator: re.Pattern | None = N
             if file.metadata.num_rows:
                 _check_column(file.schema_arrow, text_column, path)
                 yield from _parquet_column(file, text_column, path, separator)
+                _check_alone(path, file.metadata, text_column)
     except (ArrowException, OSError, UnicodeDecodeError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
@@ -465,6 +467,21 @@ def _check_column(schema, text_column: str, path: Path) -> None:
         raise DataError(
             f"{path}: column {text_column!r} holds {kind}, not text; name another in text_column, or convert it"
         )
+
+
+def _check_alone(path: Path, metadata, text_column: str) -> None:
+    """Raise `DataError` where several files were put together: the last says what is read, at places of the first.
+
+    For when the column has been read: of one that cannot be, such as an encrypted one, Arrow breaks down here.
+    """
+    number = next(i for i in range(metadata.num_columns) if metadata.schema.column(i).path == text_column)
+    column = metadata.row_group(metadata.num_row_groups - 1).column(number)
+    end = (column.dictionary_page_offset or column.data_page_offset) + column.total_compressed_size
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        if (found := content.find(b"PAR1PAR1", end)) >= 0:
+            raise DataError(
+                f"{path}: another Parquet file begins at byte {found + 4:,}; give each as a file of its own"
+            )
 
 
 def _parquet_column(file, text_column: str, path: Path, separator: re.Pattern | None) -> Iterator[str]:

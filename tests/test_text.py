@@ -729,6 +729,17 @@ def test_wrong_parquet_is_named_and_empty_files_are_passed_over(tmp_path):
     assert list(iter_documents(str(tmp_path))) == ["text"]
 
 
+def test_parquet_files_put_together_are_told_apart(tmp_path):
+    """Readers take the last one's word for what is in the first."""
+    for name in ("first", "other"):
+        pyarrow.parquet.write_table(pyarrow.table({"text": [f"{name} {i}" for i in range(50)]}), tmp_path / name)
+    first, other = ((tmp_path / name).read_bytes() for name in ("first", "other"))
+    write(tmp_path, {"a.parquet": first + other})
+    assert f"a.parquet: another Parquet file begins at byte {len(first):,}; give each" in refused(str(tmp_path))
+    write(tmp_path, {"a.parquet": first})
+    assert len(list(iter_documents(str(tmp_path)))) == 50
+
+
 def test_parquet_that_differs_from_its_checksums_is_refused(tmp_path):
     table, path = pyarrow.table({"text": [f"row {i} of the table" for i in range(99)]}), tmp_path / "a.parquet"
     options = {"write_page_checksum": True, "compression": "none", "use_dictionary": False}
