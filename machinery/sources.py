@@ -161,6 +161,7 @@ class FileSource(Source):
         stats = self._stats
         for name, path in self.files.items():
             with telling_os_errors(path):
+                self._check_unchanged(path, stats[name])  # a pipe, too, that took its place, which nobody may write to
                 if rows := ROWS.get(path.suffix):
                     for text in rows(path, self.text_column, self.separator):
                         self.passed_over[EMPTY_ROWS] += is_blank(text)

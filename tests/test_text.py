@@ -342,6 +342,14 @@ def test_a_file_that_is_written_to_while_the_text_is_read_is_named(tmp_path, suf
     assert f"{name}: had 32 bytes when its reading began and has {rows * 16} now, or others" in message
 
 
+def test_a_pipe_that_takes_the_place_of_a_file_is_not_waited_for(tmp_path):
+    texts = iter_documents(write(tmp_path, {"a.txt": "a", "b.txt": "b"}))
+    other = {"a": "b.txt", "b": "a.txt"}[next(texts)]
+    (tmp_path / other).unlink()
+    os.mkfifo(tmp_path / other)
+    assert f"{other}: had 1 bytes when its reading began and has 0 now" in told(lambda: list(texts))
+
+
 # ---------------------------------------------------------------------------------------------- content
 
 WORDS = {
