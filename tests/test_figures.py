@@ -110,12 +110,12 @@ QUOTES = [
         for where, sentence, text in [
             (
                 TEXT,
-                "loss is # bits per byte (5.3) lower in Python and * in English",
+                "loss is # bits per byte (5.3) lower on Python and * on English",
                 "python",
             ),
             (
                 TEXT,
-                "loss is * bits per byte (5.3) lower in Python and # in English",
+                "loss is * bits per byte (5.3) lower on Python and # on English",
                 "english",
             ),
             (README, "# bits per byte higher after a million tokens of Python", "python"),
