@@ -300,3 +300,17 @@ def test_a_program_without_stdout_and_stderr_shows_its_progress_nowhere(tmp_path
     program += "with Screen(0.0) as screen: screen.say('a line')\nopen('done', 'w').close()"
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True)
     assert done.returncode == 0 and not done.stdout + done.stderr and (tmp_path / "done").exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no pty")
+def test_a_bar_is_drawn_in_a_terminal_and_lines_alone_are_written_to_a_file(tmp_path):
+    import pty
+
+    program = "from machinery.screen import Screen\nwith Screen(0.0) as screen:\n"
+    program += "    screen.say('a line')\n    screen.show(1, {'progress': 0.5})"
+    command = [sys.executable, "-c", program]
+    assert subprocess.run(command, cwd=tmp_path, capture_output=True, text=True).stdout == "a line\n"
+    ours, theirs = pty.openpty()
+    assert subprocess.run(command, cwd=tmp_path, stdout=theirs).returncode == 0
+    os.close(theirs)
+    assert b" 0.0% |" in (said := os.read(ours, 1 << 16)) and b"a line" in said
