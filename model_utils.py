@@ -81,7 +81,8 @@ def best_shape(config, machine: Machine | str, hours: float) -> dict[str, float]
         if known and known.law:
             rows.append((known.middle, "bits per byte", shape, parameters, tokens))
         elif parameters > 2e7 and source_kind(config.source) == "hub":  # the published law begins at 5e7
-            rows.append((expected_loss(parameters, tokens), "nats per token", shape, parameters, tokens))
+            unit = "nats per token" + (f", {known.low:.2f} to {known.high:.2f} bits per byte" if known else "")
+            rows.append((expected_loss(parameters, tokens), unit, shape, parameters, tokens))
     best = min(rows, key=lambda row: row[0], default=None)
     if not rows or best in (rows[0], rows[-1]):
         why = "laws are for 'demo' on 'python' or 'english', for some minutes, and for the hub"

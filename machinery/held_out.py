@@ -322,9 +322,9 @@ class HeldOutLines:
                 self._shingles.setdefault(each, []).append(len(self._sets))
             self._sets.append((number, len(some)))
 
-    def train(self, hashes: Iterable[int], always: bool = False) -> bool:
-        """Note a document with these lines and shingles as trained on, and return True; unless a held-out one would be
-        copied then. `always` is for what cannot be left out: then that is noted in `copied`.
+    def copies(self, hashes: Iterable[int]) -> tuple[set[int], Counter[int]]:
+        """The documents that a text with these lines and shingles copies, with what was trained on before; and how many
+        of their lines it adds to that.
         """
         new = (self._documents.keys() & hashes) - self._trained
         counts = Counter(number for line in new for number in self._documents[line])
@@ -332,11 +332,18 @@ class HeldOutLines:
         alike = Counter(number for numbers in holders if len(numbers) <= FEW_HOLDERS for number in numbers)
         copied = {number for number, count in counts.items() if count > self._allowed[number]}
         copied |= {self._sets[some][0] for some, count in alike.items() if count >= NEAR_COPY * self._sets[some][1]}
+        return copied, counts
+
+    def train(self, hashes: Iterable[int], always: bool = False) -> bool:
+        """Note a document with these lines and shingles as trained on, and return True; unless a held-out one would be
+        copied then. `always` is for what cannot be left out: then that is noted in `copied`.
+        """
+        copied, counts = self.copies(hashes)
         if copied and not always:
             return False
         for number, count in counts.items():
             self._allowed[number] -= count
-        self._trained |= new
+        self._trained |= self._documents.keys() & hashes
         self.copied |= copied
         return True
 

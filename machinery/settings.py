@@ -48,7 +48,9 @@ def one_of(name: str, value: str, known: Iterable[str]) -> None:
     is_table, known = isinstance(known, dict), list(known)  # of classes or functions
     if value in known:
         return
-    near = difflib.get_close_matches(str(value)[:100].lower(), known, n=1, cutoff=0.5)
+    said = str(value)[:100].lower()
+    near = [name for name in known if said and said in name.lower()]
+    near = near or difflib.get_close_matches(said, known, n=1, cutoff=0.5)
     meant = f"; did you mean {near[0]!r}?" if near else "."
     listed = f" There are: {', '.join(known)}." if len(known) < 12 or not near else ""
     own = " For one of your own, see section 8." if is_table else ""

@@ -214,7 +214,7 @@ class Collected:
 
     def __init__(self, dtype: np.dtype) -> None:
         self.dtype, self.ids, self.lines, self.ends_of_text = dtype, bytearray(), array("q"), {}
-        self.counts = array("q")  # of each: bytes of its ids, its lines, its own bytes, a hash of its smallest line
+        self.counts = array("q")  # of each: bytes of its ids, its lines, its own bytes
 
     def add(self, document: Encoded) -> None:
         size = len(self.ids)
@@ -223,10 +223,10 @@ class Collected:
         self.lines.extend(document.lines)
         if document.ends_of_text:
             self.ends_of_text[len(self)] = document.ends_of_text
-        self.counts.extend((len(self.ids) - size, len(document.lines), document.bytes, hash(document.smallest)))
+        self.counts.extend((len(self.ids) - size, len(document.lines), document.bytes))
 
     def __len__(self) -> int:
-        return len(self.counts) // 4
+        return len(self.counts) // 3
 
     @property
     def tokens(self) -> int:
@@ -234,12 +234,12 @@ class Collected:
         return len(self.ids) // self.dtype.itemsize + len(self)
 
     def __iter__(self) -> Iterator[Encoded]:
-        """Yield them as they were; of the smallest line there is the hash."""
+        """Yield them as they were, but for the smallest line, which is no longer asked for."""
         at = line = 0
-        for number, (size, lines, length, smallest) in enumerate(zip(*(self.counts[i::4] for i in range(4)))):
+        for number, (size, lines, length) in enumerate(zip(*(self.counts[i::3] for i in range(3)))):
             ids = np.frombuffer(self.ids, self.dtype, size // self.dtype.itemsize, at)
             own, ends = self.lines[line : line + lines], self.ends_of_text.get(number, [])
-            yield Encoded("val", 0, [ids], length, own, smallest.to_bytes(8, "big", signed=True), ends)
+            yield Encoded("val", 0, [ids], length, own, b"", ends)
             at, line = at + size, line + lines
 
     def copied(self, training: array, ends: array) -> tuple[set[int], set[int]]:
@@ -324,7 +324,7 @@ class HeldOut:
         copied, common = self.documents.copied(self.training, self.ends)
         if way == "tails" and len(copied) == len(self.documents):  # a text that repeats itself
             copied, self.manifest["repeated"] = set(), True
-        sizes = self.documents.counts[2::4]
+        sizes = self.documents.counts[2::3]
         whole, left = sum(sizes), sum(size for number, size in enumerate(sizes) if number not in copied)
         share, fraction = left / max(1, training_bytes + whole), settings["val_fraction"]
         if way == "documents" and not FEWEST * fraction <= share <= min(MOST * fraction, (1 + fraction) / 2):
@@ -338,17 +338,14 @@ class HeldOut:
                 f" documents stand in source {settings['source']!r} too, whole or half of their lines; name other text,"
                 " or leave val_source empty"
             )
-        seen: set[bytes] = set()
         for number, document in enumerate(self.documents):
             if number in copied:
                 self._set_aside(document)
                 continue
-            if document.smallest in seen:
-                self.manifest["grouped"] += 1
-            seen.add(document.smallest)
+            lines = without_common(document.lines, common)
+            self.manifest["grouped"] += bool(self.lines.copies(lines)[0])
+            self.lines.add(lines)
             self.writer.add(document)
-            if not self.manifest["complete"]:  # more text is to come
-                self.lines.add(without_common(document.lines, common))
         if not self.manifest["complete"]:
             self.manifest["common"] = sorted(common)
             training = np.frombuffer(self.training, np.int64)

@@ -199,7 +199,8 @@ def test_the_best_shape_is_inside_of_what_was_tried_or_not_known(lm, monkeypatch
     day = lm.Config.from_preset("day")
     shape = best_shape(day, CPU, hours=24)
     assert shape["n_embd"] % 128 == 0 and abs(shape["n_embd"] - 64 * shape["n_layer"]) <= 64
-    assert 10 <= shape["n_layer"] <= 20 and capsys.readouterr().out.count("<- best") == 1
+    printed = capsys.readouterr().out
+    assert 10 <= shape["n_layer"] <= 20 and printed.count("<- best") == 1 and "0.8" in printed.split("token,")[1]
     settle_batch(lm.replace(day, **shape), CPU)  # it is a configuration
     own = lm.replace(day, source="texts/*.txt")
     demo = lm.Config.from_preset("demo")  # of which smaller ones would repeat the text
@@ -213,3 +214,5 @@ def test_the_best_shape_is_inside_of_what_was_tried_or_not_known(lm, monkeypatch
     assert small < best_shape(day, "RTX 4090", hours=8)["n_layer"] < large
     with pytest.raises(UserError, match="card 'RTX4090' is not known; did you mean 'RTX 4090'"):
         best_shape(day, "RTX4090", hours=8)
+    with pytest.raises(UserError, match="did you mean 'RTX 3090'"):
+        best_shape(day, "3090", hours=8)

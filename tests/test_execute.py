@@ -41,6 +41,7 @@ def test_each_run_keeps_its_own_notebook_and_page(notebook, tmp_path, capfd):
     assert sorted(path.name for path in folder.iterdir()) == ["LMHarness.ipynb", "report.html"]
     assert "smoke ran" in capfd.readouterr().out and "smoke ran" in (folder / "report.html").read_text("utf-8")
     first = (folder / "report.html").read_bytes()
+    assert f"<title>{folder.name}</title>".encode() in first
     execute.run_notebook(notebook("print('again')"))
     assert (folder / "report.1.html").read_bytes() == first and "again" in (folder / "LMHarness.ipynb").read_text()
     assert [path.name for path in folder.parent.iterdir()] == ["mine"]  # nothing else is left

@@ -305,12 +305,14 @@ def test_a_program_without_stdout_and_stderr_shows_its_progress_nowhere(tmp_path
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no pty")
 def test_a_bar_is_drawn_in_a_terminal_and_lines_alone_are_written_to_a_file(tmp_path):
     import pty
+    import termios
 
     program = "from machinery.screen import Screen\nwith Screen(0.0) as screen:\n"
     program += "    screen.say('a line')\n    screen.show(1, {'progress': 0.5})"
     command = [sys.executable, "-c", program]
     assert subprocess.run(command, cwd=tmp_path, capture_output=True, text=True).stdout == "a line\n"
     ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 80))
     assert subprocess.run(command, cwd=tmp_path, stdout=theirs).returncode == 0
     os.close(theirs)
     assert b" 0.0% |" in (said := os.read(ours, 1 << 16)) and b"a line" in said

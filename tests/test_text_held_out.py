@@ -244,6 +244,7 @@ def test_a_copy_may_be_written_in_other_letters(tmp_path, kind):
     trained, held_out = set(texts_of(data, "train")), texts_of(data, "val")
     other = dict(zip(written + copies, copies + [""] * 90 + written))
     assert len(held_out) > 5 and not [text for text in held_out if other[text] in trained]
+    assert data.manifest["grouped"] == sum(other[text] in held_out for text in held_out) / 2
 
 
 @pytest.mark.parametrize("size", [60, 100, 140])

@@ -130,9 +130,10 @@ def execute(parameters: dict, unfinished: Path) -> nbformat.NotebookNode:
                 left.unlink()
 
 
-def report_page(notebook: nbformat.NotebookNode) -> str:
+def report_page(notebook: nbformat.NotebookNode, title: str = "LMHarness") -> str:
     """The HTML page of an executed notebook."""
-    return HTMLExporter(template_file=str(ROOT / "tools" / "report.html.j2")).from_notebook_node(notebook)[0]
+    exporter = HTMLExporter(template_file=str(ROOT / "tools" / "report.html.j2"))
+    return exporter.from_notebook_node(notebook, {"metadata": {"name": title}})[0]
 
 
 def run_notebook(parameters: dict) -> Path:
@@ -143,7 +144,7 @@ def run_notebook(parameters: dict) -> Path:
         runs.mkdir(parents=True, exist_ok=True)
     notebook = execute(parameters, runs / f"executing-{os.getpid()}.ipynb")  # a run that starts over moves its folder
     notebook, _ = CoalesceStreamsPreprocessor().preprocess(notebook, {})
-    page, folder = report_page(notebook), runs / config.run_name
+    page, folder = report_page(notebook, config.run_name), runs / config.run_name
     with told(folder, problem="the run is there; its notebook and report cannot be written", advice="make room"):
         executed, report = free_names(folder)
         nbformat.write(notebook, executed)
