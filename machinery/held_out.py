@@ -41,6 +41,8 @@ LETTERS = re.compile(r"[^\W_]+")  # and digits; no signs, and no marks on letter
 NUMBER = re.compile(rb"\n[0-9]{1,7}")  # of a line
 TIME = re.compile(rb"(?:\d{4}-\d\d-\d\dT?)?\d\d?:\d\d(?::\d\d(?:[.,]\d+)?)?Z?")  # in a log or a chat, without blanks
 LONG_LINE, SPACED_LINE = 16, 20  # characters of a line that tells one document from another, without and with blanks
+BEYOND_ASCII = bytes(range(0x80, 0x100))
+NEARLY_ASCII = 0.98  # of the bytes of a text, in which few stretches hold any others
 CONTINUED = bytes(range(0x80, 0xC0))  # what follows the first byte of a character
 QUOTED = re.compile(rb"(?m)^(?:[ \t]*>)+")  # as in a reply
 REPLY = re.compile(rb"(?m)^>(?!>>)")  # which quotes once or twice, too, or mostly; else ">>>" is Python's prompt
@@ -78,7 +80,10 @@ def _lines_and_all(content: bytes) -> tuple[list[bytes], bytes]:
     ]
     whole = b"\n" + dense.replace(b"\\n", b"")  # a line end may be escaped
     whole = _without_numbers(whole).translate(SMALL, SIGNS)
-    if not plain.isascii():
+    ascii_alone = whole.translate(None, BEYOND_ASCII)
+    if len(ascii_alone) >= NEARLY_ASCII * len(whole):
+        whole = ascii_alone
+    else:
         text = whole.decode("utf-8", "surrogatepass")
         apart = text if _has_many_marks(text) else unicodedata.normalize("NFKD", text)
         text = unicodedata.normalize("NFC", "".join(LETTERS.findall(apart)).casefold())

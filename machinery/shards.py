@@ -242,6 +242,11 @@ class Collected:
             yield Encoded("val", 0, [ids], length, own, b"", ends)
             at, line = at + size, line + lines
 
+    def repeated(self) -> set[int]:
+        """The hashes that stand in them more than once."""
+        hashes, counts = np.unique(np.frombuffer(self.lines, np.int64), return_counts=True)
+        return set(hashes[counts > 1].tolist())
+
     def copied(self, training: array, ends: array) -> tuple[set[int], set[int]]:
         """The numbers of those that are copied in the training text, whose hashes and ends of documents are given; in
         several documents together, too, by those shingles that few of them hold. And the shingles that many hold.
@@ -338,14 +343,17 @@ class HeldOut:
                 f" documents stand in source {settings['source']!r} too, whole or half of their lines; name other text,"
                 " or leave val_source empty"
             )
+        within, repeated = HeldOutLines(), self.documents.repeated()
         for number, document in enumerate(self.documents):
             if number in copied:
                 self._set_aside(document)
                 continue
             lines = without_common(document.lines, common)
-            self.manifest["grouped"] += bool(self.lines.copies(lines)[0])
-            self.lines.add(lines)
+            self.manifest["grouped"] += bool(within.copies(repeated.intersection(lines))[0])
+            within.add(lines, repeated)
             self.writer.add(document)
+            if not self.manifest["complete"]:  # more text is to come
+                self.lines.add(lines)
         if not self.manifest["complete"]:
             self.manifest["common"] = sorted(common)
             training = np.frombuffer(self.training, np.int64)
