@@ -205,6 +205,9 @@ class RunFolder:
         kept = [_lines_until(at_step, log) if at_step else b"" for log in logs]
         if at_step and not kept[0]:
             print(f"{logs[0]} was removed or emptied: its curves begin at step {at_step:,}")
+        again = max((line["step"] for line in read_jsonl(logs[0])), default=0) - at_step
+        if again > 0:
+            print(f"{again:,} steps that were logged after the last checkpoint are taken again")
         summary, advice = self.path / "summary.json", "remove it, or check the permissions"
         self._files = {"config": portable(config), **files}
         self._write_files()

@@ -626,7 +626,7 @@ def run_config(path, **options):
     return subprocess.run([sys.executable, "-c", TRAIN_PROGRAM, str(path)], capture_output=True, text=True, **options)
 
 
-def test_killed_run_goes_on_from_its_checkpoint(lm, settings, tmp_path):
+def test_killed_run_goes_on_from_its_checkpoint(lm, settings, tmp_path, capsys):
     straight, killed = (settings(run_name=name, max_steps=30) for name in ("straight", "killed"))
     lm.train(straight)
     folder = tmp_path / "runs" / "killed"
@@ -635,7 +635,10 @@ def test_killed_run_goes_on_from_its_checkpoint(lm, settings, tmp_path):
             time.sleep(0.005)
         process.kill()
     assert newest_checkpoint(folder) is not None and not (folder / "summary.json").exists()
+    again = read_jsonl(folder / "metrics.jsonl")[-1]["step"] - read_state(newest_checkpoint(folder))["step"]
+    capsys.readouterr()
     assert lm.train(killed)["status"] == "finished"
+    assert (f"\n{again} steps that were logged after" in capsys.readouterr().out) == (again > 0)
     assert same(weights_of(lm, tmp_path / "runs" / "straight"), weights_of(lm, folder))
 
 
