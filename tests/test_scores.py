@@ -1,8 +1,11 @@
 """Scores: ours are lm_eval's, on the same files; and what the files and the parse rule promise."""
 
 import contextlib
+import itertools
 import json
+import lzma
 import math
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -26,6 +29,7 @@ from tools.scores.scoring import (
     score_choices,
     score_documents,
     score_tokens,
+    simple_models,
 )
 
 lm_eval = pytest.importorskip("lm_eval", reason="lm_eval is not installed: see tools/requirements.txt")
@@ -217,6 +221,29 @@ def test_held_out_documents_are_the_text(run, code):
     assert len(texts) == run[1].manifest["documents"]["val"] and set(texts) <= everything
     assert sum(len(text.encode()) for text in texts) == run[1].manifest["bytes"]["val"]
     assert held_out_documents(run[1], tokens=1) == texts[:1]
+
+
+def test_simple_models_are_those_of_counts_made_one_by_one(run):
+    data = run[1]
+    size, V = 32, data.encoding.n_vocab
+    known, new = data.windows("train", size, 0), data.windows("val", size)
+    known, new = known.read(0, len(known)).tolist(), new.read(0, len(new)).tolist()
+    pairs = Counter(pair for row in known for pair in itertools.pairwise(row))
+    single = Counter(token for row in known for token in row[1:])
+    first = Counter(token for row in known for token in row[:-1])
+    nats = {"by how often each occurs": 0.0, "by what followed the token before": 0.0}
+    for before, token in (pair for row in new for pair in itertools.pairwise(row)):
+        alone = (single[token] + 1) / (single.total() + V)
+        nats["by how often each occurs"] -= math.log(alone)
+        nats["by what followed the token before"] -= math.log(
+            (pairs[before, token] + 100 * alone) / (first[before] + 100)
+        )
+    text = b"".join(data.encoding.decode_bytes(row[1:]) for row in new)
+    size_of_text = data.bytes_of(torch.tensor(new)[:, 1:])
+    expected = {name: value / math.log(2) / size_of_text for name, value in nats.items()}
+    expected |= {"all tokens alike": math.log2(V) * len(new) * size / size_of_text}
+    expected |= {"packed by xz": 8 * len(lzma.compress(text, preset=9)) / size_of_text}
+    assert simple_models(data, size) == pytest.approx(expected, rel=1e-5)
 
 
 def test_loss_by_position_averages_to_the_loss(lm, run):

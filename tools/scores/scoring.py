@@ -6,6 +6,7 @@ The same sums as EleutherAI's lm_eval (`make scores` compares the two). A model 
 
 from __future__ import annotations
 
+import lzma
 import math
 from collections.abc import Callable
 
@@ -46,6 +47,30 @@ def held_out_losses(model: nn.Module, data: TokenData, machine: Machine, tokens:
 def loss_by_position(model: nn.Module, data: TokenData, machine: Machine, tokens: float) -> Tensor:
     """(T,) loss in nats at each place of a window, the mean over about `tokens` held-out tokens, spread evenly."""
     return held_out_losses(model, data, machine, tokens).mean(0)
+
+
+def simple_models(data: TokenData, block_size: int) -> dict[str, float]:
+    """Bits per byte of up to a million held-out tokens without a network: what a model's are to be held against.
+
+    Tokens and pairs of them are counted in up to three million tokens of training text; a pair not seen there counts as
+    its second token does (MacKay and Peto 1995, a hierarchical Dirichlet language model).
+    """
+    known, new = (
+        torch.from_numpy(windows.read(0, min(len(windows), max(1, most // block_size)))).long()  # (N, T + 1)
+        for windows, most in [
+            (data.windows("train", block_size, 0), 3_000_000), (data.windows("val", block_size), 1_000_000)
+        ]
+    )  # fmt: skip
+    V, size, text = data.encoding.n_vocab, data.bytes_of(new[:, 1:]), new[:, 1:].flatten().tolist()
+    alone = (known[:, 1:].flatten().bincount(minlength=V) + 1.0)[new[:, 1:]] / (known[:, 1:].numel() + V)
+    pairs, counts = (known[:, :-1] * V + known[:, 1:]).unique(return_counts=True)
+    asked = new[:, :-1] * V + new[:, 1:]
+    place = torch.searchsorted(pairs, asked).clamp(max=len(pairs) - 1)
+    seen, first = counts[place] * (pairs[place] == asked), known[:, :-1].flatten().bincount(minlength=V)[new[:, :-1]]
+    bits = {"all tokens alike": torch.full(alone.shape, 1 / V), "by how often each occurs": alone}
+    bits["by what followed the token before"] = (seen + 100 * alone) / (first + 100)
+    packed = 8 * len(lzma.compress(data.encoding.decode_bytes(text), preset=9))
+    return {name: -p.double().log2().sum().item() / size for name, p in bits.items()} | {"packed by xz": packed / size}
 
 
 def _check_block_size(model: nn.Module, block_size: int) -> None:
