@@ -4,7 +4,7 @@
 
     table = sweep({"wide": {"n_layer": 1}, "deep": {"n_layer": 4}}, seeds=range(5), preset="smoke", max_steps=200)
     compare_sweep(table)
-    plot_sweep(table, x="parameters", y="val_loss")
+    plot_sweep(table)
 
 A table is a pandas DataFrame with a row per run: `table.to_csv("answer.csv")` keeps it.
 """
@@ -217,7 +217,7 @@ def compare_sweep(table: pd.DataFrame, y: str = "val_bpb") -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def plot_sweep(table: pd.DataFrame, x="tokens", y="val_loss", ax=None, **style) -> plt.Figure:
+def plot_sweep(table: pd.DataFrame, y="val_bpb", x="tokens", ax=None, **style) -> plt.Figure:
     """Mean over seeds for each label, with one standard deviation either way: points, or lines where x has many values;
     where it has one, the labels stand side by side.
 
