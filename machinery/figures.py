@@ -7,6 +7,7 @@ import html
 import inspect
 import itertools
 import math
+import re
 import unicodedata
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,7 @@ from matplotlib.patches import Rectangle
 
 from machinery.errors import UserError, printable, readable, told
 from machinery.files import folder_path, read_jsonl, read_note
+from machinery.notebook import NOTEBOOK
 from machinery.run_folder import as_sample, run_state
 from machinery.screen import duration, in_notebook, keep_printing, shell
 
@@ -198,6 +200,18 @@ def plot_runs(*folders: str | Path) -> Figure:
     for label in axes.legend(drawn, [name for name, _ in curves]).get_texts():
         label.set_parse_math(False)
     return figure
+
+
+def published_run() -> list:
+    """The picture and the texts of results/demo.md, for `show`; none where results/ was not copied along."""
+    from IPython.display import Image
+
+    results = NOTEBOOK.parent / "results"
+    if not results.exists():
+        return []
+    alt = "A run of demo: the loss falls steeply, then slowly; the learning rate rises, stays and falls"
+    texts = re.findall(r"```text\n.*?```", (results / "demo.md").read_text("utf-8"), re.DOTALL)
+    return [Image(results / "demo.png", alt=alt), *texts]
 
 
 @functools.cache
