@@ -277,12 +277,13 @@ MISSING = {
     "tex*": "folders, read with /** after them (1)",
     "\x00": "found nothing",
     "  ": "source is empty",
+    "empty.txt": "found only empty files",
 }
 
 
 @pytest.mark.parametrize("source", MISSING)
 def test_what_is_not_there_is_one_line(tmp_path, monkeypatch, source):
-    write(tmp_path, {"texts/a.txt": "a", "a.png": "a"})
+    write(tmp_path, {"texts/a.txt": "a", "a.png": "a", "empty.txt": ""})
     monkeypatch.chdir(tmp_path)
     assert MISSING[source] in refused(source)
 
@@ -615,7 +616,7 @@ def test_rows_beyond_ascii_however_they_are_written(tmp_path, value, other):
 
 
 WRONG_ROWS = {
-    '{"body": "x"}': "no column 'text'; there are 'body'",
+    '{"body": "x"}': "no column 'text'; there are 'body': set text_column",
     '{"text": 5}': "holds a number, not text",
     '{"text": true}': "holds true or false, not text",
     '{"text": ["a"]}': "holds a list, not text",

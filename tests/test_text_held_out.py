@@ -560,7 +560,7 @@ def test_a_handful_of_documents_holds_out_their_ends(tmp_path, name):
     assert sum(map(len, train + val)) == size and all(train) and all(val)
     assert 0.09 < sum(map(len, val)) / size < 0.16, len(val)
     if len(texts) == 1:
-        assert "".join(train + val) == texts[0]
+        assert "".join(train + val) == texts[0] and data.manifest["held_out"] == "tails"
 
 
 @pytest.mark.parametrize("budget", [{"max_steps": 10}, {"max_tokens": 1000}, {}])
