@@ -25,7 +25,7 @@ COMBINATIONS = [
     variant | {"qk_norm": qk_norm, "tie_embeddings": tied}
     for variant in VARIANTS
     for qk_norm, tied in itertools.product([False, True], repeat=2)
-]
+] + [{"n_kv_head": 1}]  # multi-query
 COVERING = [  # each variant, with and without QK-norm and tying, at least once
     {"attention": "value", "position": "rope", "ffn": "gated", "norm": "rms", "qk_norm": True, "induction": True},
     {
@@ -134,11 +134,6 @@ def test_conformance(lm, tiny, combination, promise):
     promise(lm, tiny(**combination))
 
 
-@pytest.mark.parametrize("promise", PROMISES, ids=lambda promise: promise.__name__)
-def test_multi_query_is_one_key_value_head(lm, tiny, promise):
-    promise(lm, tiny(n_kv_head=1))
-
-
 @pytest.mark.parametrize("combination", COVERING, ids=name_of)
 def test_compiled_equals_eager(lm, tiny, combination):
     config = tiny(**combination, n_layer=2 if combination.get("induction") else 1)  # whose heads are in two blocks
@@ -199,32 +194,28 @@ LLAMA_NAMES = [
 ]  # fmt: skip
 
 
-def llama_state(model):
-    state = {}
-    for name, tensor in model.state_dict().items():
+def llama_names(tensors):
+    """Ours by their names in transformers."""
+    renamed = {}
+    for name, tensor in tensors:
         for ours, theirs in LLAMA_NAMES:
             name = name.replace(ours, theirs)
-        state["model.norm.weight" if name == "norm.weight" else name] = tensor
-    return state
+        renamed["model.norm.weight" if name == "norm.weight" else name] = tensor
+    return renamed
 
 
 def as_transformers(model, config):
     """The same weights in `transformers`' Llama, or Qwen3 where queries and keys are normalised."""
-    kind = (
-        (transformers.Qwen3Config, transformers.Qwen3ForCausalLM)
-        if config.qk_norm
-        else (transformers.LlamaConfig, transformers.LlamaForCausalLM)
-    )
-    reference = kind[1](
-        kind[0](
-            vocab_size=config.vocab_size, hidden_size=config.n_embd, intermediate_size=config.n_ffn,
-            num_hidden_layers=config.n_layer, num_attention_heads=config.n_head, num_key_value_heads=config.n_kv_head,
-            head_dim=config.head_size, max_position_embeddings=config.block_size, rms_norm_eps=1e-5,
-            tie_word_embeddings=config.tie_embeddings, attn_implementation="eager",
-            rope_parameters={"rope_type": "default", "rope_theta": config.rope_base},
-        )
+    theirs = transformers.AutoConfig.for_model(
+        "qwen3" if config.qk_norm else "llama",
+        vocab_size=config.vocab_size, hidden_size=config.n_embd, intermediate_size=config.n_ffn,
+        num_hidden_layers=config.n_layer, num_attention_heads=config.n_head, num_key_value_heads=config.n_kv_head,
+        head_dim=config.head_size, max_position_embeddings=config.block_size, rms_norm_eps=1e-5,
+        tie_word_embeddings=config.tie_embeddings,
+        rope_parameters={"rope_type": "default", "rope_theta": config.rope_base},
     )  # fmt: skip
-    reference.load_state_dict(llama_state(model))
+    reference = transformers.AutoModelForCausalLM.from_config(theirs, attn_implementation="eager")
+    reference.load_state_dict(llama_names(model.state_dict().items()))
     return reference
 
 
@@ -261,19 +252,8 @@ def test_logits_and_gradients_equal_transformers(lm, tiny, change):
     torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten()).backward()
     named = {id(p): p.grad for p in reference.parameters()}
     theirs = {name: named[id(p)] for name, p in reference.named_parameters(remove_duplicate=False)}
-    for name, gradient in llama_state_gradients(model).items():
-        assert relative_error(gradient, theirs[name]) < 1e-5, name
-
-
-def llama_state_gradients(model):
-    """The gradients under transformers' names."""
-    shell = {name: p.grad for name, p in model.named_parameters()}
-
-    class Gradients:
-        def state_dict(self):
-            return shell
-
-    return llama_state(Gradients())
+    for name, parameter in llama_names(model.named_parameters()).items():
+        assert relative_error(parameter.grad, theirs[name]) < 1e-5, name
 
 
 def test_norms_equal_torch(lm):
@@ -630,31 +610,27 @@ def test_loss_with_only_the_head_to_train(lm, tiny):
     assert torch.allclose(ours, model.head.weight.grad, atol=1e-6)
 
 
-def variants_of_the_text(lm) -> dict:
-    """The classes that section 8 of the notebook shows, executed as where a reader moves them."""
-    from machinery.notebook import NOTEBOOK
-
-    cells = ["".join(cell["source"]) for cell in json.loads(NOTEBOOK.read_text("utf-8"))["cells"]]
-    names = vars(lm) | {"ATTENTIONS": dict(lm.ATTENTIONS), "POSITIONS": dict(lm.POSITIONS)}
-    for program in cells:
-        if program.startswith(("class WindowAttention", "class ALiBi")):
+@pytest.fixture
+def variants_of_the_text(lm, monkeypatch):
+    """The names with the classes that section 8 of the notebook shows, executed as where a reader moves them."""
+    for table in ("ATTENTIONS", "POSITIONS"):
+        monkeypatch.setattr(lm, table, dict(getattr(lm, table)))
+    names = dict(vars(lm))
+    for cell in json.loads(NOTEBOOK.read_text("utf-8"))["cells"]:
+        if (program := "".join(cell["source"])).startswith(("class WindowAttention", "class ALiBi")):
             exec(program, names)
     return names
 
 
-def test_variants_that_do_not_go_together_are_told_before_anything_is_made(lm, tiny, monkeypatch):
-    names = variants_of_the_text(lm)
-    monkeypatch.setitem(lm.ATTENTIONS, "window", names["ATTENTIONS"]["window"])
-    monkeypatch.setitem(lm.POSITIONS, "alibi", names["POSITIONS"]["alibi"])
+@pytest.mark.usefixtures("variants_of_the_text")
+def test_variants_that_do_not_go_together_are_told_before_anything_is_made(lm, tiny):
     with pytest.raises(UserError, match=r"'window' and position 'alibi' do not .*attend\(self, q, k, v\) .* bias;"):
         lm.train(tiny(attention="window", position="alibi"))
 
 
 @pytest.mark.parametrize("field, name", [("attention", "window"), ("position", "alibi")])
-def test_the_variants_of_the_text_compute_what_they_say_with_and_without_a_cache(lm, tiny, monkeypatch, field, name):
-    names = variants_of_the_text(lm)
-    monkeypatch.setitem(lm.ATTENTIONS, "window", names["ATTENTIONS"]["window"])
-    monkeypatch.setitem(lm.POSITIONS, "alibi", names["POSITIONS"]["alibi"])
+def test_the_variants_of_the_text_compute_what_they_say(lm, tiny, variants_of_the_text, field, name):
+    """With and without a cache."""
     config = tiny(
         **{"attention": "mha", "position": "none", "n_layer": 1, "block_size": 32, "batch_tokens": 128, field: name}
     )
@@ -672,5 +648,5 @@ def test_the_variants_of_the_text_compute_what_they_say_with_and_without_a_cache
         places = torch.arange(6)
         scores = q @ k.mT / 8**0.5 - 2.0 ** -torch.tensor([2.0, 4, 6, 8])[:, None, None] * (places[:, None] - places)
         expected = scores.masked_fill(places[:, None] < places, -torch.inf).softmax(-1) @ v
-        bias = names["ALiBi"](config).bias(6, 6)
+        bias = variants_of_the_text["ALiBi"](config).bias(6, 6)
         assert torch.allclose(lm.MultiHeadAttention(config, 0).attend(q, k, v, bias), expected, atol=1e-5)
