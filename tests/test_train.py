@@ -34,7 +34,7 @@ from machinery.huggingface import config_from_hf, export_hf, import_hf
 from machinery.interrupts import StopRequest
 from machinery.loggers import LOGGERS, Logger, Loggers
 from machinery.machine import Machine, datasheet_flops, is_out_of_memory, measure_matmul_flops
-from machinery.notebook import train_elsewhere
+from machinery.notebook import TRAIN, train_elsewhere
 from machinery.run_folder import RunFolder, run_state
 from machinery.watch import Watch, print_preflight, refuse_too_large
 from model_utils import (
@@ -279,7 +279,7 @@ def test_a_full_disk_keeps_lines_for_later(tmp_path, capsys):
 @pytest.mark.parametrize("how", ["moved", "removed", "a file is removed"])
 def test_a_folder_that_goes_while_its_run_trains_is_written_again(lm, settings, monkeypatch, capsys, how):
     config = settings()
-    folder, write_text = Path(config.runs_dir) / config.run_name, lm.write_text
+    folder, write_text = folder_of(config), lm.write_text
 
     def take_away(*arguments, **options):
         if (folder / "metrics.jsonl").exists() and len(read_jsonl(folder / "metrics.jsonl")) == 7:
@@ -344,6 +344,16 @@ def settings(texts, tmp_path, tiny):
     return make
 
 
+def folder_of(config):
+    return Path(config.runs_dir) / config.run_name
+
+
+def metrics_of(config, name=None):
+    """The lines of a run's log, or the values of `name` in those that have one."""
+    lines = read_jsonl(folder_of(config) / "metrics.jsonl")
+    return [line[name] for line in lines if name in line] if name else lines
+
+
 def weights_of(lm, folder):
     return lm.load_run(folder)[1].state_dict()
 
@@ -356,7 +366,7 @@ def test_run_directory_holds_what_it_promises(lm, settings, monkeypatch, tmp_pat
     monkeypatch.chdir(tmp_path)
     config = settings(source="texts/*.txt", data_dir="data", runs_dir="runs")
     summary = lm.train(config)
-    folder = Path(config.runs_dir) / config.run_name
+    folder = folder_of(config)
     assert json.loads((folder / "summary.json").read_text()) == summary
     assert lm.Config.from_dict(json.loads((folder / "config.json").read_text())) == config
     assert set(summary) >= {
@@ -381,7 +391,7 @@ def test_run_directory_holds_what_it_promises(lm, settings, monkeypatch, tmp_pat
 def test_bits_per_byte_is_nats_over_ln2_and_bytes(lm, settings):
     config = settings(max_steps=1, dtype="float32")
     summary = lm.train(config)
-    _, model, encoding = lm.load_run(Path(config.runs_dir) / config.run_name)
+    _, model, encoding = lm.load_run(folder_of(config))
     data = lm.prepare_data(config)
     windows = data.windows("val", config.block_size)
     rows = torch.from_numpy(windows.read(0, len(windows)))
@@ -398,7 +408,7 @@ def test_micro_batches_give_the_same_gradient(lm, settings, optimizer):
         name = f"micro{micro_batch}"
         config = settings(micro_batch=micro_batch, max_steps=3, optimizer=optimizer, run_name=name, dtype="float32")
         lm.train(config)
-        runs.append(read_jsonl(Path(config.runs_dir) / config.run_name / "metrics.jsonl")[1:])
+        runs.append(metrics_of(config)[1:])
     for lines in zip(*runs):
         for field, tolerance in [("train_loss", 1e-5), ("grad_norm", 1e-3)]:
             assert [line[field] for line in lines] == pytest.approx([lines[0][field]] * 3, rel=tolerance)
@@ -429,13 +439,7 @@ class Interrupt:
         {"optimizer": "muon", "micro_batch": 1},
         {"optimizer": "muon", "schedule": "linear", "compile": True, "dtype": "bfloat16", "n_layer": 1},
         {"optimizer": "adamw", "schedule": "constant", "block_size": 64, "batch_tokens": 2048},  # over two epochs
-        {
-            "optimizer": "muon",
-            "attention": "mha",
-            "position": "absolute",
-            "tie_embeddings": False,
-            "batch_tokens": 1024,
-        },
+        {"attention": "mha", "position": "absolute", "tie_embeddings": False, "batch_tokens": 1024},
     ],
     ids=str,
 )
@@ -489,16 +493,16 @@ def test_a_run_that_ends_by_a_smaller_budget_is_scored_on_all_held_out_text(lm, 
     lm.train(replace(config, max_steps=8))
     summary = lm.train(replace(config, max_steps=6))
     assert summary["status"] == "finished" and summary["steps"] == 8
-    _, model, _ = lm.load_run(Path(config.runs_dir) / config.run_name)
+    _, model, _ = lm.load_run(folder_of(config))
     scores = lm.evaluate(model, lm.prepare_data(config), Machine.find("cpu"), 4, math.inf)
     assert summary["val_loss"] == pytest.approx(scores["val_loss"], rel=1e-3)
-    lines = read_jsonl(Path(config.runs_dir) / config.run_name / "metrics.jsonl")
+    lines = metrics_of(config)
     assert [line["step"] for line in lines] == list(range(9)) and lines[8]["val_loss"] == summary["val_loss"]
     assert math.isfinite(lines[8]["train_loss"])  # the line of the step is another one now, and has lost nothing
-    samples = read_jsonl(Path(config.runs_dir) / config.run_name / "samples.jsonl")
+    samples = read_jsonl(folder_of(config) / "samples.jsonl")
     assert [line["step"] for line in samples] == [0, 6, 8]
     assert lm.train(replace(config, max_steps=6))["val_loss"] == summary["val_loss"]
-    assert read_jsonl(Path(config.runs_dir) / config.run_name / "metrics.jsonl") == lines  # once is enough
+    assert metrics_of(config) == lines  # once is enough
 
 
 def test_a_run_whose_budget_is_set_to_where_it_stopped_is_scored_there(lm, settings, monkeypatch):
@@ -508,7 +512,7 @@ def test_a_run_whose_budget_is_set_to_where_it_stopped_is_scored_there(lm, setti
         patch.setattr(Run, "clock", lambda self: (1.0, self.at.step == 7))
         assert lm.train(config)["status"] == "interrupted"
     summary = lm.train(replace(config, max_steps=7))
-    _, model, _ = lm.load_run(Path(config.runs_dir) / config.run_name)
+    _, model, _ = lm.load_run(folder_of(config))
     scores = lm.evaluate(model, lm.prepare_data(config), Machine.find("cpu"), 4, math.inf)
     assert summary["val_loss"] == pytest.approx(scores["val_loss"], rel=1e-3)
 
@@ -521,7 +525,7 @@ def test_scores_of_different_texts_are_not_compared(lm, settings, monkeypatch):
         return {"val_loss": 1.0, "val_bpb": next(scores)}
 
     config = settings(eval_tokens=64, max_steps=12, keep_checkpoints=1, schedule="constant")
-    folder = Path(config.runs_dir) / config.run_name
+    folder = folder_of(config)
     for change, best in [
         ({}, (2.0, 4, 64)),
         ({"max_steps": 22}, (1.9, 20, 64)),
@@ -539,12 +543,14 @@ def test_scores_of_different_texts_are_not_compared(lm, settings, monkeypatch):
 def test_a_finished_run_is_not_trained_further(lm, settings, capsys):
     config = settings()
     first = lm.train(config)
+    assert "budget is used" not in capsys.readouterr().out
     again = lm.train(config)
+    assert "budget is used: a larger one goes on, another run_name or resume='never'" in capsys.readouterr().out
     kept = ("status", "steps", "val_bpb", "predicted", "peak_memory_bytes")  # what was measured while it trained, too
     assert [again[name] for name in kept] == [first[name] for name in kept] and again["predicted"]
     more = lm.train(replace(config, max_steps=20, micro_batch=2))
     assert more["steps"] == 20
-    run = Path(config.runs_dir) / config.run_name
+    run = folder_of(config)
     assert read_state(newest_checkpoint(run))["micro_batch"] == 2
     capsys.readouterr()
     (run / "metrics.jsonl").unlink()
@@ -560,12 +566,12 @@ def test_a_micro_batch_changed_by_hand_counts_also_after_a_start_that_was_cut_of
         patch.setattr(Run, "compile", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         lm.train(config)
     lm.train(config)
-    assert read_state(newest_checkpoint(Path(config.runs_dir) / config.run_name))["micro_batch"] == 2
+    assert read_state(newest_checkpoint(folder_of(config)))["micro_batch"] == 2
 
 
 def test_a_start_that_does_not_come_to_training_changes_nothing(lm, settings, monkeypatch):
     config = settings()
-    folder = Path(config.runs_dir) / config.run_name
+    folder = folder_of(config)
     with pytest.raises(UserError, match="val_source"):
         lm.train(replace(config, val_source="nowhere.txt"))
     assert not folder.exists()
@@ -596,7 +602,7 @@ def test_a_smaller_budget_that_was_told_is_on_the_disk(lm, settings, capsys):
     for told in (1, 0):
         assert lm.train(replace(config, max_steps=4, prompt="a"))["steps"] == 12
         assert capsys.readouterr().out.count("max_steps: 12 before, 4 now") == told
-    saved = lm.load_run(Path(config.runs_dir) / config.run_name)[0]
+    saved = lm.load_run(folder_of(config))[0]
     assert (saved.max_steps, saved.prompt) == (4, "a")
 
 
@@ -610,20 +616,6 @@ def test_a_run_interrupted_while_it_ends_is_not_locked_any_more(lm, settings, mo
 def test_hours_end_a_run(lm, settings):
     summary = lm.train(settings(max_steps=0, max_hours=2 / 3600, eval_every=1000))
     assert summary["status"] == "finished" and 2.0 <= summary["train_seconds"] < 4.0
-
-
-TRAIN_PROGRAM = """
-import json, sys
-from machinery.notebook import load_definitions
-lm = load_definitions()
-lm.torch.set_num_threads(1)
-lm.train(lm.Config.from_dict(json.load(open(sys.argv[1]))))
-"""
-
-
-def run_config(path, **options):
-    """Train the config in a JSON file in a process of its own."""
-    return subprocess.run([sys.executable, "-c", TRAIN_PROGRAM, str(path)], capture_output=True, text=True, **options)
 
 
 def test_killed_run_goes_on_from_its_checkpoint(lm, settings, tmp_path, capsys):
@@ -684,7 +676,7 @@ def test_a_run_is_seen_from_elsewhere(lm, settings, capsys):
     """State and curves of a run that is being trained by another process, from its files alone."""
     config = settings(max_steps=12)
     lm.train(config)
-    folder = Path(config.runs_dir) / config.run_name
+    folder = folder_of(config)
     state = run_state(folder)
     assert (state["status"], state["progress"], state["last"]["step"]) == ("finished", 1.0, 12)
     metrics = (folder / "metrics.jsonl").rename(folder / "away")
@@ -756,7 +748,7 @@ def train_poisoned(lm, config, monkeypatch, bad) -> dict:
 def test_a_run_whose_last_step_is_bad_is_saved(lm, settings, monkeypatch):
     config = settings(max_steps=7, checkpoint_every=5)
     summary = train_poisoned(lm, config, monkeypatch, lambda step: step == 7)
-    folder = Path(config.runs_dir) / config.run_name
+    folder = folder_of(config)
     assert summary["status"] == "finished" and newest_checkpoint(folder).name == "step_00000007"
     assert all(torch.isfinite(tensor).all() for tensor in weights_of(lm, folder).values())
 
@@ -772,7 +764,7 @@ def test_an_evaluation_far_off_keeps_no_later_step_from_being_saved(lm, settings
     monkeypatch.setattr(Run, "clock", lambda self: (1.0, self.at.step == 8))
     monkeypatch.setattr(lm, "evaluate", far_off)
     assert lm.train(config)["status"] == "interrupted"
-    assert newest_checkpoint(Path(config.runs_dir) / config.run_name).name == "step_00000008"
+    assert newest_checkpoint(folder_of(config)).name == "step_00000008"
 
 
 def test_a_preflight_reads_no_more_than_the_run_will(lm, settings, monkeypatch):
@@ -795,7 +787,7 @@ def test_a_best_score_at_a_skipped_step_has_its_checkpoint(lm, settings, monkeyp
     config = settings(max_steps=10, eval_every=5, checkpoint_every=100, keep_checkpoints=1, lr=0.02)
     summary = train_poisoned(lm, config, monkeypatch, lambda step: step == 5)
     assert summary["best_step"] == 5  # the other evaluation is of another text
-    assert lm.load_run(Path(config.runs_dir) / config.run_name, step=5)
+    assert lm.load_run(folder_of(config), step=5)
 
 
 def test_a_run_goes_on_in_another_precision_and_says_so(lm, settings, capsys):
@@ -824,7 +816,7 @@ def test_a_bad_step_never_reaches_the_weights(lm, settings, monkeypatch):
     """A batch whose loss is not finite is skipped; when nothing else comes, the run ends as diverged."""
     config = settings(max_steps=40, checkpoint_every=5)
     summary = train_poisoned(lm, config, monkeypatch, lambda step: step == 3 or step > 20)
-    folder = Path(config.runs_dir) / config.run_name
+    folder = folder_of(config)
     assert summary["status"] == "diverged" and summary["steps"] == 20 + lm.MAX_BAD_STEPS
     lines = read_jsonl(folder / "metrics.jsonl")
     skipped = [line["step"] for line in lines if "skipped_window" in line]
@@ -835,12 +827,8 @@ def test_a_bad_step_never_reaches_the_weights(lm, settings, monkeypatch):
 
 
 OUT_OF_MEMORY_PROGRAM = """
-import json, resource, sys, psutil
+import resource, psutil
 from data_utils import Batches
-from machinery.notebook import load_definitions
-lm = load_definitions()
-lm.torch.set_num_threads(1)
-config = lm.Config.from_dict(json.load(open(sys.argv[1])))
 retry = Batches.retry
 _, most = resource.getrlimit(resource.RLIMIT_AS)
 def limited(batches, model, attempt):
@@ -850,27 +838,21 @@ def limited(batches, model, attempt):
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (most, most))
 Batches.retry = limited
-lm.train(config)
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the address space of a process, as Linux can")
-def test_out_of_memory_halves_the_micro_batch_and_changes_nothing(lm, settings, tmp_path):
+def test_out_of_memory_halves_the_micro_batch_and_changes_nothing(lm, settings):
     """A process that may take 128 MB more is given micro-batches that need about 500."""
     sizes = {"micro_batch": 8, "block_size": 64, "n_ffn": 2048, "batch_tokens": 8192, "max_steps": 2}
     fits = settings(run_name="fits", dtype="float32", **sizes)
     big = replace(fits, run_name="big", micro_batch=128)
     lm.train(fits)
-    (tmp_path / "config.json").write_text(json.dumps(big.to_dict()))
-    result = subprocess.run(
-        [sys.executable, "-c", OUT_OF_MEMORY_PROGRAM, tmp_path / "config.json"], capture_output=True, text=True
-    )
+    command = [sys.executable, "-c", OUT_OF_MEMORY_PROGRAM + TRAIN, json.dumps(big.to_dict())]
+    result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "out of memory; on with micro-batches of 64" in result.stdout
-    losses = [
-        [m["train_loss"] for m in read_jsonl(tmp_path / "runs" / name / "metrics.jsonl") if "train_loss" in m]
-        for name in ("fits", "big")
-    ]
+    losses = [metrics_of(config, "train_loss") for config in (fits, big)]
     assert len(losses[1]) == 2 and losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
@@ -971,22 +953,18 @@ def test_an_eager_run_chooses_its_micro_batch_for_an_eager_step(lm, settings, mo
 
     monkeypatch.setattr(torch, "compile", fail)
     lm.train(config)
-    assert read_state(newest_checkpoint(Path(config.runs_dir) / config.run_name))["micro_batch"] == 4
+    assert read_state(newest_checkpoint(folder_of(config)))["micro_batch"] == 4
     assert "eager, since torch.compile failed (RuntimeError: no compiler)" in capsys.readouterr().out
 
 
 def test_float16_trains_with_a_scaled_loss_and_resumes(lm, settings, monkeypatch):
     """What a card without bfloat16 does, here on a CPU: the same losses as float32 to three digits."""
-    for dtype in ("float32", "float16"):
-        lm.train(settings(dtype=dtype, run_name=dtype, max_steps=6))
-    config = settings(dtype="float16", run_name="float16", max_steps=8)
-    assert lm.train(config)["steps"] == 8
-    wide, narrow = (
-        [m["train_loss"] for m in read_jsonl(Path(config.runs_dir) / name / "metrics.jsonl") if "train_loss" in m]
-        for name in ("float32", "float16")
-    )
-    assert narrow[:6] == pytest.approx(wide, rel=2e-3)
-    state = read_state(newest_checkpoint(Path(config.runs_dir) / "float16"))
+    wide, narrow = (settings(dtype=dtype, run_name=dtype, max_steps=6) for dtype in ("float32", "float16"))
+    for config in (wide, narrow):
+        lm.train(config)
+    assert lm.train(replace(narrow, max_steps=8))["steps"] == 8
+    assert metrics_of(narrow, "train_loss")[:6] == pytest.approx(metrics_of(wide, "train_loss"), rel=2e-3)
+    state = read_state(newest_checkpoint(folder_of(narrow)))
     assert state["scaler"]["scale"] >= 1024
 
 
@@ -1083,7 +1061,7 @@ def test_preflight_changes_nothing(lm, settings):
     """The losses of a run whose preflight steps on a copy of nothing are those of a loop written by hand."""
     config, machine = settings(max_steps=3, dtype="float32", micro_batch=2), Machine.find("cpu", "float32")
     lm.train(config)
-    lines = read_jsonl(Path(config.runs_dir) / config.run_name / "metrics.jsonl")
+    lines = metrics_of(config)
     data, model, at = lm.prepare_data(config), lm.build_model(config), lm.Progress(micro_batch=2)
     optimizers, batches, losses = lm.build_optimizers(model, config, machine), lm.Batches(data, config, machine, at), []
     for line in lines[1:]:
@@ -1117,7 +1095,7 @@ def test_a_model_that_only_gives_nan_has_diverged(lm, settings, monkeypatch, ste
     monkeypatch.setitem(lm.FFNS, "nan", type("Nan", (lm.GatedFFN,), {"forward": lambda self, x: x * math.nan}))
     config = settings(ffn="nan", max_steps=steps)
     assert lm.train(config)["status"] == "diverged"
-    summary = (Path(config.runs_dir) / config.run_name / "summary.json").read_text()
+    summary = (folder_of(config) / "summary.json").read_text()
     assert "NaN" not in summary and "Infinity" not in summary
 
 
@@ -1159,7 +1137,7 @@ def test_a_layer_that_drops_values_drops_none_outside_training(lm, settings, mon
     monkeypatch.setitem(lm.FFNS, "dropping", Dropping)
     config, machine = settings(ffn="dropping", max_steps=2, dtype="float32"), Machine.find("cpu", "float32")
     lm.train(config)
-    data, model = lm.prepare_data(config), lm.load_run(Path(config.runs_dir) / config.run_name)[1]
+    data, model = lm.prepare_data(config), lm.load_run(folder_of(config))[1]
     assert not model.training
     model.train()
     scores = [lm.evaluate(model, data, machine, 4, 512) for _ in range(3)]
@@ -1191,16 +1169,10 @@ def test_a_part_that_is_kept_in_evaluation_mode_stays_in_it(lm, settings, monkey
 
 
 def test_checkpoints_come_by_the_clock_too(lm, settings):
-    config = settings(
-        max_steps=0,
-        max_hours=3 / 3600,
-        checkpoint_every=10**6,
-        checkpoint_minutes=0.5 / 60,
-        keep_checkpoints=99,
-        eval_every=10**6,
-    )
+    rare = {"checkpoint_every": 10**6, "eval_every": 10**6, "keep_checkpoints": 99}
+    config = settings(max_steps=0, max_hours=3 / 3600, checkpoint_minutes=0.5 / 60, **rare)
     lm.train(config)
-    assert 3 <= len(checkpoint_folders(Path(config.runs_dir) / config.run_name)) <= 7
+    assert 3 <= len(checkpoint_folders(folder_of(config))) <= 7
 
 
 @pytest.mark.parametrize(
@@ -1209,7 +1181,7 @@ def test_checkpoints_come_by_the_clock_too(lm, settings):
 def test_the_first_step_learns_however_small_the_budget(lm, settings, budget):
     config = settings(warmup=0.5, **budget)
     assert lm.train(config)["steps"] == 1
-    trained = lm.load_run(Path(config.runs_dir) / config.run_name)[1].state_dict()
+    trained = lm.load_run(folder_of(config))[1].state_dict()
     first = lm.build_model(config).state_dict()
     assert all(not torch.equal(trained[name], first[name]) for name in ("embedding.weight", "norm.weight"))
 
@@ -1218,14 +1190,14 @@ def test_the_first_step_learns_however_small_the_budget(lm, settings, budget):
 def test_any_prompt_gets_text(lm, settings, prompt):
     config = settings(max_steps=1, prompt=prompt)
     lm.train(config)
-    sample = read_jsonl(Path(config.runs_dir) / config.run_name / "samples.jsonl")[-1]
+    sample = read_jsonl(folder_of(config) / "samples.jsonl")[-1]
     assert sample["prompt"] == prompt and sample["text"]
 
 
 def test_samples_are_drawn_at_the_temperature_of_the_configuration(lm, settings):
     config = settings(max_steps=1, sample_temperature=0)
     lm.train(config)
-    run = Path(config.runs_dir) / config.run_name
+    run = folder_of(config)
     _, model, encoding = lm.load_run(run)
     machine = Machine.find("cpu", config.dtype)
     cold, warm = (
@@ -1241,7 +1213,7 @@ def test_time_left_and_progress_of_a_resumed_run_are_those_of_its_budget(lm, set
     begun = lm.train(config)
     capsys.readouterr()
     lm.train(replace(config, max_hours=2 / 3600))
-    lines = read_jsonl(Path(config.runs_dir) / config.run_name / "metrics.jsonl")
+    lines = metrics_of(config)
     resumed = [line for line in lines if line["step"] > begun["steps"]]
     assert resumed[0]["progress"] > 0.5 and resumed[-1]["progress"] > 0.95
     for line in resumed:
@@ -1257,7 +1229,7 @@ def test_time_left_counts_evaluations_and_samples(lm, settings, monkeypatch, eve
     monkeypatch.setattr("machinery.watch.time_between", lambda *_: [1.0] * 4)
     config = settings(max_steps=12, eval_every=every[0], sample_every=every[1])
     assert lm.train(config)["predicted"]["seconds"] == pytest.approx(12 + between)
-    for line in read_jsonl(Path(config.runs_dir) / config.run_name / "metrics.jsonl"):
+    for line in metrics_of(config):
         steps = 12 - line["step"]
         assert line["seconds_left"] >= steps * between / 12 and (steps or line["seconds_left"] == 0)
 
@@ -1265,7 +1237,7 @@ def test_time_left_counts_evaluations_and_samples(lm, settings, monkeypatch, eve
 def test_starting_over_checks_everything_before_it_moves_anything(lm, settings):
     config = settings(max_steps=2)
     lm.train(config)
-    folder = Path(config.runs_dir) / config.run_name
+    folder = folder_of(config)
     before = sorted(path.name for path in folder.iterdir())
     long = {"block_size": 1 << 17, "batch_tokens": 1 << 17, "micro_batch": 1}  # a window is more than the text
     for wrong in ({"source": "nowhere/*.txt"}, {"optimizer": "adamww"}, {"n_embd": 1 << 22}, long):
@@ -1295,7 +1267,7 @@ def test_a_checkpoint_of_another_run_is_not_gone_on_from(lm, settings, texts, ch
 def test_a_run_whose_checkpoints_are_all_damaged_is_refused_and_kept(lm, settings):
     config = settings(max_steps=12)
     lm.train(config)
-    folder = Path(config.runs_dir) / config.run_name
+    folder = folder_of(config)
     for checkpoint in checkpoint_folders(folder):
         (checkpoint / "model.safetensors").write_bytes(b"damaged")
     before = (folder / "metrics.jsonl").read_bytes()
@@ -1316,7 +1288,7 @@ def test_a_run_tells_when_its_text_repeats_and_that_the_best_was_earlier(lm, set
     assert re.search(r"text +read \d+\.\d times \(what repeats adds less from about 4 on\)", printed)
     assert printed.count("it repeats now") == 1
     assert f"held-out loss was best at step {summary['best_step']:,}" in printed
-    run = Path(config.runs_dir) / config.run_name
+    run = folder_of(config)
     assert [int(path.name[5:]) for path in checkpoint_folders(run)] == [summary["best_step"], 200, 300]
     _, best, _ = lm.load_run(run, step=summary["best_step"])
     scores = lm.evaluate(best, lm.prepare_data(config), Machine.find("cpu"), 32, math.inf)
@@ -1330,7 +1302,7 @@ def test_nothing_secret_or_local_is_written_into_a_run(lm, settings, tmp_path, m
     monkeypatch.setenv("HF_TOKEN", "hf_secretsecretsecret")
     config = settings(max_steps=2)
     lm.train(config)
-    folder = Path(config.runs_dir) / config.run_name
+    folder = folder_of(config)
     for path in [path for path in folder.rglob("*") if path.is_file()]:
         content = path.read_bytes()
         for secret in (str(tmp_path), str(Path.home()) + "/", os.environ["WANDB_API_KEY"], os.environ["HF_TOKEN"]):
@@ -1339,12 +1311,13 @@ def test_nothing_secret_or_local_is_written_into_a_run(lm, settings, tmp_path, m
 
 def test_compile_failure_falls_back_and_says_why(settings, tmp_path):
     """On a machine without a C++ compiler, here one whose PATH is empty and whose compile cache is new."""
-    (tmp_path / "config.json").write_text(json.dumps(settings(compile=True, max_steps=2, device="cpu").to_dict()))
+    config = settings(compile=True, max_steps=2, device="cpu")
     env = os.environ | {"PATH": str(tmp_path), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
-    result = run_config(tmp_path / "config.json", env=env)
+    command = [sys.executable, "-c", TRAIN, json.dumps(config.to_dict())]
+    result = subprocess.run(command, env=env, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "eager, since torch.compile failed" in result.stdout
-    assert json.loads(next((tmp_path / "runs").glob("*/summary.json")).read_text())["status"] == "finished"
+    assert json.loads((folder_of(config) / "summary.json").read_text())["status"] == "finished"
 
 
 @pytest.mark.parametrize("compile", [False, True])
@@ -1475,7 +1448,7 @@ def test_a_logger_is_a_class_and_a_line_and_one_that_breaks_is_said_once(lm, set
     monkeypatch.setitem(LOGGERS, "broken", Broken)
     config = settings(max_steps=4)
     assert lm.train(config)["status"] == "finished"
-    assert len((Path(config.runs_dir) / config.run_name / "metrics.csv").read_text().splitlines()) == 5
+    assert len((folder_of(config) / "metrics.csv").read_text().splitlines()) == 5
     assert capsys.readouterr().out.count("broken stopped (ConnectionError: gone)") == 1
 
 
@@ -1556,14 +1529,6 @@ def test_decoding_on_a_cpu_is_in_float32():
         assert (x @ x).dtype == torch.bfloat16
     with machine.autocast(decoding=True):
         assert (x @ x).dtype == torch.float32
-
-
-def test_a_run_whose_budget_is_used_says_what_to_do(lm, settings, capsys):
-    config = settings(max_steps=2)
-    lm.train(config)
-    assert "budget is used" not in capsys.readouterr().out
-    assert lm.train(config)["steps"] == 2
-    assert "budget is used: a larger one goes on, another run_name or resume='never'" in capsys.readouterr().out
 
 
 def test_bfloat16_is_for_processors_that_multiply_it(monkeypatch):
