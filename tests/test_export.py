@@ -154,22 +154,15 @@ def test_export_of_an_import_is_the_same_files(tiny, tmp_path, family):
 def test_every_combination_exports_or_names_the_part_in_the_way(lm, tiny):
     parts = {"position": lm.POSITIONS, "ffn": lm.FFNS, "norm": lm.NORMS, "qk_norm": (False, True)}
     mapped = {tuple(getattr(family, part) for part in parts) for family in FAMILIES}
-    refused = 0
-    for position in parts["position"]:
-        for ffn in parts["ffn"]:
-            for norm in parts["norm"]:
-                for qk_norm in parts["qk_norm"]:
-                    choice = dict(zip(parts, (position, ffn, norm, qk_norm)))
-                    config = tiny(attention="mha", **choice).to_dict()
-                    if tuple(choice.values()) in mapped:
-                        family_of(config)
-                        continue
-                    with pytest.raises(ExportError) as caught:
-                        family_of(config)
-                    named = str(caught.value).split()[0]
-                    assert named in parts and repr(config[named]) in str(caught.value) and "\n" not in str(caught.value)
-                    refused += 1
-    assert refused == 36 - len(mapped)
+    for choice in product(*parts.values()):
+        config = tiny(attention="mha", **dict(zip(parts, choice))).to_dict()
+        if choice in mapped:
+            family_of(config)
+            continue
+        with pytest.raises(ExportError) as caught:
+            family_of(config)
+        named = str(caught.value).split()[0]
+        assert named in parts and repr(config[named]) in str(caught.value) and "\n" not in str(caught.value)
     with pytest.raises(ExportError, match="attention 'gqa' with 2 key/value heads .*of 4 key/value .*of 1 key/value"):
         family_of(tiny(position="absolute", ffn="mlp", norm="layer", qk_norm=False).to_dict())
 
@@ -186,7 +179,7 @@ def test_every_combination_exports_or_names_the_part_in_the_way(lm, tiny):
             "position 'none' .* there is one with position 'rope' and",
         ),
     ],
-    ids=["value", "window", "absolute", "layer", "two"],
+    ids=str,
 )
 def test_the_part_in_the_way_is_the_one_whose_change_is_enough(tiny, change, message):
     with pytest.raises(ExportError, match=message):
@@ -395,36 +388,26 @@ def test_shards_of_the_library_come_back(tiny, tmp_path):
 
 # ----------------------------------------------------------------------------------------------- coming in
 
-FOREIGN = [
-    ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}, "rope_parameters.*linear"),
-    ({"rope_scaling": {"type": "linear", "factor": 4.0}}, "rope_parameters.*linear"),
-    ({"mlp_bias": True}, "mlp_bias is True"),
-    ({"hidden_act": "gelu"}, "hidden_act is gelu"),
-    ({"head_dim": 16}, "head_dim is 16.* 8"),
-    ({"model_type": "mixtral"}, "model_type 'mixtral' is not one of llama"),
-    ({"quantization_config": {"bits": 4}}, "quantization_config"),
-    ({"auto_map": {"AutoModel": "evil.py"}}, "auto_map"),
-    ({"hidden_size": 1 << 40}, "hidden_size is 1099511627776"),
-    ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000"),
-    ({"num_labels": 10**6}, "num_labels is 1000000"),
-    ({"num_attention_heads": 3}, "refused by transformers"),
-    ({"num_hidden_layers": 3}, r"model.layers.2.* is missing there, \("),
-    ({"num_hidden_layers": 1}, r"model.layers.1.* there, not here"),
-    ({"vocab_size": 300}, r"model.embed_tokens.weight is \(257, 32\) there and \(300, 32\)"),
-]
-
-
-@pytest.mark.parametrize(("change", "named"), FOREIGN, ids=[str(next(iter(change))) for change, _ in FOREIGN])
-def test_what_this_stack_does_not_have_is_named(tiny, tmp_path, change, named):
-    _, _, out = exported(tmp_path, tiny, qk_norm=False)
-    path = out / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    with pytest.raises(ExportError, match=named) as caught:
-        import_hf(out)
-    assert "\n" not in str(caught.value)
-
-
-OTHERS = [
+ODD = [  # a family, what somebody's config.json says, and what is told
+    (
+        "llama",
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}},
+        "rope_parameters.*linear",
+    ),
+    ("llama", {"rope_scaling": {"type": "linear", "factor": 4.0}}, "rope_parameters.*linear"),
+    ("llama", {"mlp_bias": True}, "mlp_bias is True"),
+    ("llama", {"hidden_act": "gelu"}, "hidden_act is gelu"),
+    ("llama", {"head_dim": 16}, "head_dim is 16.* 8"),
+    ("llama", {"model_type": "mixtral"}, "model_type 'mixtral' is not one of llama"),
+    ("llama", {"quantization_config": {"bits": 4}}, "quantization_config"),
+    ("llama", {"auto_map": {"AutoModel": "evil.py"}}, "auto_map"),
+    ("llama", {"hidden_size": 1 << 40}, "hidden_size is 1099511627776"),
+    ("llama", {"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000"),
+    ("llama", {"num_labels": 10**6}, "num_labels is 1000000"),
+    ("llama", {"num_attention_heads": 3}, "refused by transformers"),
+    ("llama", {"num_hidden_layers": 3}, r"model.layers.2.* is missing there, \("),
+    ("llama", {"num_hidden_layers": 1}, r"model.layers.1.* there, not here"),
+    ("llama", {"vocab_size": 300}, r"model.embed_tokens.weight is \(257, 32\) there and \(300, 32\)"),
     ("qwen3", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}, "layer_types|sliding_window"),
     ("qwen3", {"head_dim": 16}, "head_dim is 16"),
     ("stablelm", {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.25}}, "rope_parameters.*0.25"),
@@ -436,24 +419,49 @@ OTHERS = [
     ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is True"),
     ("gpt2", {"activation_function": "relu"}, "activation_function is relu"),
     ("apertus", {"hidden_act": "xielu"}, "hidden_act is xielu"),
+    ("llama", {"rope_parameters": {"rope_theta": "abc", "rope_type": "default"}}, "config.json: "),
+    ("llama", {"rope_parameters": {"rope_theta": 0, "rope_type": "default"}}, "rope_base is 0; it must be"),
+    ("llama", {"rope_parameters": 3}, "config.json: "),
+    ("llama", {"rms_norm_eps": float("nan")}, "norm_eps is nan; it must be"),
+    ("llama", {"num_attention_heads": 0}, "num_attention_heads is 0; it must be"),
+    ("llama", {"num_key_value_heads": 0}, "num_key_value_heads is 0; it must be"),
+    ("llama", {"num_key_value_heads": 3}, "config.json: "),
+    ("llama", {"hidden_size": "64"}, "hidden_size is '64'; it must be"),
+    ("llama", {"num_hidden_layers": 4096}, "4096 layers and the weights 20 tensors"),
+    ("llama", {"model_type": ["llama"]}, "model_type"),
 ]
 
 
-@pytest.mark.parametrize(("model_type", "change", "named"), OTHERS, ids=[f"{o[0]}-{next(iter(o[1]))}" for o in OTHERS])
-def test_features_of_each_family_are_named(tiny, tmp_path, model_type, change, named):
-    family = next(family for family in FAMILIES if family.model_type == model_type)
-    _, _, out = exported(tmp_path, tiny, **settings_of(family))
+def family_called(model_type):
+    return next(family for family in FAMILIES if family.model_type == model_type)
+
+
+@pytest.mark.parametrize(("model_type", "change", "named"), ODD, ids=[f"{model}-{change}" for model, change, _ in ODD])
+def test_what_this_stack_does_not_have_is_named(tiny, tmp_path, model_type, change, named):
+    _, _, out = exported(tmp_path, tiny, **settings_of(family_called(model_type)))
     path = out / "config.json"
     values = {name: value for name, value in json.loads(path.read_text()).items() if name != "layer_types"}
     path.write_text(json.dumps(values | change))
-    with pytest.raises(ExportError, match=named):
+    with pytest.raises(ExportError, match=named) as caught:
+        import_hf(out)
+    assert "\n" not in str(caught.value) and str(out) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "index",
+    [{}, {"weight_map": []}, {"weight_map": {}}, {"weight_map": {"a": 3}}, {"weight_map": {"a": ["b"]}}],
+    ids=str,
+)
+def test_an_index_of_no_files_is_one_line(tiny, tmp_path, index):
+    _, _, out = exported(tmp_path, tiny)
+    (out / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ExportError, match=f"{out}.*does not say which file holds each tensor"):
         import_hf(out)
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "gpt_bigcode", "starcoder2"])
 def test_biases_are_refused_unless_zero(tiny, tmp_path, model_type):
-    family = next(family for family in FAMILIES if family.model_type == model_type)
-    _, _, out = exported(tmp_path, tiny, **settings_of(family), induction=True)
+    _, _, out = exported(tmp_path, tiny, **settings_of(family_called(model_type)), induction=True)
     weights = load_file(out / "model.safetensors")
     name = next(name for name in weights if name.endswith("c_proj.bias"))
     assert not weights[name].any()
@@ -491,22 +499,10 @@ def test_damaged_and_missing_files_are_one_line(tiny, tmp_path):
 
 def test_training_begins_with_a_checkpoint(lm, tiny, tmp_path, texts, capsys):
     _, model, out = exported(tmp_path, tiny, tie_embeddings=False, rope_base=500.0)
-    here = {
-        "runs_dir": str(tmp_path / "runs"),
-        "data_dir": str(tmp_path / "data"),
-        "source": texts[0],
-        "val_fraction": 0.2,
-    }
-    here |= {
-        "batch_tokens": 320,
-        "run_name": "on",
-        "max_steps": 3,
-        "eval_every": 3,
-        "lr": 1e-9,
-        "embedding_lr": 1e-9,
-        "head_lr": 1e-9,
-    }
-    config = lm.Config.from_preset("smoke", **config_from_hf(out) | here | {"weight_decay": 0.0})
+    here = {"runs_dir": str(tmp_path / "runs"), "data_dir": str(tmp_path / "data"), "run_name": "on"}
+    here |= {"source": texts[0], "val_fraction": 0.2, "batch_tokens": 320, "max_steps": 3, "eval_every": 3}
+    still = {"lr": 1e-9, "embedding_lr": 1e-9, "head_lr": 1e-9, "weight_decay": 0.0}
+    config = lm.Config.from_preset("smoke", **config_from_hf(out) | here | still)
     assert lm.train(config)["steps"] == 3
     _, trained, encoding = lm.load_run(tmp_path / "runs" / "on")
     for ours, begun in zip(trained.parameters(), model.parameters()):
@@ -526,7 +522,7 @@ def test_training_begins_with_a_checkpoint(lm, tiny, tmp_path, texts, capsys):
         ({"rope_base": 1e4}, "rope_base is 10000.0 but 500.0"),
         ({"qk_norm": False}, "qk_norm is False but True"),
         ({"n_kv_head": 1}, "n_kv_head is 1 but 2"),
-        ({"tokenizer": "bpe", "source": "python"}, "tokenizer 'bpe'.*set tokenizer to that folder"),
+        ({"tokenizer": "bpe"}, "tokenizer 'bpe'.*set tokenizer to that folder"),
     ],
     ids=str,
 )
@@ -534,29 +530,8 @@ def test_a_config_that_does_not_fit_its_checkpoint_is_one_line(lm, tiny, tmp_pat
     _, _, out = exported(tmp_path, tiny, rope_base=500.0, vocab_size=300)
     values = config_from_hf(out) | {"batch_tokens": 320, "source": texts[0], "val_fraction": 0.2, "run_name": "off"}
     values |= {"runs_dir": str(tmp_path / "runs"), "data_dir": str(tmp_path / "data")}
-    if "tokenizer" in change:
-        change = change | {"source": texts[0]}
     with pytest.raises(ExportError, match=named):
         lm.train(lm.Config.from_preset("smoke", **values | change))
-
-
-ODD = [
-    ("config.json", {"rope_parameters": {"rope_theta": "abc", "rope_type": "default"}}, "config.json: "),
-    ("config.json", {"rope_parameters": {"rope_theta": 0, "rope_type": "default"}}, "rope_base is 0; it must be"),
-    ("config.json", {"rope_parameters": 3}, "config.json: "),
-    ("config.json", {"rms_norm_eps": float("nan")}, "norm_eps is nan; it must be"),
-    ("config.json", {"num_attention_heads": 0}, "num_attention_heads is 0; it must be"),
-    ("config.json", {"num_key_value_heads": 0}, "num_key_value_heads is 0; it must be"),
-    ("config.json", {"num_key_value_heads": 3}, "config.json: "),
-    ("config.json", {"hidden_size": "64"}, "hidden_size is '64'; it must be"),
-    ("config.json", {"num_hidden_layers": 4096}, "4096 layers and the weights 20 tensors"),
-    ("config.json", {"model_type": ["llama"]}, "model_type"),
-    ("model.safetensors.index.json", {}, "does not say which file holds each tensor"),
-    ("model.safetensors.index.json", {"weight_map": []}, "does not say which file"),
-    ("model.safetensors.index.json", {"weight_map": {}}, "does not say which file"),
-    ("model.safetensors.index.json", {"weight_map": {"a": 3}}, "does not say which file"),
-    ("model.safetensors.index.json", {"weight_map": {"a": ["b"]}}, "does not say which file"),
-]
 
 
 @pytest.mark.parametrize(
@@ -592,16 +567,6 @@ def test_the_folder_of_a_run_is_not_begun_with(tiny, tmp_path):
     exported(tmp_path, tiny)
     with pytest.raises(ExportError, match="export_hf makes such a checkpoint of a run"):
         import_hf(tmp_path / "run")
-
-
-@pytest.mark.parametrize(("name", "change", "message"), ODD, ids=[f"{o[0].split('.')[0]}-{o[1]}" for o in ODD])
-def test_odd_files_are_one_line(tiny, tmp_path, name, change, message):
-    _, _, out = exported(tmp_path, tiny, qk_norm=False)
-    values = json.loads((out / name).read_text()) | change if name == "config.json" else change
-    (out / name).write_text(json.dumps(values))
-    with pytest.raises(ExportError, match=message) as caught:
-        import_hf(out)
-    assert "\n" not in str(caught.value) and str(out) in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -823,7 +788,7 @@ def test_a_tokenizer_that_was_just_learned(tmp_path, first, last, alphabet, name
         ({"pre_tokenizer": None}, "not a byte-level BPE"),
         ({"truncation": "x"}, "not a byte-level BPE"),
     ],
-    ids=["normalizer", "metaspace", "wordpiece", "gaps", "long", "prefix", "model", "added", "id", "none", "cut"],
+    ids=lambda value: str(value)[:60],
 )
 def test_other_tokenizers_are_refused_by_name(tmp_path, change, named):
     save_tokenizer(BYTES, tmp_path, 100)
