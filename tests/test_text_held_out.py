@@ -46,6 +46,13 @@ def leaked(data):
     return sum(map(len, copies)) / sum(map(len, held_out))
 
 
+def prepare_copies(tmp_path, texts, copies):
+    """Data of some texts and of copies of the first ones; both sides' texts; and of each text, what is its copy."""
+    data = prepare(tmp_path, write(tmp_path, {"t/rows.jsonl": [{"text": text} for text in texts + copies]}))
+    other = dict(zip(texts, copies)) | dict(zip(copies, texts))
+    return data, set(texts_of(data, "train")), texts_of(data, "val"), other
+
+
 BLANKS = "".join(c for c in map(chr, range(0x1F, 0x3001)) if c.isspace() and c.splitlines() != [""])
 VARIANTS = {  # how a copy may differ from its original
     "line ends": lambda text, i: text.replace("\n", "\r\n"),
@@ -140,16 +147,14 @@ PARAGRAPHS = {  # how a copy of one paragraph, without line ends, may differ
 @pytest.mark.parametrize("paragraphs", [1, 3])
 @pytest.mark.parametrize("variant", PARAGRAPHS)
 def test_a_copy_may_have_no_whole_line_in_common(tmp_path, variant, paragraphs):
-    texts = []
+    texts, copies = [], []
     for i in range(150):
         parts = [random.Random(f"{i} {k}").choices(WORDS, k=60) for k in range(paragraphs)]
         texts.append("\n".join(" ".join(words) for words in parts))
-        texts.append("\n".join(" ".join(PARAGRAPHS[variant](words, i)) for words in parts))
-    data = prepare(tmp_path, write(tmp_path, {"texts/rows.jsonl": [{"text": text} for text in texts]}))
-    held_out, trained = texts_of(data, "val"), set(texts_of(data, "train"))
-    number = {text: i for i, text in enumerate(texts)}
-    both = [text for text in held_out if texts[number[text] ^ 1] in trained]
-    assert data.manifest["held_out"] == "documents" and len(held_out) > 10 and not both
+        copies.append("\n".join(" ".join(PARAGRAPHS[variant](words, i)) for words in parts))
+    data, trained, held_out, other = prepare_copies(tmp_path, texts, copies)
+    assert data.manifest["held_out"] == "documents" and len(held_out) > 10
+    assert not [text for text in held_out if other[text] in trained]
 
 
 def paragraphs(seed, count=20):
@@ -200,6 +205,7 @@ def test_a_copy_may_be_cut_into_other_lines(tmp_path, kind):
     assert not [some for some in held_out if len(some & known) > 0.6 * len(some)]
 
 
+CYRILLIC = str.maketrans("abcdefghijklmnoprstuvwxyz", "абцдефгхийклмнопрстувщызж")
 IN_OTHER_SIGNS = {  # what is done to each line of a copy, or to the whole of it
     "a comment": lambda text: re.sub("(?m)^", "# ", text),
     "a change": lambda text: re.sub("(?m)^", "+", text),
@@ -214,37 +220,24 @@ IN_OTHER_SIGNS = {  # what is done to each line of a copy, or to the whole of it
     "escaped": lambda text: json.dumps(text),
     "marks on letters": lambda text: text.replace("e", "e\u0316").replace("o", "o\u0316"),
     "other full stops": lambda text: text.replace(".", "。").replace(" ", "、"),
+    "full width": lambda text: text.translate({code: code + 0xFEE0 for code in range(0x21, 0x7F)}),
+    "Cyrillic capitals": lambda text: text.translate(CYRILLIC).upper(),
+    "no accents": str,
+}
+IN_THESE_LETTERS = {  # what is done to the text itself
+    "Cyrillic capitals": lambda text: text.translate(CYRILLIC),
+    "no accents": lambda text: text.replace("e", "é").replace("o", "ö"),
 }
 
 
 @pytest.mark.parametrize("kind", IN_OTHER_SIGNS)
 def test_a_copy_may_be_written_with_other_signs(tmp_path, kind):
     texts = [textwrap.fill(" ".join(paragraphs(i, 6)), 72) for i in range(150)]
+    of_text = IN_THESE_LETTERS.get(kind, str)
     copies = [IN_OTHER_SIGNS[kind](text) for text in texts[:60]]
-    data = prepare(tmp_path, write(tmp_path, {"t/rows.jsonl": [{"text": text} for text in texts + copies]}))
-    trained, held_out = set(texts_of(data, "train")), texts_of(data, "val")
-    other = dict(zip(texts + copies, copies + [""] * 90 + texts))
-    assert len(held_out) > 5 and not [text for text in held_out if other[text] in trained]
-
-
-CYRILLIC = str.maketrans("abcdefghijklmnoprstuvwxyz", "абцдефгхийклмнопрстувщызж")
-IN_OTHER_LETTERS = {  # a text and its copy
-    "capitals": (lambda text: text.translate(CYRILLIC), lambda text: text.translate(CYRILLIC).upper()),
-    "no accents": (lambda text: text.replace("e", "é").replace("o", "ö"), str),
-    "full width": (str, lambda text: text.translate({code: code + 0xFEE0 for code in range(0x21, 0x7F)})),
-}
-
-
-@pytest.mark.parametrize("kind", IN_OTHER_LETTERS)
-def test_a_copy_may_be_written_in_other_letters(tmp_path, kind):
-    texts = [textwrap.fill(" ".join(paragraphs(i, 6)), 72) for i in range(150)]
-    of_text, of_copy = IN_OTHER_LETTERS[kind]
-    written, copies = [of_text(text) for text in texts], [of_copy(text) for text in texts[:60]]
-    data = prepare(tmp_path, write(tmp_path, {"t/rows.jsonl": [{"text": text} for text in written + copies]}))
-    trained, held_out = set(texts_of(data, "train")), texts_of(data, "val")
-    other = dict(zip(written + copies, copies + [""] * 90 + written))
-    assert len(held_out) > 5 and not [text for text in held_out if other[text] in trained]
-    assert data.manifest["grouped"] == sum(other[text] in held_out for text in held_out) / 2
+    data, trained, held_out, other = prepare_copies(tmp_path, [of_text(text) for text in texts], copies)
+    assert len(held_out) > 5 and not [text for text in held_out if other.get(text) in trained]
+    assert data.manifest["grouped"] == sum(other.get(text) in held_out for text in held_out) / 2
 
 
 @pytest.mark.parametrize("size", [60, 100, 140])
@@ -254,10 +247,8 @@ def test_a_short_row_with_something_before_or_after_it_is_a_copy(tmp_path, size,
     words = [f"{word}{chance.choice(['', 's', 'ly', 'er'])}" for word in WORDS for _ in range(8)]
     rows = [" ".join(chance.choices(words, k=size // 5))[:size].strip() for _ in range(400)]
     copies = [kind.format(row) for row in rows[:100]]
-    data = prepare(tmp_path, write(tmp_path, {"t/rows.jsonl": [{"text": text} for text in rows + copies]}))
-    trained, held_out = set(texts_of(data, "train")), texts_of(data, "val")
-    other = dict(zip(rows + copies, copies + [""] * 300 + rows))
-    assert len(held_out) > 20 and sum(other[text] in trained for text in held_out) < 0.05 * len(held_out)
+    _, trained, held_out, other = prepare_copies(tmp_path, rows, copies)
+    assert len(held_out) > 20 and sum(other.get(text) in trained for text in held_out) < 0.05 * len(held_out)
 
 
 @pytest.mark.parametrize("kind", ["people", "sums", "questions"])
@@ -288,6 +279,7 @@ def test_tables_that_begin_with_numbers_or_times_are_compared_by_them(tmp_path):
         lambda: "".join(f"{chance.random():.3f},{chance.random():.3f},setosa\n" for _ in range(30)),
         lambda: "".join(f"{hour:02}:00 {chance.random() * 40:.2f} C\n" for hour in range(24)),
         lambda: "".join(f"{n}. {chance.choice(WORDS)} {chance.choice(WORDS)}\n" for n in range(40)),
+        lambda: "".join(f"{chance.random():.6f}, {chance.random():.6f};\n" for _ in range(40)),
     ]
     for i, make in enumerate(kinds):
         texts = [make() for _ in range(100)]
@@ -303,15 +295,6 @@ def test_many_marks_on_a_letter_take_no_time():
         start = time.perf_counter()
         look_at(["a" + marks * (PIECE // 2)])
         assert time.perf_counter() - start < 5, marks  # in order, they take minutes
-
-
-def test_texts_of_numbers_are_compared_by_them(tmp_path):
-    chance = random.Random(0)
-    rows = [[f"{chance.random():.6f}, {chance.random():.6f};" for _ in range(40)] for _ in range(200)]
-    texts = ["\n".join(lines) for lines in rows] + [" ".join(lines) for lines in rows[:60]]
-    data = prepare(tmp_path, write(tmp_path, {"t/rows.jsonl": [{"text": text} for text in texts]}))
-    trained, held_out = ({text.replace("\n", " ") for text in texts_of(data, side)} for side in ("train", "val"))
-    assert len(held_out) > 8 and not held_out & trained
 
 
 @pytest.mark.parametrize("size", [500, 300])
