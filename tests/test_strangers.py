@@ -3,9 +3,7 @@
 import codecs
 import gzip
 import json
-import lzma
 import os
-import pickle
 import subprocess
 import sys
 import threading
@@ -28,42 +26,7 @@ from machinery.run_folder import RunFolder
 from machinery.sources import iter_documents
 from tests.text_config import TextConfig
 
-RECORDS = "jumps über the lazy dog\nThe quick brown fox\n" * 50  # of an even length, as tables have
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
-
-
-@pytest.mark.parametrize(
-    ("content", "said"),
-    [
-        (RECORDS.encode("latin1"), "not UTF-8 at byte 6 (0xfc)"),
-        ("café\n".encode("latin1"), "not UTF-8 at byte 3 (0xe9)"),
-        ("smart “quotes”\n".encode("cp1252"), "not UTF-8 at byte 6 (0x93)"),
-        ("你好世界，今天天气\n".encode("gbk") * 9, "not UTF-8 at byte 0"),
-        ("नमस्ते दुनिया\n".encode("utf-16-le") * 9, "holds UTF-16-LE, not UTF-8 text"),
-        ("नमस्ते दुनिया\n".encode("utf-16-be") * 9, "holds UTF-16-BE, not UTF-8 text"),
-        (b"\0" * 5000, "holds binary data"),
-        (bytes(range(200, 209)) + bytes(range(32)) * 9, "holds binary data"),
-        (lzma.compress(b"text", format=lzma.FORMAT_ALONE), "holds lzma, not UTF-8 text; unpack it with unlzma"),
-        (b"Rar!\x1a\x07\x01\0" + bytes(range(200)), "holds RAR"),
-        (b"{\\rtf1\\ansi hello}", "holds RTF"),
-        (LFS, "holds a pointer of Git LFS"),
-        (b"/annex/objects/MD5E-s5--12.txt\n", "holds a pointer of git-annex"),
-        (b"\x89LZO\0\r\n\x1a\n", "holds lzop, not UTF-8 text; unpack it with lzop -d"),
-        (pickle.dumps("texts", 2), "holds a Python pickle"),
-        (pickle.dumps("texts", 5), "holds a Python pickle"),
-    ],
-)
-def test_what_a_file_holds_is_named_and_no_other_thing(tmp_path, content, said):
-    (tmp_path / "a.txt").write_bytes(content)
-    with pytest.raises(DataError) as error:
-        list(iter_documents(str(tmp_path)))
-    assert said in str(error.value)
-
-
-@pytest.mark.parametrize("content", [b"hello\0world\n" * 20, b"\x1b[1m\b" * 40, b"name;\xc3\xa9\r\n" * 99])
-def test_text_with_odd_characters_is_text(tmp_path, content):
-    (tmp_path / "a.txt").write_bytes(content)
-    assert [text.encode() for text in iter_documents(str(tmp_path))] == [content]
 
 
 @pytest.mark.parametrize(("content", "said"), [(gzip.compress(b"x", mtime=0), "gzip"), (LFS, "Git LFS")])

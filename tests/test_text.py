@@ -5,7 +5,9 @@ import gzip
 import hashlib
 import itertools
 import json
+import lzma
 import os
+import pickle
 import tarfile
 import time
 import tracemalloc
@@ -384,15 +386,12 @@ def test_wide_encodings_are_named(tmp_path, words, suffix):
 @pytest.mark.parametrize(
     "text",
     [
-        "1\n0\n1\n0\n",
-        "abc\0def",
-        "Да\0\n" * 9,
-        "a\0b\n" + "plain text\n" * 200,
-        "\x1b[1mbold\x1b[0m\n" * 9,
-        "é" * 50,
-    ]
-    + ["\x1b[1mprompt\x1b$ ls\n" * 20, "word " * 51 + "a ustar\n" * 3],
-)
+        "1\n0\n1\n0\n", "abc\0def", "Да\0\n" * 9, "a\0b\n" + "plain text\n" * 200, "\x1b[1mbold\x1b[0m\n" * 9,
+        "é" * 50, "\x1b[1mprompt\x1b$ ls\n" * 20, "word " * 51 + "a ustar\n" * 3, "a \0 nul and words\n" * 20,
+        "\0 a line with a nul\n" * 12, "hello\0world\n" * 20, "\x1b[1m\b" * 40, "name;é\r\n" * 99,
+        "PAR1 is a region", "GIF89a was published", "BZhang wrote this", "Rar! said the lion é",
+    ],
+)  # fmt: skip
 def test_odd_text_is_text(tmp_path, text):
     assert list(iter_documents(write(tmp_path, {"a.txt": text}))) == [text]
 
@@ -426,7 +425,7 @@ def test_latin1_is_not_taken_for_a_wide_encoding(tmp_path):
 
 
 ASCII, RUSSIAN = b"a line\n" * 999, "Все счастливые семьи похожи\n".encode()
-PARTS = {  # what begins as UTF-8 and goes on otherwise
+NO_TEXT = {  # what is not UTF-8, from its beginning or from some byte on
     "latin1 after ASCII": (ASCII + b"\xe9\n", "not UTF-8 at byte 6993 (0xe9); convert it", "iconv -f cp1252"),
     "latin1 after UTF-8": (RUSSIAN * 9 + b"\xe9\n", "byte 468 (0xe9); before that it is; mend"),
     "latin1 in UTF-8": (RUSSIAN * 9 + b"\xe9\n" + RUSSIAN * 999, "byte 468 (0xe9); before that it is; mend"),
@@ -450,12 +449,23 @@ PARTS = {  # what begins as UTF-8 and goes on otherwise
     "EBCDIC": (ASCII.decode().encode("cp500"), "not UTF-8 at byte"),
     "Japanese in seven bits": (("吾輩は猫である。\n" * 9).encode("iso2022_jp"), "holds ISO-2022, not UTF-8"),
     "packed, unknown": (bytes((i * i * 7 + i // 3) % 256 for i in range(4096)), "holds binary data ("),
+    "latin1, of an even length": ("it jumps über the lazy dog\n".encode("latin1") * 50, "byte 9 (0xfc)"),
+    "cp1252": ("smart “quotes”\n".encode("cp1252"), "not UTF-8 at byte 6 (0x93)"),
+    "gbk": ("你好世界，今天天气\n".encode("gbk") * 9, "not UTF-8 at byte 0"),
+    "zeros": (b"\0" * 5000, "holds binary data"),
+    "bytes of all kinds": (bytes(range(200, 209)) + bytes(range(32)) * 9, "holds binary data"),
+    "RAR": (b"Rar!\x1a\x07\x01\0" + bytes(range(200)), "holds RAR"),
+    "Git LFS": (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n", "holds a pointer of Git LFS"),
+    "git-annex": (b"/annex/objects/MD5E-s5--12.txt\n", "holds a pointer of git-annex"),
+    "lzma": (lzma.compress(b"text", format=lzma.FORMAT_ALONE), "holds lzma, not UTF-8 text; unpack it with unlzma"),
+    "lzop": (b"\x89LZO\0\r\n\x1a\n", "holds lzop, not UTF-8 text; unpack it with lzop -d"),
+    **{f"pickle {version}": (pickle.dumps("texts", version), "holds a Python pickle") for version in (2, 5)},
 }
 
 
-@pytest.mark.parametrize("name", PARTS)
-def test_what_begins_as_text_and_goes_on_otherwise_is_told(tmp_path, name):
-    content, *said = PARTS[name]
+@pytest.mark.parametrize("name", NO_TEXT)
+def test_what_is_no_text_is_told_by_what_it_is_and_where(tmp_path, name):
+    content, *said = NO_TEXT[name]
     message = refused(write(tmp_path, {"a.txt": content}))
     assert all(part in message for part in said), message
 
@@ -494,13 +504,6 @@ def test_packed_files_under_a_wrong_name_are_named(tmp_path, suffix):
         write(tmp_path, {f"a.{suffix}": content})
         message = refused(str(tmp_path / f"a.{suffix}"))
         assert f"a.{suffix}: holds {name.strip()}, " in message or name == "zip" and "holds zip (or" in message
-
-
-@pytest.mark.parametrize(
-    "start", ["PAR1 is a region", "GIF89a was published", "BZhang wrote this", "Rar! said the lion é"]
-)
-def test_a_text_that_begins_as_packed_files_do_is_a_text(tmp_path, start):
-    assert list(iter_documents(write(tmp_path, {"a.txt": start}))) == [start]
 
 
 def test_a_broken_link_is_told_and_not_looked_for_at_the_hub(tmp_path, monkeypatch):
@@ -783,12 +786,6 @@ def test_a_large_row_is_not_kept_by_its_reader_too(tmp_path, monkeypatch, place)
     parts = len(texts) - 99
     assert [*texts[:place], "".join(texts[place : place + parts]), *texts[place + parts :]] == rows
     assert parts > 1 and max(kept[place : place + parts]) < 1e6, kept
-
-
-def test_text_with_an_odd_byte_or_two_is_read_as_it_is(tmp_path):
-    texts = ["a \0 nul and words\n" * 20, "\0 a line with a nul\n" * 12]
-    write(tmp_path, {f"{number}.txt": text for number, text in enumerate(texts)})
-    assert sorted(iter_documents(str(tmp_path))) == sorted(texts)
 
 
 # ---------------------------------------------------------------------------------------------- sources
