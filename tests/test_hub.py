@@ -42,14 +42,28 @@ def printed(program, env):
     return out.getvalue()
 
 
+BEGIN = """
+import itertools, json
+from machinery import sources
+from machinery.errors import DataError
+from machinery.sources import *
+def error_of(call):
+    try:
+        call()
+    except DataError as error:
+        return str(error)
+"""
+
+
 def run(hub, tmp_path, program, **env):
     """Run a program in a process of its own, whose hub is `hub`; returns what it printed as JSON."""
     env = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0"} | env
     with PROCESSES.Pool(1) as pool:
-        return json.loads(pool.apply_async(printed, (program, env)).get(timeout=200).splitlines()[-1])
+        return json.loads(pool.apply_async(printed, (BEGIN + program, env)).get(timeout=200).splitlines()[-1])
 
 
-READ = "import json; from machinery.sources import *; print(json.dumps(list(iter_documents('owner/name'))))"
+READ = "print(json.dumps(list(iter_documents('owner/name'))))"
+ERROR = "print(json.dumps(error_of(lambda: list(iter_documents('owner/name')))))"
 
 
 @pytest.mark.parametrize("fault", ["none", "drop", "refuse", "stall"])
@@ -63,10 +77,9 @@ def test_every_document_arrives_once_whatever_the_network_does(folder, tmp_path,
 
 def test_a_hub_stream_goes_on_from_a_position(folder, tmp_path):
     program = (
-        "import json, itertools; from machinery import sources as t\n"
-        "head = list(itertools.islice(t.open_source('owner/name').read(), 333))\n"
+        "head = list(itertools.islice(open_source('owner/name').read(), 333))\n"
         "position = json.loads(json.dumps(head[-1][1]))\n"
-        "rest = [text for text, _ in t.open_source('owner/name').read(start=position)]\n"
+        "rest = [text for text, _ in open_source('owner/name').read(start=position)]\n"
         "print(json.dumps([text for text, _ in head] + rest))"
     )
     with Hub(folder) as hub:
@@ -85,10 +98,9 @@ def test_held_out_text_is_the_validation_split_where_there_is_one(folder, tmp_pa
 
 def test_the_same_data_set_cannot_be_both(folder, tmp_path):
     program = (
-        "import json, data_utils\nfrom tests.text_config import TextConfig\n"
+        "import data_utils\nfrom tests.text_config import TextConfig\n"
         "config = TextConfig(source='owner/name', val_source='owner/name')\n"
-        "try: data_utils.prepare_data(config)\n"
-        "except data_utils.DataError as error: print(json.dumps(str(error)))"
+        "print(json.dumps(error_of(lambda: data_utils.prepare_data(config))))"
     )
     with Hub(folder) as hub:
         assert "val_source is the same text as source" in run(hub, tmp_path, program)
@@ -137,13 +149,8 @@ def test_an_interrupted_hub_tokenization_goes_on_and_gives_the_same_shards(folde
 
 
 def test_a_hub_that_is_gone_is_one_line(folder, tmp_path):
-    program = (
-        "import json; from machinery import sources\n"
-        "try: list(sources.iter_documents('owner/other'))\n"
-        "except sources.DataError as error: print(json.dumps(str(error)))"
-    )
     with Hub(folder) as hub:
-        message = run(hub, tmp_path, program)
+        message = run(hub, tmp_path, ERROR.replace("owner/name", "owner/other"))
     assert (
         message.startswith("data set 'owner/other' could not be read from the Hugging Face hub") and "\n" not in message
     )
@@ -165,7 +172,6 @@ def test_json_of_a_hub_is_read_by_its_text_column_alone(tmp_path):
     served.mkdir()
     (served / "train.jsonl").write_text("\n".join([lines[0], "".join(lines[1:])]), "utf-8")
     program = (
-        "import json, itertools; from machinery.sources import *\n"
         "source = open_source('owner/name', split_on='4999 ')\n"
         "*_, before, last = itertools.pairwise(source.read())\n"
         "rest = [text for text, _ in source.read(start=json.loads(json.dumps(before[0][1])))]\n"
@@ -175,12 +181,7 @@ def test_json_of_a_hub_is_read_by_its_text_column_alone(tmp_path):
         rest, count = run(hub, tmp_path, program)
         assert rest == ["2024-01-01", "a\u2028b"] and count == len(rows)
         hub.files["train.jsonl"] += b'{"body": "no text"}\n'
-        wrong = (
-            "import json; from machinery.sources import *\n"
-            "try: list(iter_documents('owner/name'))\n"
-            "except DataError as error: print(json.dumps(str(error)))"
-        )
-        message = run(hub, tmp_path, wrong, HF_HOME=str(tmp_path / "other"))
+        message = run(hub, tmp_path, ERROR, HF_HOME=str(tmp_path / "other"))
         assert f"row {len(rows) + 2}: no column 'text'; there are 'body'" in message
 
 
@@ -189,13 +190,11 @@ def test_content_that_is_no_text_is_told_at_once_with_its_row(tmp_path):
     served.mkdir()
     (served / "train.jsonl").write_bytes(b'{"text": "one"}\n' * 1_000_000 + b'{"text": "\xe4"}\n')
     program = (
-        "import json; from machinery.sources import *; from machinery import sources\n"
         "slept = []; sources.time.sleep = slept.append\n"
-        "try: list(iter_documents('owner/name'))\n"
-        "except DataError as error: print(json.dumps([slept, str(error)]))"
+        "print(json.dumps([error_of(lambda: list(iter_documents('owner/name'))), slept]))"
     )
     with Hub(served) as hub:
-        slept, message = run(hub, tmp_path, program)
+        message, slept = run(hub, tmp_path, program)
     assert sum(slept) <= 1 and "utf-8" in message
     assert 500_000 < int(message.split("after row ")[1].split(" ")[0].replace(",", "")) < 1_000_001
 
@@ -205,7 +204,6 @@ def test_a_json_array_of_a_hub_is_read_by_its_text_column_alone(tmp_path):
     (tmp_path / "served").mkdir()
     (tmp_path / "served" / "train.json").write_text(json.dumps(rows, indent=1), "utf-8")
     program = (
-        "import json; from machinery.sources import *\n"
         "source = open_source('owner/name')\n"
         "read = list(source.read())\n"
         "rest = [text for text, _ in source.read(start=json.loads(json.dumps(read[1][1])))]\n"
@@ -224,17 +222,14 @@ def test_parquet_of_a_hub_is_read_by_its_text_column_alone(tmp_path):
     for part, columns in enumerate([{"text": ["a"], "x": [1]}, {"text": ["b"], "x": ["one"]}, {"x": [2]}]):
         pyarrow.parquet.write_table(pyarrow.table(columns), served / f"train-{part}.parquet")
     program = (
-        "import json; from machinery import sources; from machinery.sources import *; sources.HUB_RETRIES = 0\n"
-        "texts = []\n"
-        "try: texts.extend(iter_documents('owner/name'))\n"
-        "except DataError as error: texts.append(str(error))\n"
-        "print(json.dumps(texts))"
+        "sources.HUB_RETRIES, texts = 0, []\n"
+        "print(json.dumps([error_of(lambda: texts.extend(iter_documents('owner/name'))), texts]))"
     )
     with Hub(served) as hub:
-        *texts, message = run(hub, tmp_path, program)
+        message, texts = run(hub, tmp_path, program)
         assert texts == ["a", "b"] and "could not be read" in message and "(text)" in message
         hub.files = {"test.jsonl": b'{"text": "a"}\n'}
-        (message,) = run(hub, tmp_path, program, HF_HOME=str(tmp_path / "other"))
+        message, _ = run(hub, tmp_path, program, HF_HOME=str(tmp_path / "other"))
         assert "train" in message and "['test']" in message
 
 
