@@ -61,14 +61,18 @@ def torchrun(processes, *program, **options):
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
 
 
-def train_together(processes, configs, folder):
-    """Run `configs` one after the other in so many processes; returns what was printed."""
-    program = folder / "program.py"
-    program.write_text(PROGRAM)
-    job = torchrun(processes, str(program), json.dumps([config.to_dict() for config in configs]))
+def printed_by(processes, source, folder, *arguments):
+    """What a program prints in so many processes, which end well."""
+    (folder / "program.py").write_text(source)
+    job = torchrun(processes, str(folder / "program.py"), *arguments)
     printed, _ = job.communicate(timeout=300)
     assert job.returncode == 0, printed[-3000:]
     return printed
+
+
+def train_together(processes, configs, folder, source=PROGRAM):
+    """Run `configs` one after the other in so many processes; returns what was printed."""
+    return printed_by(processes, source, folder, json.dumps([config.to_dict() for config in configs]))
 
 
 def losses(config):
@@ -196,10 +200,7 @@ print("equal")
 
 
 def test_compiling_leaves_no_gradients_behind_under_fsdp(tmp_path):
-    (tmp_path / "program.py").write_text(GRADIENTS)
-    job = torchrun(2, str(tmp_path / "program.py"))
-    printed, _ = job.communicate(timeout=300)
-    assert job.returncode == 0 and "equal" in printed, printed[-3000:]
+    assert "equal" in printed_by(2, GRADIENTS, tmp_path)
 
 
 DISAGREEMENT = """
@@ -215,10 +216,8 @@ for values in ({"lr": 0.02, "norm": "rms"}, {"lr": 0.02, "norm": ["rms", "layer"
 
 
 def test_processes_that_do_not_agree_are_told_what_each_has(tmp_path):
-    (tmp_path / "program.py").write_text(DISAGREEMENT)
-    job = torchrun(2, str(tmp_path / "program.py"))
-    printed, _ = job.communicate(timeout=300)
-    assert job.returncode == 0 and printed.count("agreed") == 1, printed[-3000:]
+    printed = printed_by(2, DISAGREEMENT, tmp_path)
+    assert printed.count("agreed") == 1
     assert "processes do not agree on norm: process 0 has 'rms', process 1 'layer'" in printed
 
 
@@ -255,11 +254,10 @@ def test_a_killed_process_ends_the_job_with_one_line(lm, settings, tmp_path):
 
 def test_processes_agree_on_a_budget_in_hours(lm, settings, tmp_path):
     """The clock sets the learning rate: one rate for all, or their copies of the model drift apart."""
-    (tmp_path / "program.py").write_text(PROGRAM.replace("for values", KEEP_MODEL + "for values") + COMPARE_MODELS)
+    program = PROGRAM.replace("for values", KEEP_MODEL + "for values") + COMPARE_MODELS
     config = settings(run_name="hours", parallel="ddp", max_steps=0, max_hours=4 / 3600, eval_every=10**6)
-    job = torchrun(2, str(tmp_path / "program.py"), json.dumps([config.to_dict()]))
-    printed, _ = job.communicate(timeout=300)
-    assert job.returncode == 0 and "largest difference 0.0" in printed, printed[-3000:]
+    printed = train_together(2, [config], tmp_path, program)
+    assert "largest difference 0.0" in printed, printed[-3000:]
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
@@ -315,7 +313,5 @@ def test_the_notebook_becomes_a_program_that_torchrun_starts(tmp_path, monkeypat
     folders = {"runs_dir": str(tmp_path / "runs"), "data_dir": str(tmp_path / "data")}
     monkeypatch.setattr(execute, "PROGRAM", tmp_path / "LMHarness.py")
     execute.write_program({"preset": "smoke", "overrides": json.dumps(folders | {"max_steps": 6, "run_name": "here"})})
-    job = torchrun(2, str(tmp_path / "LMHarness.py"))
-    printed, _ = job.communicate(timeout=300)
-    assert job.returncode == 0, printed[-3000:]
+    printed = printed_by(2, (tmp_path / "LMHarness.py").read_text("utf-8"), tmp_path)
     assert printed.count("finished: 3,072 tokens") == 1

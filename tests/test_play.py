@@ -159,8 +159,17 @@ play(draw, power=(0, 5))
 """
 
 
+@pytest.fixture
+def client():
+    """That of a kernel of its own."""
+    manager, client = start_new_kernel(kernel_name="python3")
+    yield client
+    client.stop_channels()
+    manager.shutdown_kernel(now=True)
+
+
 def outputs_of(client, source, allow_stdin):
-    """What a cell puts out in a kernel of its own, asked for by a front end that can answer questions, or cannot."""
+    """What a cell puts out, asked for by a front end that can answer questions, or cannot."""
     outputs = []
 
     def keep(message):
@@ -172,26 +181,21 @@ def outputs_of(client, source, allow_stdin):
     return outputs
 
 
-def test_controls_are_there_for_somebody_and_the_picture_for_everybody():
+def test_controls_are_there_for_somebody_and_the_picture_for_everybody(client):
     view = "application/vnd.jupyter.widget-view+json"
-    manager, client = start_new_kernel(kernel_name="python3")
-    try:
-        alone = outputs_of(client, CELL, allow_stdin=False)
-        pictures = [output for output in alone if output.output_type == "display_data"]
-        assert [set(output.data) for output in pictures] == [{"image/png", "text/plain"}]
-        assert pictures[0].metadata["image/png"]["alt"] == "x to the 2"
+    alone = outputs_of(client, CELL, allow_stdin=False)
+    pictures = [output for output in alone if output.output_type == "display_data"]
+    assert [set(output.data) for output in pictures] == [{"image/png", "text/plain"}]
+    assert pictures[0].metadata["image/png"]["alt"] == "x to the 2"
 
-        together = outputs_of(client, CELL, allow_stdin=True)
-        (widget,) = [output for output in together if view in output.get("data", {})]
-        assert "image/png" in widget.data  # for a page made of a notebook that was saved with its controls
-        find = "import gc, ipywidgets; (slider,) = [w for w in gc.get_objects() if isinstance(w, ipywidgets.IntSlider)]"
-        outputs_of(client, f"{find}; assert slider.max == 5 and not slider.continuous_update", allow_stdin=True)
-        moved = outputs_of(client, "slider.value = 4", allow_stdin=True)
-        assert "drawn 4 x" in "".join(output.get("text", "") for output in moved)
-        assert any("image/png" in output.get("data", {}) for output in moved)
-    finally:
-        client.stop_channels()
-        manager.shutdown_kernel(now=True)
+    together = outputs_of(client, CELL, allow_stdin=True)
+    (widget,) = [output for output in together if view in output.get("data", {})]
+    assert "image/png" in widget.data  # for a page made of a notebook that was saved with its controls
+    find = "import gc, ipywidgets; (slider,) = [w for w in gc.get_objects() if isinstance(w, ipywidgets.IntSlider)]"
+    outputs_of(client, f"{find}; assert slider.max == 5 and not slider.continuous_update", allow_stdin=True)
+    moved = outputs_of(client, "slider.value = 4", allow_stdin=True)
+    assert "drawn 4 x" in "".join(output.get("text", "") for output in moved)
+    assert any("image/png" in output.get("data", {}) for output in moved)
 
 
 LINES = [{"step": 0, "tokens": 0, "val_loss": 6.0, "val_bpb": 4.0}] + [
@@ -245,9 +249,8 @@ train(18, float("inf"), resume="never")
 """
 
 
-def test_a_run_in_a_notebook_is_drawn_in_one_place_at_evaluations_and_no_figure_ends_it(tmp_path, texts):
+def test_a_run_in_a_notebook_is_drawn_in_one_place_at_evaluations_and_no_figure_ends_it(tmp_path, texts, client):
     """Counted as the front end sees it: places, and pictures that are put there."""
-    manager, client = start_new_kernel(kernel_name="python3")
 
     def messages(source):
         seen = []
@@ -261,26 +264,22 @@ def test_a_run_in_a_notebook_is_drawn_in_one_place_at_evaluations_and_no_figure_
         assert {new["transient"]["display_id"] for new in pictures} <= set(places[:1])
         return pictures, [new["data"]["text/plain"] for new in news if new not in pictures][1:], printed
 
-    try:
-        begin = f"RUNS, SOURCE = {str(tmp_path)!r}, {texts[0]!r}\n{TRAIN}"
-        pictures, samples, printed = messages(f"{begin}\ntrain(12, float('inf'))")
-        assert len(pictures) == 1 + 3  # the axes, then at steps 4, 8 and 12, which is also the end
-        assert pictures[-1]["metadata"]["image/png"]["alt"].startswith("Loss: nats per token against training tokens")
-        assert [text.split("\n")[0] for text in samples] == [f"──── sample of step {i}" for i in (0, 3, 6, 9, 12)]
-        assert "bits per byte held out" in printed
+    begin = f"RUNS, SOURCE = {str(tmp_path)!r}, {texts[0]!r}\n{TRAIN}"
+    pictures, samples, printed = messages(f"{begin}\ntrain(12, float('inf'))")
+    assert len(pictures) == 1 + 3  # the axes, then at steps 4, 8 and 12, which is also the end
+    assert pictures[-1]["metadata"]["image/png"]["alt"].startswith("Loss: nats per token against training tokens")
+    assert [text.split("\n")[0] for text in samples] == [f"──── sample of step {i}" for i in (0, 3, 6, 9, 12)]
+    assert "bits per byte held out" in printed
 
-        law = FLAT_LAW | {"recipe": {}, "parameters": [1, 1e9], "tokens": [1, 1e9], "batch_tokens": 512}
-        law |= {"way": [[0.2, 3.0, 0.5], [1.0, 0.0, 0.0]]}
-        (tmp_path / "laws.json").write_text(json.dumps({texts[0]: law}))
-        known = f"from machinery import forecast\nforecast.LAWS = lm.Path({str(tmp_path / 'laws.json')!r})\n"
-        pictures, samples, printed = messages(f"{known}train(30, 0.0)")
-        assert len(pictures) == 1 + 1 + 1  # what there was, the first evaluation, and no time for more until the end
-        assert "for expected, training" in pictures[0]["metadata"]["image/png"]["alt"]
-        assert samples[0].startswith("──── sample of step 12") and "from step 12" in printed
+    law = FLAT_LAW | {"recipe": {}, "parameters": [1, 1e9], "tokens": [1, 1e9], "batch_tokens": 512}
+    law |= {"way": [[0.2, 3.0, 0.5], [1.0, 0.0, 0.0]]}
+    (tmp_path / "laws.json").write_text(json.dumps({texts[0]: law}))
+    known = f"from machinery import forecast\nforecast.LAWS = lm.Path({str(tmp_path / 'laws.json')!r})\n"
+    pictures, samples, printed = messages(f"{known}train(30, 0.0)")
+    assert len(pictures) == 1 + 1 + 1  # what there was, the first evaluation, and no time for more until the end
+    assert "for expected, training" in pictures[0]["metadata"]["image/png"]["alt"]
+    assert samples[0].startswith("──── sample of step 12") and "from step 12" in printed
 
-        pictures, _, printed = messages(BROKEN)
-        assert len(pictures) == 1 and printed.count("figure stopped (ValueError: no ink); the run goes on") == 1
-        assert json.loads((tmp_path / "drawn" / "summary.json").read_text())["status"] == "finished"
-    finally:
-        client.stop_channels()
-        manager.shutdown_kernel(now=True)
+    pictures, _, printed = messages(BROKEN)
+    assert len(pictures) == 1 and printed.count("figure stopped (ValueError: no ink); the run goes on") == 1
+    assert json.loads((tmp_path / "drawn" / "summary.json").read_text())["status"] == "finished"
