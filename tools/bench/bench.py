@@ -128,9 +128,8 @@ Python {e["python"]}, {versions}.
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
-    parser.add_argument("--device", default="auto")
     options = parser.parse_args()
-    machine = Machine.find(options.device)
+    machine = Machine.find()
     path = RESULTS / f"bench-{slug(machine)}"
     saved = path.with_suffix(".json")
     results = read_json(saved, missing={})

@@ -5,7 +5,6 @@ python -m tools.bench.checkpoint                  of `day`, three times
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -40,10 +39,7 @@ def time_checkpoint(run: Path, model, optimizers: list, step: int) -> dict[str, 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", default="day")
-    options = parser.parse_args()
-    config = lm.Config.from_preset(options.preset)
+    config = lm.Config.from_preset("day")
     model = lm.build_model(config)
     optimizers = lm.build_optimizers(model, config, Machine.find("cpu", "float32"))
     fill_states(optimizers)

@@ -113,12 +113,6 @@ def choice(name: str, seed: int, tokens: int) -> Run:
     return Run(name, CHOICES[name], seed, tokens)
 
 
-def best_of(results: Results, runs: list[Run]) -> Run | None:
-    """The run with the lowest loss, or None while one is missing."""
-    losses = [results.loss(run) for run in runs]
-    return None if None in losses else min(runs, key=results.loss)
-
-
 def tuning() -> list[list[Run]]:
     """Groups of runs with other rates, of Python at the smallest budget: the best of each goes into the contest."""
     at = (0, BUDGETS[0], "python")
@@ -130,7 +124,8 @@ def contest(results: Results, text: str, seed: int, tokens: int) -> list[Run]:
     """The contenders at one seed and budget, as far as their rates are tuned."""
     runs = [ours(seed, tokens, text, name) for name in CONTENDERS]
     for group in tuning():
-        if best := best_of(results, group):
+        if None not in map(results.loss, group):
+            best = min(group, key=results.loss)
             runs.append(lm.replace(best, seed=seed, tokens=tokens, overrides=best.overrides | TEXTS[text]))
     return runs
 
@@ -416,7 +411,6 @@ def main() -> None:
     parser = parser_of_runs(__doc__)
     parser.add_argument("--only", choices=["all", "contest"], default="all", help="contest: without the single choices")
     parser.add_argument("--seconds", action="store_true", help="measure seconds per step, train nothing")
-    parser.add_argument("--results", type=Path, default=RESULTS / "recipe.jsonl")
     options = parser.parse_args()
     if options.seconds:
         machine = Machine.find()
@@ -424,7 +418,7 @@ def main() -> None:
         write_json(SECONDS, seconds)
         print(SECONDS.read_text())
         return
-    results = Results(options.results)
+    results = Results(RESULTS / "recipe.jsonl")
     if not options.summary:
         others = clone() is not None
         if not others:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,6 +60,13 @@ def equal(first: dict, second: dict) -> bool:
 def start_training(config, **options) -> subprocess.Popen:
     """Train in a process of its own with one thread: the models are tiny, and the processes share the machine."""
     return train_elsewhere(config, env={"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL, **options)
+
+
+def wait_for_step(folder: Path, process: subprocess.Popen | None = None) -> None:
+    """Return once the log of a run folder has a step more, or `process` has ended."""
+    begun = last_step(folder)
+    while last_step(folder) <= begun and (process is None or process.poll() is None):
+        time.sleep(0.005)
 
 
 def last_step(folder: Path) -> int:

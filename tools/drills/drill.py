@@ -6,7 +6,6 @@ folder to work in and how often to strike, and returns a `Result`.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import tempfile
 import time
@@ -50,9 +49,6 @@ def checkpoint_cost(folder: Path) -> tuple[float, list[float]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output", type=Path, default=RESULTS / "reliability.md")
-    options = parser.parse_args()
     torch.set_num_threads(1)  # the models are tiny, and the processes of a drill share the machine
     rows, begun = [], time.perf_counter()
     for drill, times in DRILLS:
@@ -64,8 +60,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         cost, ratios = checkpoint_cost(Path(folder))
     environment = describe_environment(Machine.find("cpu"))
-    write_reliability(options.output, rows, cost, ratios, environment, time.perf_counter() - begun)
-    print(options.output.read_text())
+    print(write_reliability(rows, cost, ratios, environment, time.perf_counter() - begun))
 
 
 COLUMNS = {
@@ -80,10 +75,8 @@ def report_row(result: Result, seconds: float) -> dict:
     return dict(zip(COLUMNS, values))
 
 
-def write_reliability(
-    path: Path, rows: list[dict], cost: float, ratios: list[float], environment: dict, seconds: float
-) -> None:
-    """results/reliability.md"""
+def write_reliability(rows: list[dict], cost: float, ratios: list[float], environment: dict, seconds: float) -> str:
+    """results/reliability.md; returns its text."""
     machine = f"{environment['cpu_count']} × {environment['cpu']}, torch {environment['versions']['torch']}"
     pairs = ", ".join(f"{ratio - 1:+.1%}" for ratio in ratios)
     text = f"""# Reliability
@@ -100,8 +93,8 @@ compares final weights, or shards, with those of an undisturbed run, bit for bit
 Cost of checkpoints at the default interval of `demo` (every 300 steps): {cost - 1:+.1%} of the time of the same steps
 without, the median of {len(ratios)} interleaved pairs ({pairs}).
 """
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(text)
+    (RESULTS / "reliability.md").write_text(text)
+    return text
 
 
 if __name__ == "__main__":

@@ -17,7 +17,16 @@ from machinery.checkpoints import newest_checkpoint, read_state
 from machinery.notebook import defining_cells
 from machinery.run_folder import run_state
 from tools.common import ROOT, lm, quietly
-from tools.drills.common import Result, equal, last_step, make_texts, start_training, tiny_config, weights
+from tools.drills.common import (
+    Result,
+    equal,
+    last_step,
+    make_texts,
+    start_training,
+    tiny_config,
+    wait_for_step,
+    weights,
+)
 
 
 def kill_training(folder: Path, times: int) -> Result:
@@ -29,9 +38,7 @@ def kill_training(folder: Path, times: int) -> Result:
     run, survived, lost, inside = Path(killed.runs_dir) / "killed", 0, 0, 0
     for strike in range(times):
         process = start_training(killed)
-        begun = last_step(run)
-        while last_step(run) <= begun and process.poll() is None:
-            time.sleep(0.005)
+        wait_for_step(run, process)
         if strike % 3 == 0:  # a folder that ends in .part is a checkpoint being written
             while process.poll() is None and not list((run / "checkpoints").glob(".*.part")):
                 pass
@@ -102,11 +109,9 @@ def interrupt_kernel(folder: Path, times: int) -> Result:
         execute(f"config = Config.from_dict({config.to_dict()!r})")
         run, survived, lost = Path(config.runs_dir) / "interrupted", 0, 0
         for _ in range(times):
-            begun = last_step(run)
 
-            def strike(begun=begun):
-                while last_step(run) <= begun:
-                    time.sleep(0.005)
+            def strike():
+                wait_for_step(run)
                 time.sleep(chance.uniform(0, 0.4))
                 manager.interrupt_kernel()
 
@@ -133,9 +138,8 @@ def terminate(folder: Path, times: int) -> Result:
     quietly(lm.train, straight)
     run, survived, lost = Path(config.runs_dir) / "terminated", 0, 0
     for _ in range(times):
-        process, begun = start_training(config), last_step(run)
-        while last_step(run) <= begun and process.poll() is None:
-            time.sleep(0.005)
+        process = start_training(config)
+        wait_for_step(run, process)
         time.sleep(chance.uniform(0, 0.3))
         process.terminate()
         ended = process.wait(timeout=60)
