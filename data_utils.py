@@ -44,7 +44,7 @@ BACKGROUND_BYTES = 256 << 20  # more text than this is tokenized by a process of
 # -------------------------------------------------------------------------------------------- preparing
 
 
-def prepare_data(config, progress: bool = True) -> TokenData:
+def prepare_data(config) -> TokenData:
     """Tokenize the text of the notebook's `config` into shards under its `data_dir`, or use the shards there.
 
     Held-out text is `val_source` where given, else a share `val_fraction` of the documents, near-copies together. It
@@ -87,9 +87,9 @@ def prepare_data(config, progress: bool = True) -> TokenData:
             )
         if is_known(settings) and (size is None or size > BACKGROUND_BYTES):
             data.start_background()
-            data.wait(progress=progress)
+            data.wait(progress=True)
         else:
-            encoding = tokenize(data.folder, task, progress, source, val_source)
+            encoding = tokenize(data.folder, task, True, source, val_source)
         print(*report(data.manifest), sep="\n")
     data.encoding = encoding or load_tokenizer(data.folder)
     return data

@@ -174,7 +174,7 @@ def test_hub_that_does_not_answer_is_one_line():
 
 
 def prepare(source, folder, **fields):
-    return prepare_data(TextConfig(source=source, data_dir=str(folder / "data"), **fields), progress=False)
+    return prepare_data(TextConfig(source=source, data_dir=str(folder / "data"), **fields))
 
 
 def all_documents(data, split):
@@ -268,7 +268,7 @@ def test_a_background_tokenization_is_spared_the_ctrl_c_of_its_parent(texts, tmp
     program = (
         "import os, signal, sys, data_utils\nfrom tests.text_config import TextConfig\n"
         "config = TextConfig(source=sys.argv[1], data_dir=sys.argv[2])\n"
-        "data = data_utils.prepare_data(config, progress=False)\n"
+        "data = data_utils.prepare_data(config)\n"
         "signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
         "data.start_background()\n"
         "os.killpg(0, signal.SIGINT)\n"
@@ -332,7 +332,7 @@ def test_what_is_no_number_of_bytes_read_is_none(texts, tmp_path, noted):
 
 
 def test_a_shard_overwritten_while_it_is_read_ends_in_a_line(texts, tmp_path):
-    data = prepare_data(TextConfig(texts[0], data_dir=str(tmp_path / "over")), progress=False)
+    data = prepare_data(TextConfig(texts[0], data_dir=str(tmp_path / "over")))
     windows, path = data.windows("train", 16, 0), data.folder / "train_000000.bin"
     windows.read(0, 4)
     path.write_bytes(b"\xff" * path.stat().st_size)
@@ -345,7 +345,7 @@ def test_a_shard_cut_off_while_it_is_read_ends_in_a_line(texts, tmp_path):
     program = (
         "import os, sys; from text_config import TextConfig; from data_utils import prepare_data\n"
         "from machinery.errors import DataError\n"
-        "data = prepare_data(TextConfig(sys.argv[1], data_dir=sys.argv[2]), progress=False)\n"
+        "data = prepare_data(TextConfig(sys.argv[1], data_dir=sys.argv[2]))\n"
         "windows = data.windows('train', 16, 0); windows.read(0, 4)\n"
         "os.truncate(data.folder / 'train_000000.bin', 100)\n"
         "try: windows.read(4, 2000)\nexcept DataError as error: print(error)"

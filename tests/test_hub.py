@@ -129,7 +129,7 @@ def test_an_interrupted_hub_tokenization_goes_on_and_gives_the_same_shards(folde
         "import json, sys, time, data_utils\nfrom tests.text_config import TextConfig\n"
         "data_utils.SHARD_TOKENS = 20_000\n"
         "config = TextConfig(source='owner/name', data_dir=sys.argv[1], val_fraction=0.1)\n"
-        "data = data_utils.prepare_data(config, progress=False)\n"
+        "data = data_utils.prepare_data(config)\n"
     )
     finish = prepare + "data.wait(shards=10**9)\nprint(json.dumps(data.manifest['shards']))"
     with Hub(folder) as hub:

@@ -59,7 +59,7 @@ def test_tables_put_together_and_columns_of_one_name(tmp_path):
 def test_names_that_lead_nowhere_are_told(corpus, settings, said):
     os.mkfifo("pipe.txt")
     with pytest.raises(DataError) as error:
-        prepare_data(TextConfig(**({"source": "texts"} | settings)), progress=False)
+        prepare_data(TextConfig(**({"source": "texts"} | settings)))
     assert said in str(error.value)
 
 
@@ -90,7 +90,7 @@ def test_what_all_documents_share_neither_decides_nor_is_held_out(corpus, held_o
         text = path.read_text()
         header, footer = licence * (where != "footer"), licence.replace("//", "##") * (where != "header")
         path.write_text(header + text + footer)
-    data = prepare_data(TextConfig(source="texts"), progress=False)
+    data = prepare_data(TextConfig(source="texts"))
     texts = {split: [data.encoding.decode(ids.tolist()) for ids in data.documents(split)] for split in ("train", "val")}
     size = {split: sum(map(len, texts[split])) for split in texts}
     assert 0.05 < size["val"] / (size["train"] + size["val"]) < 0.45
@@ -127,7 +127,7 @@ def test_a_tail_ends_before_the_footer_and_nothing_is_lost():
 @pytest.mark.parametrize("damage", ["pipe", "folder", "list", "object", "empty", "broken link"])
 def test_damaged_shards_end_in_a_line_that_names_the_file(corpus, name, damage):
     config = TextConfig(source="texts")
-    path = prepare_data(config, progress=False).folder / name
+    path = prepare_data(config).folder / name
     path.unlink()
     {
         "pipe": lambda: os.mkfifo(path),
@@ -138,14 +138,14 @@ def test_damaged_shards_end_in_a_line_that_names_the_file(corpus, name, damage):
         "broken link": lambda: path.symlink_to("nowhere"),
     }[damage]()
     with pytest.raises(DataError) as error:
-        prepare_data(config, progress=False)
+        prepare_data(config)
     assert str(path) in str(error.value)
     assert "remove" in str(error.value) or "not a regular file" in str(error.value)
     assert str(error.value).count(name) == 1
 
 
 def test_no_link_is_written_through(corpus):
-    folder = prepare_data(TextConfig(source="texts"), progress=False).folder
+    folder = prepare_data(TextConfig(source="texts")).folder
     Path("mine").write_text("mine")
     (folder / ".bytes_read").symlink_to(corpus / "mine")
     with pytest.raises(DataError, match="bytes_read is a link"):
@@ -155,13 +155,13 @@ def test_no_link_is_written_through(corpus):
 
 def test_who_waits_for_another_process_says_so(corpus, capsys):
     config = TextConfig(source="texts")
-    folder = prepare_data(config, progress=False).folder
+    folder = prepare_data(config).folder
     (folder / "manifest.json").unlink()
     lock = FileLock(folder / ".lock", thread_local=False)
     lock.acquire()
     threading.Timer(1.6, lock.release).start()
     started = time.monotonic()
-    assert prepare_data(config, progress=False).manifest["complete"] and time.monotonic() - started > 1.5
+    assert prepare_data(config).manifest["complete"] and time.monotonic() - started > 1.5
     assert f"waiting for another process that tokenizes this text, in {folder}: 1 s" in capsys.readouterr().out
 
 

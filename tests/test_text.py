@@ -54,7 +54,7 @@ def refused(source, **options):
 
 def prepare(root, source, **fields):
     config = TextConfig(source=source, data_dir=str(root / "shards"), runs_dir=str(root / "runs"), **fields)
-    return prepare_data(config, progress=False)
+    return prepare_data(config)
 
 
 def texts_of(data, split):
@@ -94,7 +94,7 @@ def test_home_is_home_everywhere(tmp_path, monkeypatch):
     assert len(list(iter_documents("~/books/*.txt"))) == 2
     assert len(list(iter_documents("~/books/c/d.txt"))) == 1
     config = LM.Config.from_preset("smoke", source="~/books", data_dir="~/shards", tokenizer="bytes")
-    data = prepare_data(config, progress=False)
+    data = prepare_data(config)
     assert data.folder.is_relative_to(tmp_path / "shards") and not os.path.exists("~")
 
 

@@ -131,7 +131,6 @@ tokens: at most {cost:.3f} above the best of its size.
 
 
 def main() -> None:
-    """See the module's docstring."""
     options = parser_of_runs(__doc__).parse_args()
     results, forecasts = Results(RESULTS / "dial.jsonl"), Results(RESULTS / "forecast.jsonl")
     if not options.summary:

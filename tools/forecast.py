@@ -269,7 +269,6 @@ on an RTX 4090: [benchmarks](../docs/benchmarks.md).
 
 
 def main() -> None:
-    """See the module's docstring."""
     options = parser_of_runs(__doc__).parse_args()
     results = Results(RESULTS / "forecast.jsonl")
     if not options.summary:

@@ -64,7 +64,6 @@ def row(name: str, gpus: int, parallel: str) -> dict:
 
 
 def main() -> None:
-    """Print the table."""
     cases = [(name, gpus, parallel) for name in SIZES for gpus in (8, 64) for parallel in ("ddp", "fsdp")]
     print(table([row(*case) for case in cases], COLUMNS))
 

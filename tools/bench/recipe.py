@@ -407,7 +407,6 @@ RULES = [
 
 
 def main() -> None:
-    """See the module's docstring."""
     parser = parser_of_runs(__doc__)
     parser.add_argument("--only", choices=["all", "contest"], default="all", help="contest: without the single choices")
     parser.add_argument("--seconds", action="store_true", help="measure seconds per step, train nothing")
