@@ -33,6 +33,13 @@ WRONG = [
     ({"warmup": 0.7, "decay": 0.7}, ["0.7", "whole budget"]),
     ({"val_fraction": 1.5}, ["1.5"]),
 ]
+ODD = [
+    {"norm_eps": float("nan")}, {"norm_eps": -1.0}, {"norm_eps": float("inf")}, {"rope_base": 1e-320},
+    {"max_hours": 1e300}, {"max_hours": float("inf")}, {"block_size": 1 << 25, "batch_tokens": 1 << 25},
+    {"n_position": 33_000_000}, {"source": "a\0b"}, {"n_layer": True}, {"lr": "fast"}, {"n_layer": 2.5},
+    {"lr": 10**5000}, {"optimizer": 10**5000}, {"seed": -(10**5000)}, {"wandb": []}, {"schedule": {}},
+    {"runs_dir": ""}, {"data_dir": "~no such user/x"},
+]  # fmt: skip
 
 
 def test_a_schedule_without_decay_may_warm_up_for_longer(lm):
@@ -40,13 +47,13 @@ def test_a_schedule_without_decay_may_warm_up_for_longer(lm):
         assert lm.Config.from_preset("demo", schedule=schedule, warmup=0.7).decay == 0.5
 
 
-@pytest.mark.parametrize(("overrides", "named"), WRONG)
+@pytest.mark.parametrize(("overrides", "named"), WRONG + [(overrides, []) for overrides in ODD])
 def test_wrong_input_is_one_line_with_the_numbers(lm, overrides, named):
     with pytest.raises(ConfigError) as caught:
         lm.Config.from_preset("smoke", **overrides)
     message = str(caught.value)
     assert "\n" not in message
-    assert all(part in message for part in named), message
+    assert all(part in message for part in [next(iter(overrides)), *named]), message
 
 
 def test_unknown_preset_and_variant_name_the_nearest(lm):
@@ -140,22 +147,6 @@ def test_what_is_meant_is_taken_and_the_rest_is_one_line(lm):
     for wrong in ("[a, b]", "{n_layer: 2", "n_layer", ["a"], 3):
         with pytest.raises(ConfigError, match="overrides.* write"):
             parse_overrides(wrong)
-
-
-@pytest.mark.parametrize(
-    "overrides",
-    [
-        {"norm_eps": float("nan")}, {"norm_eps": -1.0}, {"norm_eps": float("inf")}, {"rope_base": 1e-320},
-        {"max_hours": 1e300}, {"max_hours": float("inf")}, {"block_size": 1 << 25, "batch_tokens": 1 << 25},
-        {"n_position": 33_000_000}, {"source": "a\0b"}, {"n_layer": True}, {"lr": "fast"}, {"n_layer": 2.5},
-        {"lr": 10**5000}, {"optimizer": 10**5000}, {"seed": -(10**5000)}, {"wandb": []}, {"schedule": {}},
-        {"runs_dir": ""}, {"data_dir": "~no such user/x"},
-    ],
-)  # fmt: skip
-def test_values_that_cannot_work_are_refused(lm, overrides):
-    with pytest.raises(ConfigError) as caught:
-        lm.Config.from_preset("smoke", **overrides)
-    assert next(iter(overrides)) in str(caught.value) and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -1419,10 +1419,8 @@ class Broken(Logger):
 def test_the_id_of_wandb_belongs_to_a_folder_whatever_is_in_its_file_and_a_link_is_not_followed(
     tmp_path, monkeypatch, content
 ):
-    import types
-
     made, path = [], tmp_path / "wandb_id"
-    fake = types.SimpleNamespace(Settings=dict, init=lambda **options: made.append(options["id"]))
+    fake = SimpleNamespace(Settings=dict, init=lambda **options: made.append(options["id"]))
     monkeypatch.setitem(sys.modules, "wandb", fake)  # what it is given is looked at
     if content == "link":
         path.symlink_to(tmp_path / "elsewhere")

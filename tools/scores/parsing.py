@@ -11,17 +11,13 @@ import numpy as np
 from data_utils import TokenData
 
 
-def is_python(source: str) -> bool:
-    """Whether a source is Python code: "python", "python+site", or files that end with .py."""
-    return source in ("python", "python+site") or source.endswith(".py")
-
-
 def held_out_functions(data: TokenData, count: int, length: int) -> np.ndarray:
     """(up to count, length) int64: the first tokens of functions and classes in the held-out Python files.
 
     One of each file at most, at its first top-level `def` or `class` with so much text; none for other text.
     """
-    if not is_python(data.settings["val_source"] or data.settings["source"]):
+    source = data.settings["val_source"] or data.settings["source"]
+    if not (source in ("python", "python+site") or source.endswith(".py")):
         return np.empty((0, length), dtype=np.int64)
     rows = []
     for document in data.documents("val"):
