@@ -84,19 +84,14 @@ def test_a_run_keeps_its_batch_when_its_budget_grows(lm, tiny, texts, tmp_path, 
 
 
 def test_a_law_is_found_again_and_knows_where_it_ends(lm, monkeypatch, tmp_path):
-    true = TRUE
     runs = [
-        {"multiplying": n, "tokens": d, "val_bpb": forecast.expected(true, n, d)}
+        {"multiplying": n, "tokens": d, "val_bpb": forecast.expected(TRUE, n, d)}
         for n in (5e5, 2e6, 5e6) for d in (2e5, 5e5, 1e6)
     ]  # fmt: skip
     law = short.fit_law(runs)
-    assert forecast.expected(law, 2e6, 3e6) == pytest.approx(forecast.expected(true, 2e6, 3e6), abs=0.01)
-    law |= {
-        "recipe": {"vocab_size": 4096},
-        "batch_tokens": 2048,
-        "error": [[5e5, 0.02]],
-        "way": [[0.1, 0.3, 0.02], [0.5, 0.2, 0.02], [1.0, 0.0, 0.0]],
-    }
+    assert forecast.expected(law, 2e6, 3e6) == pytest.approx(forecast.expected(TRUE, 2e6, 3e6), abs=0.01)
+    law |= {"recipe": {"vocab_size": 4096}, "batch_tokens": 2048, "error": [[5e5, 0.02]]}
+    law |= {"way": [[0.1, 0.3, 0.02], [0.5, 0.2, 0.02], [1.0, 0.0, 0.0]]}
     monkeypatch.setattr(forecast, "LAWS", tmp_path / "forecast.json")
     (tmp_path / "forecast.json").write_text(json.dumps({"python": law}))
     config = lm.Config.from_preset("demo")
@@ -135,15 +130,8 @@ def test_a_run_is_held_against_its_forecast(lm, tiny, texts, monkeypatch, tmp_pa
 
 
 def test_a_run_that_came_to_more_tokens_is_held_against_the_law_for_these(capsys):
-    law = {
-        "floor": 1.0,
-        "alpha": 1.0,
-        "beta": 1.0,
-        "n": 0.0,
-        "d": 5e5,
-        "error": [[5e5, 0.1]],
-        "way": [[0.5, 0.0, 0.0], [1.0, 0.0, 0.0]],
-    }
+    law = FLAT_LAW | {"floor": 1.0, "alpha": 1.0, "beta": 1.0, "d": 5e5, "error": [[5e5, 0.1]]}
+    law |= {"way": [[0.5, 0.0, 0.0], [1.0, 0.0, 0.0]]}
     foretold = forecast.by_law(law, 2e6, 5e5)  # 2.0; twice the tokens give 1.5
     assert foretold.place(0.5, 250_000, 3.0) == ", as expected" == foretold.place(0.5, 500_000, 2.0)
     assert foretold.place(0.5, 500_000, float("nan")).startswith(", above")

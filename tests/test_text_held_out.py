@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import data_utils
-from data_utils import get_tokenizer, prepare_data
+from data_utils import get_tokenizer
 from machinery import sources, text_files
 from machinery.encoding import encode_all
 from machinery.errors import DataError, UserError
@@ -690,7 +690,7 @@ def test_a_manifest_that_was_changed_is_refused(tmp_path):
         path.write_text(changed, "utf-8")
         assert "manifest.json: not usable" in told(lambda: data.manifest)
     path.write_text(content, "utf-8")
-    assert prepare_data and data.manifest["complete"]
+    assert data.manifest["complete"]
 
 
 def test_data_with_the_same_settings_is_not_tokenized_again(tmp_path, monkeypatch, capsys):
