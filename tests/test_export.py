@@ -42,14 +42,14 @@ def settings_of(family):
     return {name: getattr(family, name) for name in ("position", "ffn", "norm", "qk_norm")} | kv[family.attention]
 
 
-def make_run(folder, config, encoding=BYTES):
+def make_run(folder, config):
     """A run directory whose weights are far from their initial values, and the model in it."""
     model = LM.build_model(config)
     with torch.no_grad():  # gains other than one, biases other than zero
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
     folder.mkdir(parents=True)
-    files = [("config", config.to_dict()), ("tokenizer", tokenizer_to_dict(encoding)), ("environment", ENVIRONMENT)]
+    files = [("config", config.to_dict()), ("tokenizer", tokenizer_to_dict(BYTES)), ("environment", ENVIRONMENT)]
     for name, value in files:
         (folder / f"{name}.json").write_text(json.dumps(value))
     scores = {"val_loss": 3.25, "val_bpb": 1.5, "val_tokens": 18304}

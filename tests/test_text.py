@@ -536,7 +536,6 @@ def test_long_texts_come_in_parts_and_nothing_is_lost(tmp_path, monkeypatch, sep
 
 # ------------------------------------------------------------------------------------------------- rows
 
-FILLER = [{"text": "x" * 1000}] * 20
 OTHERS = {  # what stands in other columns, at first and later: none of it is looked at
     "null, then an object": (None, {"a": 1}),
     "a number that turns fractional": (1, 1.5),

@@ -819,10 +819,10 @@ def test_texts_of_short_lines_have_no_copy_with_a_long_line_more_in_the_training
     assert not [text for text in texts if all(text in side for side in both)]
 
 
-def spaced(seed, lines=60):
+def spaced(seed):
     """Rows that are blanks by half."""
     chance = random.Random(seed)
-    return "".join(" ".join(chance.choices("abcdefghijklmnop", k=11)) + "\n" for _ in range(lines))
+    return "".join(" ".join(chance.choices("abcdefghijklmnop", k=11)) + "\n" for _ in range(60))
 
 
 def numbers(seed):
