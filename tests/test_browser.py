@@ -182,31 +182,19 @@ def executed(chromium, server):
 
 
 @pytest.fixture
-def screenshots(tmp_path):
-    """screenshots(page, selector, name): pictures of what scrolls, one window at a time, in $SCREENSHOTS if set."""
+def pictures(tmp_path):
+    """The folder for pictures of the window: $SCREENSHOTS if set."""
     folder = Path(os.environ.get("SCREENSHOTS", tmp_path))
-
-    def take(page, selector, name):
-        folder.mkdir(parents=True, exist_ok=True)
-        area = page.locator(selector)
-        for i in range(area.evaluate("e => Math.ceil(e.scrollHeight / e.clientHeight)")):
-            area.evaluate("(e, i) => e.scrollTo(0, i * e.clientHeight)", i)
-            page.screenshot(path=folder / f"{name}-{i + 1:02}.png")
-
-    return take
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
-@pytest.fixture
-def shot(tmp_path):
-    """shot(page, cell, name): a picture of the window with a cell in it, in $SCREENSHOTS if set."""
-    folder = Path(os.environ.get("SCREENSHOTS", tmp_path))
-
-    def take(page, cell, name):
-        folder.mkdir(parents=True, exist_ok=True)
-        cell.locator(".jp-Cell-outputWrapper").scroll_into_view_if_needed()
-        page.screenshot(path=folder / f"{name}.png")
-
-    return take
+def scroll_through(page, selector, folder, name):
+    """Pictures of what scrolls, one window at a time."""
+    area = page.locator(selector)
+    for i in range(area.evaluate("e => Math.ceil(e.scrollHeight / e.clientHeight)")):
+        area.evaluate("(e, i) => e.scrollTo(0, i * e.clientHeight)", i)
+        page.screenshot(path=folder / f"{name}-{i + 1:02}.png")
 
 
 @pytest.mark.long
@@ -252,14 +240,14 @@ def test_no_script_of_a_text_runs_in_the_report(chromium, tmp_path):
 
 
 @pytest.mark.parametrize("width, scheme", [(1280, "light"), (700, "dark")])
-def test_report(chromium, report, screenshots, width, scheme):
+def test_report(chromium, report, pictures, width, scheme):
     """Offline: what MathJax and others would bring from the net is refused, and complaints about that do not count."""
     page = chromium.new_page(viewport={"width": width, "height": 1500}, color_scheme=scheme)
     complaints = []
     page.route(re.compile("^https?:"), lambda route: route.abort())
     page.on("console", lambda message: complaints.append(message) if message.type == "error" else None)
     page.goto(report.as_uri(), wait_until="load")
-    screenshots(page, "html", f"report-{scheme}-{width}")
+    scroll_through(page, "html", pictures, f"report-{scheme}-{width}")
     assert [m.text for m in complaints if not m.location["url"].startswith("http")] == []
     faults = page.locator("html").evaluate(FAULTS)
     assert not faults, faults
@@ -270,7 +258,7 @@ def test_report(chromium, report, screenshots, width, scheme):
 
 @pytest.mark.long
 @pytest.mark.parametrize("theme, width", [("Light", 1280), ("Dark", 1280), ("Light", 700)])
-def test_looks(executed, screenshots, theme, width):
+def test_looks(executed, pictures, theme, width):
     page, _ = executed
     if width < 1000:
         page.keyboard.press("Control+b")  # closes the list of files, as anybody would
@@ -278,18 +266,22 @@ def test_looks(executed, screenshots, theme, width):
     choose(page, "Settings", "Theme", f"JupyterLab {theme}")
     page.wait_for_selector(f'body[data-jp-theme-name="JupyterLab {theme}"]', state="attached")
     page.wait_for_timeout(2000)  # the theme's colours fade in
-    screenshots(page, SCROLLED, f"lab-{theme.lower()}-{width}")
+    scroll_through(page, SCROLLED, pictures, f"lab-{theme.lower()}-{width}")
     faults = page.locator(SCROLLED).evaluate(FAULTS)
     assert not faults, faults
 
 
 @pytest.mark.long
-def test_training_shows_progress_and_its_curves_stops_and_goes_on(chromium, server, shot):
+def test_training_shows_progress_and_its_curves_stops_and_goes_on(chromium, server, pictures):
     overrides = {"max_steps": 0, "max_hours": 0.03, "eval_every": 200, "sample_every": 1000, "checkpoint_every": 1000}
     page, path = open_notebook(chromium, server, "interrupted", overrides)
     sources = [cell.source for cell in nbformat.read(path, as_version=4).cells]
     training = page.locator(CELLS).nth(position(sources, "summary = train("))
     last = page.locator(CELLS).last
+
+    def shot(name):
+        training.locator(".jp-Cell-outputWrapper").scroll_into_view_if_needed()
+        page.screenshot(path=pictures / f"{name}.png")
 
     def press_run(cell):
         cell.locator(".jp-InputPrompt").click()
@@ -318,7 +310,7 @@ def test_training_shows_progress_and_its_curves_stops_and_goes_on(chromium, serv
     assert curves.count() == 1
     drawn_first = curves.get_attribute("src")
     wait_until(lambda: curves.get_attribute("src") != drawn_first, 90)  # in the same place
-    shot(page, training, "live-1")
+    shot("live-1")
     page.locator('.jp-NotebookPanel-toolbar [data-jp-item-name="interrupt"]').click()
     page.wait_for_function(AT_REST, timeout=MINUTE)
     assert "stopping after this step" in printed(training) and errors(page) == []
@@ -334,7 +326,7 @@ def test_training_shows_progress_and_its_curves_stops_and_goes_on(chromium, serv
     assert percent() == 100 and errors(page) == []
     assert summary()["status"] == "finished" and summary()["steps"] > stopped["steps"]
     assert curves.count() == 1 and f"sample of step {summary()['steps']:,}" in printed(training)
-    shot(page, training, "live-2")
+    shot("live-2")
 
     choose(page, "File", "Save Notebook")
     page.wait_for_selector(".jp-mod-dirty", state="detached")
