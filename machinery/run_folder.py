@@ -256,6 +256,9 @@ class RunFolder:
                 if self._replace(self.path / name, line):
                     return
         self._unwritten.append((name, json.dumps(_finite(line)) + "\n"))
+        self._write_lines()
+
+    def _write_lines(self) -> None:
         try:
             self._make_again()
             while self._unwritten:
@@ -291,8 +294,12 @@ class RunFolder:
         return kept if fits else {}
 
     def finish(self, summary: dict) -> None:
-        """Write summary.json; where that cannot be, print it."""
+        """Write summary.json, and lines that are kept still; where that cannot be, print it."""
         if self.writes:
+            if self._unwritten:  # the last checkpoint may have made room
+                self._write_lines()
+            if self._unwritten:
+                print(f"{self.path}: the last {len(self._unwritten):,} lines of its logs were not written")
             try:
                 write_json(self.path / "summary.json", _finite(summary))
             except OSError as error:

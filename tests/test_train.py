@@ -1,5 +1,6 @@
 """Around the loop and the loop itself: schedules, budget, run files, resuming bit for bit, stopping, bad steps."""
 
+import contextlib
 import json
 import math
 import os
@@ -256,24 +257,43 @@ def test_changed_configs_are_told_and_what_does_not_fit_is_refused(tmp_path, cap
     assert "/home" not in (tmp_path / "run/config.json").read_text()
 
 
-def test_a_full_disk_keeps_lines_for_later(tmp_path, capsys):
-    """A real file-size limit: the log cannot grow for a while, then it can."""
+@contextlib.contextmanager
+def full_disk(log):
+    """A real file-size limit: within it, a log cannot grow by more than a few bytes."""
     import resource
 
-    run = open_folder(tmp_path)
-    run.append("metrics.jsonl", {"step": 1})
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / "run/metrics.jsonl").stat().st_size + 10, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (log.stat().st_size + 10, hard))
     try:
-        for number in (2, 3):
-            run.append("metrics.jsonl", {"step": number})
+        yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, before)
-    run.append("metrics.jsonl", {"step": 4})
-    assert [line["step"] for line in read_jsonl(tmp_path / "run/metrics.jsonl")] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("later", ["a line", "the end"])
+def test_a_full_disk_keeps_lines_for_later(tmp_path, capsys, later):
+    run, log = open_folder(tmp_path), tmp_path / "run/metrics.jsonl"
+    run.append("metrics.jsonl", {"step": 1})
+    with full_disk(log):
+        for number in (2, 3):
+            run.append("metrics.jsonl", {"step": number})
+    if later == "a line":
+        run.append("metrics.jsonl", {"step": 4})
+    run.finish({"status": "finished"})  # the last checkpoint may have made room after the last line
+    assert [line["step"] for line in read_jsonl(log)] == [1, 2, 3, 4][: 4 if later == "a line" else 3]
     assert capsys.readouterr().out.count("cannot be written now") == 1
+
+
+def test_lines_that_are_never_written_are_told_at_the_end(tmp_path, capsys):
+    run, log = open_folder(tmp_path), tmp_path / "run/metrics.jsonl"
+    run.append("metrics.jsonl", {"step": 1})
+    with full_disk(log):
+        for number in (2, 3):
+            run.append("metrics.jsonl", {"step": number})
+        run.finish({"status": "finished"})
+    assert "run: the last 2 lines of its logs were not written" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("how", ["moved", "removed", "a file is removed"])
