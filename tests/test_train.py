@@ -633,6 +633,14 @@ def test_a_run_interrupted_while_it_ends_is_not_locked_any_more(lm, settings, mo
     assert held.tb and lm.train(settings(max_steps=2))["status"] == "finished"
 
 
+def test_a_rate_of_zero_leaves_its_weights_as_they_began(lm, settings, tmp_path):
+    config = settings(run_name="frozen", embedding_lr=0.0, max_steps=3)
+    lm.train(config)
+    begun, trained = lm.build_model(config).state_dict(), weights_of(lm, tmp_path / "runs" / "frozen")
+    kept = {name for name in begun if torch.equal(begun[name], trained[name])}
+    assert kept == {"embedding.weight", "head.weight"}
+
+
 def test_hours_end_a_run(lm, settings):
     summary = lm.train(settings(max_steps=0, max_hours=2 / 3600, eval_every=1000))
     assert summary["status"] == "finished" and 2.0 <= summary["train_seconds"] < 4.0
