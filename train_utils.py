@@ -1,7 +1,4 @@
-"""Around the training loop: schedules, and the run: its budget, folder, log, preflight, resume, checkpoints.
-
-The loop itself, and all that decides what is learned, stands in the notebook.
-"""
+"""Around the loop of the notebook: schedules, and a run's budget, folder, log, preflight, resuming and checkpoints."""
 
 from __future__ import annotations
 
@@ -23,7 +20,7 @@ from machinery.interrupts import StopRequest
 from machinery.loggers import Loggers
 from machinery.machine import Machine, compile_or_eager, left_as_it_was, measure_matmul_flops
 from machinery.processes import lost_process
-from machinery.run_folder import PLACES, RunFolder, describe_environment, portable
+from machinery.run_folder import PLACES, RunFolder, describe_environment, model_code, portable
 from machinery.screen import Screen, keep_printing
 from machinery.tokenizers import tokenizer_to_dict
 from machinery.watch import Watch, is_lost, print_ending, print_preflight, refuse_too_large, time_parts, with_best
@@ -110,6 +107,7 @@ class Run:
         self.machine.forget_peak()
         self._in_use, self._free = self.machine.used_memory(), self.machine.free_memory()
         self.checkpoint = newest_checkpoint(self.folder.path) if config.resume != "never" else None
+        self.folder.code = model_code(model)
         if self.checkpoint:
             self.folder.compare(config.to_dict(), config.fixed)
             check_weights(self.checkpoint, model)

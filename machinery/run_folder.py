@@ -2,7 +2,7 @@
 
 runs/<run_name>/
     config.json  environment.json  tokenizer.json     what the run is, and what produced it
-    data.json  expected.json                          which text it reads, and the band of its loss
+    data.json  expected.json  code.json               which text it reads, the band of its loss, its model's classes
     metrics.jsonl  samples.jsonl                      a line a step, complete at every moment
     summary.json                                      how it ended
     checkpoints/                                      machinery/checkpoints.py
@@ -10,9 +10,11 @@ runs/<run_name>/
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import datetime
 import importlib.metadata
+import inspect
 import json
 import math
 import os
@@ -21,6 +23,7 @@ import re
 import statistics
 import subprocess
 import tempfile
+import textwrap
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -32,6 +35,7 @@ from machinery.files import (
     IS_IT_A_RUN,
     folder_path,
     free_name,
+    json_digest,
     make_folder,
     no_links,
     read_json,
@@ -50,7 +54,7 @@ COPY = "bring it back from a copy, use a new run_name, or resume='never' to star
 ENDINGS = ("finished", "interrupted", "diverged")  # of a run, as summary.json tells them
 SIGNS = ("config.json", "metrics.jsonl", "checkpoints")  # of a run: one of them is there from its first moment on
 FILES = (
-    "config.json", "environment.json", "tokenizer.json", "data.json", "expected.json",
+    "config.json", "environment.json", "tokenizer.json", "data.json", "expected.json", "code.json",
     "metrics.jsonl", "samples.jsonl", "summary.json",
 )  # fmt: skip
 PLACES = ("source", "val_source", "tokenizer", "init_from", "data_dir", "runs_dir")  # fields that may hold a path
@@ -76,6 +80,7 @@ class RunFolder:
             )
         self.path = folder_path(runs_dir, "runs_dir, where runs are kept") / run_name
         self.writes = writes
+        self.code: dict[str, str] = {}  # of the model's classes, by `model_code`
         self._unwritten: list[tuple[str, str]] = []
         self._continued: set[str] = set()  # the logs that have a line of this process
         self._files: dict[str, dict] = {}  # what `begin` wrote
@@ -154,6 +159,7 @@ class RunFolder:
         for name in sorted(changed | now.keys() ^ saved.keys()):
             before, after = (repr(values[name]) if name in values else "not known" for values in (saved, now))
             print(printable(f"  {name}: {before[:60]} before, {after[:60]} now"))
+        tell_other_code(self.path, self.code)
 
     def same_text(self, tokenizer: dict, key: str, dtype: str) -> None:
         """Raise `UserError` where a run would go on with another tokenizer or text; say where its precision changes."""
@@ -209,7 +215,7 @@ class RunFolder:
         if again > 0:
             print(f"{again:,} steps that were logged after the last checkpoint are taken again")
         summary, advice = self.path / "summary.json", "remove it, or check the permissions"
-        self._files = {"config": portable(config), **files}
+        self._files = {"config": portable(config), "code": self.code, **files}
         self._write_files()
         for log, lines in zip(logs, kept):
             write_atomic(log, lines)
@@ -353,6 +359,28 @@ def describe_environment(machine: Machine) -> dict:
         "commit": _commit(),
         "notebook_sha256": sha256(NOTEBOOK) if NOTEBOOK.exists() else None,
     }
+
+
+def model_code(model: torch.nn.Module) -> dict[str, str]:
+    """A hash of the source, comments apart, of each class of a model that is not PyTorch's, by its name."""
+    code = {}
+    for kind in {type(module) for module in model.modules()}:
+        own = [base for base in kind.__mro__ if not base.__module__.startswith(("torch.", "builtins"))]
+        methods = [part for base in own for _, part in sorted(vars(base).items()) if inspect.isfunction(part)]
+        with contextlib.suppress(OSError, SyntaxError):  # typed in, and not to be had any more
+            sources = [ast.unparse(ast.parse(textwrap.dedent(inspect.getsource(method)))) for method in methods]
+            code |= {own[0].__name__: json_digest(sources)[:8]} if own else {}
+    return code
+
+
+def tell_other_code(run: Path, code: dict[str, str]) -> None:
+    """Print which classes of a model are not those that a run was trained with, as far as that is known."""
+    trained = read_note(run / "code.json")
+    if other := [name for name in trained.keys() | code.keys() if trained and trained.get(name) != code.get(name)]:
+        print(
+            f"{run.name} was trained with other code of {printable(', '.join(sorted(other)))}: what this model computes"
+            " may differ; a class of your own has to be defined wherever its run is used"
+        )
 
 
 def versions_of(packages: Iterable[str]) -> dict[str, str]:

@@ -11,6 +11,7 @@ import torch
 from machinery.checkpoints import check_weights, load_weights, read_newest
 from machinery.errors import DataError, told
 from machinery.files import IS_IT_A_RUN, folder_path, read_json
+from machinery.run_folder import model_code, tell_other_code
 from machinery.settings import FOLDERS, Settings
 from machinery.tokenizers import tokenizer_from_dict
 
@@ -68,4 +69,6 @@ class SavedRun:
             self.checkpoint = checkpoint
             return model
 
-        return read_newest(self._path.parent, load, self._step).to(device).eval()
+        model = read_newest(self._path.parent, load, self._step)
+        tell_other_code(self._path.parent, model_code(model))
+        return model.to(device).eval()

@@ -633,6 +633,28 @@ def test_a_run_interrupted_while_it_ends_is_not_locked_any_more(lm, settings, mo
     assert held.tb and lm.train(settings(max_steps=2))["status"] == "finished"
 
 
+def test_a_class_of_ones_own_that_is_missing_where_its_run_is_used_is_named(lm, settings, tmp_path, capsys):
+    class Block(lm.Block):
+        def forward(self, x, position, cache=None, tokens=None):
+            return x + self.attention(self.attention_norm(x), position, cache, tokens) + self.ffn(self.ffn_norm(x))
+
+    def printed(use) -> str:
+        capsys.readouterr()
+        use()
+        return capsys.readouterr().out
+
+    said = "parallel was trained with other code of Block: what"
+    folder = tmp_path / "runs" / "parallel"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lm, "Block", Block)
+        lm.train(settings(run_name="parallel", max_steps=2))
+        assert said not in printed(lambda: lm.load_run(folder))
+        assert said not in printed(lambda: lm.train(settings(run_name="parallel", max_steps=3)))
+    assert said in printed(lambda: lm.load_run(folder))
+    assert said in printed(lambda: lm.train(settings(run_name="parallel", max_steps=4)))
+    assert said not in printed(lambda: lm.load_run(folder))
+
+
 def test_a_rate_of_zero_leaves_its_weights_as_they_began(lm, settings, tmp_path):
     config = settings(run_name="frozen", embedding_lr=0.0, max_steps=3)
     lm.train(config)
