@@ -232,7 +232,7 @@ def test_rows_without_text_are_counted_and_too_little_text_is_told_with_what_the
     assert prepare(tmp_path, root).manifest["passed_over"]["rows without text"] == 18
     assert "rows without text (18)" in capsys.readouterr().out
     write(tmp_path, {"texts/a.jsonl": "\n".join(rows[50:])})
-    with pytest.raises(DataError, match="none of 18 rows has any in column 'text'"):
+    with pytest.raises(DataError, match="holds no text to train on .*: none of 18 rows has any in column 'text'"):
         prepare(tmp_path, root)
     write(tmp_path, {"texts/a.jsonl": '{"text": "a"}'})
     with pytest.raises(DataError, match="1 bytes in 1 documents: both splits need some"):
