@@ -14,19 +14,21 @@ from pathlib import Path
 from machinery.errors import DataError
 
 SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".parquet")
+TABLES = (".csv", ".tsv", ".json")  # no text as they are, not even where they are named
 
 
 def find_files(name: str, apart: Iterable[Path], passed_over: Counter[str]) -> dict[str, Path]:
     """Name to path of every file of text or rows; names are relative to the folder that is searched.
 
     A path that exists is that path, "~" is home, then patterns. Nothing inside the folders `apart` is found. Notes in
-    `passed_over` what else is there. Raises `DataError` for a device.
+    `passed_over` what else is there. A suffix that the name spells out, as "logs/*.log" does, is one of text. Raises
+    `DataError` for a device.
     """
     root, parts = existing_part(name)
     if parts or root.is_dir():
         return _walk(root, parts or ["**"], apart, passed_over)
     if root.is_file():
-        return {root.name: _to_read(root)} if _text_file(root, passed_over) else {}
+        return {root.name: _to_read(root)} if _text_file(root, passed_over, root.suffix) else {}
     raise DataError(f"source {name!r} is a device, a pipe or a socket; name a file or a folder")
 
 
@@ -57,7 +59,7 @@ def _walk(root: Path, parts: list[str], apart: Iterable[Path], passed_over: Coun
         subfolders[:] = sorted(name for name in subfolders if after[name] - {end})
         reaching |= {os.path.join(folder, name): after[name] for name in subfolders}
         for path in (os.path.join(folder, name) for name in sorted(names) if end in after[name]):
-            if found := _text_file(path, passed_over):
+            if found := _text_file(path, passed_over, Path(parts[-1]).suffix or None):
                 known = files.get(found)
                 if known is None or (os.path.islink(known) and not os.path.islink(path)):
                     files[found] = path  # a file's own name says how to read it
@@ -71,16 +73,18 @@ def _to_read(path: str | Path) -> Path:
     return path.resolve() if path.suffix not in SUFFIXES and path.is_symlink() else path
 
 
-def _text_file(path: str | Path, passed_over: Counter[str]) -> tuple[int, int] | None:
-    """The identity of a file that is read; None for one that is not, which is noted as passed over.
+def _text_file(path: str | Path, passed_over: Counter[str], named: str | None) -> tuple[int, int] | None:
+    """The identity of a file that is read; None for one that is not, which is noted as passed over. `named` is a suffix
+    that was asked for.
 
     The system is asked once: files come and go, and grow, while a folder is listed.
     """
-    found = _stat(path)
+    found, suffix = _stat(path), os.path.splitext(path)[1]
+    is_text = suffix in SUFFIXES or _to_read(path).suffix in SUFFIXES or suffix == named and suffix not in TABLES
     if not (found and stat.S_ISREG(found.st_mode)):
         passed_over["broken links, devices, unreadable files"] += 1
-    elif os.path.splitext(path)[1] not in SUFFIXES and _to_read(path).suffix not in SUFFIXES:
-        passed_over[Path(path).suffix or "without a suffix"] += 1
+    elif not is_text:
+        passed_over[suffix or "without a suffix"] += 1
     elif not found.st_size:
         passed_over["empty files"] += 1
     else:

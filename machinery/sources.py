@@ -152,7 +152,10 @@ class FileSource(Source):
             found, advice = "nothing", f"name {choices()}"
             if +self.passed_over:
                 found = f"only {_listed(self.passed_over)}"
-                advice = "write .txt or .md, tables as .jsonl or .parquet; unpack archives, mend links and permissions"
+                advice = (
+                    "name other text by its suffix, as '**/*.log'; write tables as .jsonl or .parquet; unpack archives,"
+                    " mend links and permissions"
+                )
             raise DataError(f"source {self.name!r}: no {', '.join(SUFFIXES)} file matches (found {found}); {advice}")
         return files
 

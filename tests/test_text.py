@@ -152,7 +152,16 @@ def test_a_link_without_a_suffix_is_read_as_the_file_that_it_leads_to(tmp_path):
         (tmp_path / "links" / name).symlink_to(tmp_path / "store" / target)
     assert sorted(iter_documents(str(tmp_path / "links"))) == ["a", "b"]
     assert list(iter_documents(str(tmp_path / "links" / "rows.html"))) == ["b"]
-    assert "found only without a suffix (1)" in refused(str(tmp_path / "links" / "page"))
+    assert "found only without a suffix (1)" in refused(str(tmp_path / "links" / "pag*"))
+
+
+def test_a_suffix_that_is_named_is_one_of_text(tmp_path):
+    write(tmp_path, {"a.log": "a", "b/c.log": "c", "b/d.TXT": "d", "b/notes": "e", "b/f.txt": "f", "b/g.csv": "g"})
+    write(tmp_path, {"b/packed.log.gz": gzip.compress(b"h" * 99)})
+    for name, found in {"*.log": "a", "a.log": "a", "**/*.log": "ac", "b/*.TXT": "d", "b/notes": "e", "b": "f"}.items():
+        assert sorted(iter_documents(str(tmp_path / name))) == list(found)
+    for name, why in {"b/*.csv": "only .csv", "b/g.csv": "only", "b/n*": "only without a", "**/*.gz": "gzip"}.items():
+        assert why in refused(str(tmp_path / name))
 
 
 @pytest.mark.parametrize("typed", ["NFC", "NFD"])
@@ -272,7 +281,7 @@ def test_names_that_look_alike_are_told_apart(tmp_path):
 MISSING = {
     "none*.txt": "found nothing",
     "texts/none.txt": "found nothing",
-    "*.png": "only .png (1)); write .txt or .md, tables as .jsonl or .parquet",
+    "*.csv": "only .csv (1)); name other text by its suffix, as '**/*.log'; write tables as .jsonl or .parquet",
     "texts/a.txt/*": "found nothing",
     "https://host/a.txt": "found nothing); name one file, folder or pattern, a data set of the hub",
     "Python": "or one of: python, python+site, english",
@@ -285,7 +294,7 @@ MISSING = {
 
 @pytest.mark.parametrize("source", MISSING)
 def test_what_is_not_there_is_one_line(tmp_path, monkeypatch, source):
-    write(tmp_path, {"texts/a.txt": "a", "a.png": "a", "empty.txt": ""})
+    write(tmp_path, {"texts/a.txt": "a", "a.csv": "a", "empty.txt": ""})
     monkeypatch.chdir(tmp_path)
     assert MISSING[source] in refused(source)
 

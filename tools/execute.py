@@ -191,8 +191,8 @@ def main() -> None:
         parameters = {"preset": options.preset or "auto", "overrides": options.overrides}
         if options.script:
             write_program(parameters)
-            torchrun = Path(sys.executable).parent / "torchrun"
-            print(f"LMHarness.py is the program: {torchrun} --nproc-per-node=auto LMHarness.py")
+            torchrun = Path(sys.executable).parent / "torchrun --nproc-per-node=auto"
+            print(f"{sys.executable} LMHarness.py runs the program; on several GPUs: {torchrun} LMHarness.py")
         else:
             folder = run_notebook(parameters)
             print(f"{folder}/ has the executed notebook, LMHarness.ipynb, and a page to read or to send, report.html.")
