@@ -132,8 +132,7 @@ class Run:
                     scaler.load_state_dict(saved["scaler"])
                 for name, value in vars(at).items():
                     setattr(at, name, type(value)(saved[name]))
-                if saved.get("asked") != config.micro_batch:  # changed by hand
-                    at.micro_batch = 0
+                at.micro_batch *= saved.get("asked") == config.micro_batch  # else 0: changed by hand
         elif config.init_from:
             from machinery.huggingface import begin_with
 
@@ -253,8 +252,9 @@ class Run:
         self.screen.say(f"{numbers}   {scores['val_bpb']:.4f} bits per byte held out{said}")
 
     def _epochs(self, tokens: int) -> float:
-        """How often so many tokens are the whole text; 0 while that is not known."""
-        return tokens / known["tokens"]["train"] if (known := self.data.manifest)["complete"] else 0.0
+        """How often so many tokens are all windows of the text; 0 while that is not known."""
+        windows = self.data.windows("train", self.config.block_size)
+        return tokens / (len(windows) * windows.block_size) if windows.complete else 0.0
 
     def progress(self, more_steps: float = 0.0) -> float:
         """The used share of the budget, 0 to 1; with `more_steps`, after so many more, at most halfway from it to 1."""

@@ -1347,6 +1347,17 @@ def test_a_run_tells_when_its_text_repeats_and_that_the_best_was_earlier(lm, set
         lm.load_run(run, step=7)
 
 
+def test_how_often_a_text_is_read_is_counted_in_windows(lm, settings, tmp_path, capsys):
+    """The end of a text, less than a window, is never read: of 44 tokens, 32 are."""
+    (tmp_path / "few").mkdir()
+    for number, length in enumerate((40, 20)):
+        (tmp_path / f"few/{number}.txt").write_text((f"abc def ghi {number} " * 9)[:length])
+    config = settings(source=str(tmp_path / "few/*.txt"), val_fraction=0.3, batch_tokens=16, micro_batch=1)
+    lm.train(replace(config, max_steps=7))
+    printed, train = capsys.readouterr().out, lm.prepare_data(config).manifest["tokens"]["train"]
+    assert train == 44 and "read 3.5 times" in printed and "step 2: the whole text was read" in printed
+
+
 def test_nothing_secret_or_local_is_written_into_a_run(lm, settings, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef" * 2 + "01234567")
     monkeypatch.setenv("HF_TOKEN", "hf_secretsecretsecret")
