@@ -122,8 +122,7 @@ class Run:
         """
         config, self._tokenizer = self.config, tokenizer_to_dict(data.encoding)
         self.at, self.data, self.model, self.optimizers, self.scaler = at, data, model, optimizers, scaler
-        values = portable(config.to_dict())
-        self._origin = {"text": data.key} | {name: values[name] for name in config.fixed}  # what a run cannot change
+        self._origin = {"text": data.key} | {n: v for n, v in portable(config.to_dict()).items() if n in config.fixed}
         if self.checkpoint:
             self.folder.same_text(self._tokenizer, data.key, str(self.machine.dtype)[6:])
             saved = load_checkpoint(self.checkpoint, model, optimizers, self._origin)
@@ -173,7 +172,8 @@ class Run:
             with left_as_it_was(self.model, *self.optimizers, self.scaler):
                 seconds = time_parts(self.model, batches, gradient, update, evaluation, sample, config.max_hours)
             self._foretell(*seconds)
-            files = {"tokenizer": self._tokenizer, "data": {"key": self._origin["text"]}, "expected": self._band}
+            text = {"key": self._origin["text"], "held_out_bytes": self.data.manifest["bytes"]["val"]}
+            files = {"tokenizer": self._tokenizer, "data": text, "expected": self._band}
             self.folder.begin(config.to_dict(), at.step, **files, environment=describe_environment(self.machine))
         else:
             self.folder.configure(config.to_dict())

@@ -176,7 +176,7 @@ def plot_runs(*folders: str | Path) -> Figure:
         raise UserError(
             "plot_runs draws a line for each folder that is named, and none is: plot_runs('runs/demo-123abc')"
         )
-    paths, curves, texts = [folder_path(folder) for folder in folders], [], {}
+    paths, curves, texts, sizes = [folder_path(folder) for folder in folders], [], {}, {}
     names = [path.absolute().name for path in paths]
     for folder, name in zip(paths, names):
         lines = [line for line in read_jsonl(folder / "metrics.jsonl") if line.get("val_bpb") is not None]
@@ -190,8 +190,10 @@ def plot_runs(*folders: str | Path) -> Figure:
         if config := read_note(folder / "config.json"):
             fields = ("val_source" if config.get("val_source") else "source", "val_fraction", "text_column", "split_on")
             texts[label] = ", ".join(f"{field} {config[field]!r}" for field in fields if config.get(field))
-    if len(set(texts.values())) > 1:
-        told_apart = "; ".join(f"{label}: {text}" for label, text in texts.items())
+            if type(size := read_note(folder / "data.json").get("held_out_bytes")) is int:  # of two folders of one name
+                sizes[label] = f", {size:,} bytes"
+    if len(set(texts.values())) > 1 or len(set(sizes.values())) > 1:
+        told_apart = "; ".join(f"{label}: {text}{sizes.get(label, '')}" for label, text in texts.items())
         print(printable(f"scored on other held-out text, so their bits per byte do not compare: {told_apart}"))
     figure, axes = plt.subplots(figsize=(6, 3), layout="constrained")
     styles = itertools.cycle(["o-", "x--"])  # so that two runs that agree are both seen

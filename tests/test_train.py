@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import matplotlib.pyplot as plt
 import psutil
 import pytest
 import torch
@@ -1356,6 +1357,24 @@ def test_how_often_a_text_is_read_is_counted_in_windows(lm, settings, tmp_path, 
     lm.train(replace(config, max_steps=7))
     printed, train = capsys.readouterr().out, lm.prepare_data(config).manifest["tokens"]["train"]
     assert train == 44 and "read 3.5 times" in printed and "step 2: the whole text was read" in printed
+
+
+def test_runs_on_folders_of_one_name_that_hold_other_text_are_told_apart(lm, settings, texts, tmp_path, capsys):
+    """A run keeps the last part of its source's path alone; other tokenizers and budgets have the same text."""
+    folder = Path(texts[0]).parent
+    shutil.copytree(folder, tmp_path / "other" / folder.name)
+    for path in (tmp_path / "other" / folder.name).iterdir():
+        path.write_text(path.read_text("utf-8") + "and more", "utf-8")
+    own, base = {"run_name": "own", "tokenizer": "bpe", "vocab_size": 300}, {"source": str(folder), "max_steps": 1}
+    there = {"run_name": "there", "source": str(tmp_path / "other" / folder.name)}
+    for change in ({"run_name": "a"}, own, there):
+        lm.train(settings(**base | change))
+    runs = [tmp_path / "runs" / name for name in ("a", "own", "there")]
+    capsys.readouterr()
+    plt.close(plot_runs(*runs[:2]))
+    assert not capsys.readouterr().out
+    plt.close(plot_runs(runs[0], runs[2]))
+    assert re.match(r"scored on other held-out text.* a: source .*, [\d,]+ bytes; there: ", capsys.readouterr().out)
 
 
 def test_nothing_secret_or_local_is_written_into_a_run(lm, settings, tmp_path, monkeypatch):
