@@ -40,6 +40,7 @@ SIGNS = bytes({*range(128)} - {*string.ascii_letters.encode(), *string.digits.en
 LETTERS = re.compile(r"[^\W_]+")  # and digits; no signs, and no marks on letters
 NUMBER = re.compile(rb"\n[0-9]{1,7}")  # of a line
 TIME = re.compile(rb"(?:\d{4}-\d\d-\d\dT?)?\d\d?:\d\d(?::\d\d(?:[.,]\d+)?)?Z?")  # in a log or a chat, without blanks
+CUE = re.compile(rb"(?m)^(?:\d+\n+)?(?:\d+:)?\d\d:\d\d[,.]\d{3} *--> *(?:\d+:)?\d\d:\d\d[,.]\d{3}.*")  # of a subtitle
 LONG_LINE, SPACED_LINE = 16, 20  # characters of a line that tells one document from another, without and with blanks
 BEYOND_ASCII = bytes(range(0x80, 0x100))
 NEARLY_ASCII = 0.98  # of the bytes of a text, in which few stretches hold any others
@@ -170,13 +171,14 @@ def without_common(hashes: Collection[int], common: Container[int]) -> list[int]
 
 
 def _plain(content: bytes) -> bytes:
-    """A text with plain line ends and blank space, its accents composed."""
+    """A text with plain line ends and blank space, its accents composed; without the times of subtitles."""
     if not content.isascii():
         text = content.decode("utf-8", "surrogatepass")
         if not unicodedata.is_normalized("NFC", text) and not _has_many_marks(text):
             content = unicodedata.normalize("NFC", text).encode("utf-8", "surrogatepass")
         content = ODD_BLANKS.sub(lambda found: _plain_blank(found[0]), content)
     content = content.translate(LINE_ENDS)
+    content = CUE.sub(b"", content) if b"-->" in content else content
     mostly = 2 * content.count(b">") > (lines := content.count(b"\n")) and 2 * len(QUOTED.findall(content)) > lines
     is_reply = mostly or ((content.startswith(b">") or b"\n>" in content) and REPLY.search(content))
     return QUOTED.sub(b"", content) if is_reply else content

@@ -297,6 +297,30 @@ def test_many_marks_on_a_letter_take_no_time():
         assert time.perf_counter() - start < 5, marks  # in order, they take minutes
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_subtitles_at_other_times_are_copies(tmp_path, end):
+    """Of other releases of a film, whose lines are short and whose numbers and times are all others."""
+
+    def written(i, first, sign):
+        chance = random.Random(i)
+        said = [
+            " ".join(chance.choices(WORDS, k=chance.randrange(1, 5))) + f" {chance.randrange(99)}" for _ in range(99)
+        ]
+        times = (f"00:{n // 30:02}:{n % 30 * 2:02}{sign}{chance.randrange(99):02}{first}" for n in range(99))
+        cues = [
+            f"{n}{end}{time} --> {time[:6]}59{sign}999{end}{text}"
+            for n, (time, text) in enumerate(zip(times, said), first)
+        ]
+        return f"{end * 2}".join(cues)
+
+    films, copies = [written(i, 1, ",") for i in range(150)], [written(i, 2, ".") for i in range(60)]
+    data = prepare(tmp_path, write(tmp_path, {"t/rows.jsonl": [{"text": text} for text in films + copies]}))
+    trained, held_out = set(texts_of(data, "train")), texts_of(data, "val")
+    other = dict(zip(films + copies, copies + [""] * 90 + films))
+    assert len(held_out) > 5 and not [text for text in held_out if other[text] in trained]
+    assert data.manifest["set_aside"]["documents"] == 0
+
+
 @pytest.mark.parametrize("size", [500, 300])
 def test_pieces_of_the_training_text_are_no_held_out_text(tmp_path, size):
     """As chunks for retrieval are, cut wherever they are long enough."""
