@@ -39,7 +39,10 @@ SMALL = bytes.maketrans(string.ascii_uppercase.encode(), string.ascii_lowercase.
 SIGNS = bytes({*range(128)} - {*string.ascii_letters.encode(), *string.digits.encode()})
 LETTERS = re.compile(r"[^\W_]+")  # and digits; no signs, and no marks on letters
 NUMBER = re.compile(rb"\n[0-9]{1,7}")  # of a line
-TIME = re.compile(rb"(?:\d{4}-\d\d-\d\dT?)?\d\d?:\d\d(?::\d\d(?:[.,]\d+)?)?Z?")  # in a log or a chat, without blanks
+TIME = re.compile(  # in a log or a chat, without blanks
+    rb"\d(?:\d{3}-\d\d-\d\dT?\d\d?|\d?[./-]\d\d?[./-](?:\d{4}|\d\d),?\d\d?|\d?)"
+    rb":\d\d(?::\d\d(?:[.,]\d+)?)?(?:Z|[AaPp]\.?[Mm]\b\.?)?"
+)
 CUE = re.compile(rb"(?m)^(?:\d+\n+)?(?:\d+:)?\d\d:\d\d[,.]\d{3} *--> *(?:\d+:)?\d\d:\d\d[,.]\d{3}.*")  # of a subtitle
 LONG_LINE, SPACED_LINE = 16, 20  # characters of a line that tells one document from another, without and with blanks
 BEYOND_ASCII = bytes(range(0x80, 0x100))
@@ -95,11 +98,12 @@ def _lines_and_all(content: bytes) -> tuple[list[bytes], bytes]:
 
 
 def _without_numbers(dense: bytes) -> bytes:
-    """A text without the times that most of its lines hold, and the numbers by which long lines are counted."""
+    """A text without the times that half of its lines hold, and the numbers by which long lines are counted."""
     lines = dense.count(b"\n")
-    if 2 * dense.count(b":") > lines:
+    half = max(1, (lines - 1) / 2)  # one stands before the first line
+    if dense.count(b":") >= half:
         rest, times = TIME.subn(b"", dense)
-        if 2 * times > lines and len(rest) > MOSTLY * len(dense):  # of a timetable, times say what it is
+        if times >= half and len(rest) > MOSTLY * len(dense):  # of a timetable, times say what it is
             dense = rest
     if len(dense) > NUMBERED_LINE * lines:
         numbers = [int(number) for number in NUMBER.findall(dense)]

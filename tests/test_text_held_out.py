@@ -215,6 +215,10 @@ IN_OTHER_SIGNS = {  # what is done to each line of a copy, or to the whole of it
     "ISO times": lambda text: "\n".join(
         f"2024-05-17T10:23:{n:02}.5Z {line}" for n, line in enumerate(text.split("\n"))
     ),
+    "times of a chat": lambda text: "\n".join(
+        f"[17/05/24, 1:{n:02}:07 PM] {row}" for n, row in enumerate(text.split("\n"))
+    ),
+    "times between": lambda text: "\n".join(f"0:{n:02}\n{row}" for n, row in enumerate(textwrap.wrap(text, 40))),
     "capitals": str.upper,
     "emphasis": lambda text: re.sub(r"\b(\w{5,})\b", r"**\1**", text),
     "escaped": lambda text: json.dumps(text),
