@@ -20,6 +20,7 @@ from machinery.encoding import Encoded, encode_all
 from machinery.errors import DataError, told
 from machinery.files import json_digest, regular_file, write_atomic, write_json
 from machinery.held_out import (
+    FEW_HOLDERS,
     NEAR_COPY,
     PIECE,
     HeldOutLines,
@@ -343,14 +344,18 @@ class HeldOut:
                 f" documents stand in source {settings['source']!r} too, whole or half of their lines; name other text,"
                 " or leave val_source empty"
             )
-        within, repeated = HeldOutLines(), self.documents.repeated()
+        within, repeated, holders = HeldOutLines(), self.documents.repeated(), Counter()
         for number, document in enumerate(self.documents):
             if number in copied:
                 self._set_aside(document)
                 continue
             lines = without_common(document.lines, common)
-            self.manifest["grouped"] += bool(within.copies(repeated.intersection(lines))[0])
-            within.add(lines, repeated)
+            some = {each for each in repeated.intersection(lines) if holders[each] < FEW_HOLDERS}
+            if within.copies(some)[0]:  # of a text in many copies, the first is enough to know the others by
+                self.manifest["grouped"] += 1
+            else:
+                within.add(lines, some)
+                holders.update(some)
             self.writer.add(document)
             if not self.manifest["complete"]:  # more text is to come
                 self.lines.add(lines)

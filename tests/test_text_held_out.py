@@ -391,6 +391,17 @@ def test_where_texts_repeat_each_other_the_small_share_is_told(tmp_path, capsys)
     assert share < 0.025
 
 
+@pytest.mark.parametrize("own", [False, True])
+def test_what_many_held_out_rows_hold_takes_no_time_to_count(tmp_path, own):
+    first = "Below is an instruction that describes a task"
+    rows = [f"{first}\n{i} is the number of this row" if own else first for i in range(20_000)]
+    held_out = write(tmp_path, {"rows.jsonl": [{"text": text} for text in rows]})
+    start = time.process_time()
+    data = prepare(tmp_path, write(tmp_path / "t", {"a.txt": prose(0)}), val_source=f"{held_out}/rows.jsonl")
+    assert time.process_time() - start < 6 and data.manifest["documents"]["val"] == len(rows)
+    assert own or data.manifest["grouped"] == len(rows) - 1
+
+
 def test_rows_of_blank_space_are_no_documents(tmp_path, capsys):
     rows = [{"text": prose(i)} if i % 2 else {"text": " \n\xa0"[: i % 3]} for i in range(100)]
     data = prepare(tmp_path, write(tmp_path, {"t/rows.jsonl": rows}))
