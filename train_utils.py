@@ -131,7 +131,8 @@ class Run:
                     scaler.load_state_dict(saved["scaler"])
                 for name, value in vars(at).items():
                     setattr(at, name, type(value)(saved[name]))
-                at.micro_batch *= saved.get("asked") == config.micro_batch  # else 0: changed by hand
+                if saved.get("asked") != config.micro_batch:  # changed by hand
+                    at.micro_batch = 0
         elif config.init_from:
             from machinery.huggingface import begin_with
 
