@@ -293,6 +293,7 @@ class HeldOut:
         self.manifest, self.writer = manifest, ShardWriter(folder, "val", manifest)
         self.documents = Collected(self.writer.dtype)
         self.lines, self.training, self.ends = HeldOutLines(), array("q"), array("q")
+        self._known: set[int] = set()
         self.is_open, common = not manifest["shards"]["val"], {*manifest["common"]}
         for shard in manifest["shards"]["val"]:
             path = folder / shard["name"]
@@ -304,8 +305,14 @@ class HeldOut:
                 text, lines = encoding.decode_bytes(document.tolist()).decode(), array("q")
                 for piece in in_parts(text, PIECE):
                     lines.extend(look_at([piece])[0][1])
-                self.lines.add(without_common(lines, common))
+                self._know(without_common(lines, common))
         self.lines.trained = manifest["trained_lines"]
+
+    def _know(self, lines: list[int]) -> None:
+        """Take in a held-out document; of many that are equal, the first is enough to know a copy by."""
+        if (found := hash(tuple(lines))) not in self._known:
+            self._known.add(found)
+            self.lines.add(lines)
 
     def takes_apart(self, document: Encoded) -> bool:
         """Whether a training document is set aside, as a near-copy of a held-out one. While the first shard fills, none
@@ -358,7 +365,7 @@ class HeldOut:
                 holders.update(some)
             self.writer.add(document)
             if not self.manifest["complete"]:  # more text is to come
-                self.lines.add(lines)
+                self._know(lines)
         if not self.manifest["complete"]:
             self.manifest["common"] = sorted(common)
             training = np.frombuffer(self.training, np.int64)

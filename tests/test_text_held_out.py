@@ -18,7 +18,16 @@ from data_utils import get_tokenizer
 from machinery import sources, text_files
 from machinery.encoding import encode_all
 from machinery.errors import DataError, UserError
-from machinery.held_out import PIECE, HeldOutLines, common_lines, cut_tail, long_lines, look_at, smallest_of_text
+from machinery.held_out import (
+    PIECE,
+    HeldOutLines,
+    common_lines,
+    cut_tail,
+    is_held_out,
+    long_lines,
+    look_at,
+    smallest_of_text,
+)
 from machinery.preparation import open_sources, tokenize
 from machinery.tokenizers import tokenizer_to_dict
 from tests.test_text import prepare, texts_of, told, write
@@ -400,6 +409,16 @@ def test_what_many_held_out_rows_hold_takes_no_time_to_count(tmp_path, own):
     data = prepare(tmp_path, write(tmp_path / "t", {"a.txt": prose(0)}), val_source=f"{held_out}/rows.jsonl")
     assert time.process_time() - start < 6 and data.manifest["documents"]["val"] == len(rows)
     assert own or data.manifest["grouped"] == len(rows) - 1
+
+
+def test_later_copies_of_a_row_that_is_held_out_often_take_no_time_to_find(tmp_path, monkeypatch):
+    monkeypatch.setattr(data_utils, "SHARD_TOKENS", 1_000_000)
+    row = next(text for text in map("[deleted {}]".format, range(999)) if is_held_out(text, (0, 0.2)))
+    rows = [text for i in range(40_000) for text in (row, f"{i} is the number of this row")]
+    start = time.process_time()
+    data = prepare(tmp_path, write(tmp_path, {"t/rows.jsonl": [{"text": text} for text in rows]}), val_fraction=0.2)
+    assert time.process_time() - start < 15 and data.manifest["set_aside"]["documents"] > 5000
+    assert row not in texts_of(data, "train") and texts_of(data, "val").count(row) > 5000
 
 
 def test_rows_of_blank_space_are_no_documents(tmp_path, capsys):
