@@ -271,11 +271,11 @@ def check_generation(
     kept = 1 if n_vocab is None else n_vocab
     whole = all(type(value) is int for value in (n_new, top_k, seed, kept))
     numbers = whole and all(isinstance(value, int | float) for value in (temperature, top_p))
-    fits = numbers and 0 <= temperature <= 1e18 and min(n_new, top_k, kept - 1) >= 0 and 0 < top_p <= 1
+    fits = numbers and 0 <= temperature <= 1e18 and min(n_new, top_k, kept - 1) >= 0 and 1e-9 <= top_p <= 1
     if not (fits and abs(seed) < 1 << 63):
         raise UserError(
             f"temperature {temperature!r}, top_p {top_p!r}, top_k {top_k!r}, n_new {n_new!r}, seed {seed!r}, n_vocab"
-            f" {n_vocab!r}: use 0 to 1e18, above 0 to 1, and whole numbers"
+            f" {n_vocab!r}: use 0 to 1e18, 1e-9 to 1, and whole numbers"
         )
 
 

@@ -64,6 +64,13 @@ QUOTES = [
     (README, "from # bits per byte of held-out text", OUTPUTS, "demo-* from step 0 step 0 0 tokens 0 s # bits per", 1),
     (README, "bits per byte of held-out text down to # in", DEMO, '| `"python"`, the run of the picture | 0 | # |', 1),
     (README, "of held-out text down to * in # seconds", OUTPUTS, "finished: * tokens in # s,", 1),
+    (README, "counting pairs of tokens gives #, `xz`", OUTPUTS, "by what followed the token before # bits", 1),
+    (README, "counting pairs of tokens gives *, `xz` #. Slower", OUTPUTS, "packed by xz # bits per byte", 1),
+    (TEXT, "Counting pairs of tokens gives #, the", OUTPUTS, "by what followed the token before # bits", 1),
+    (TEXT, "the packer `xz` # (5.3)", OUTPUTS, "packed by xz # bits per byte", 1),
+    (TEXT, "`demo` falls from # to * bits per byte", OUTPUTS, "all tokens alike # bits per byte", 1),
+    (TEXT, "`demo` falls from * to # bits per byte", OUTPUTS, "when last evaluated: * nats per token, # bits", 1),
+    (TEXT, "Here, heads formed in # of # runs", "results/experiments.md", "formed in # of # runs", 1),
     (DEMO, '`"python"`, the committed notebook | 0 | # |', OUTPUTS, "nats per token, # bits per byte a sample", 1),
     (DEMO, "the committed notebook | 0 | * | #M |", OUTPUTS, "finished: # tokens in", 1e-6),
     (DEMO, "the committed notebook | 0 | * | * | # |", OUTPUTS, "s, # tokens per second in the median step", 1),
@@ -196,6 +203,8 @@ def test_a_claim_about_an_experiment_is_what_its_table_says():
     losses = pd.read_csv(ROOT / "results/experiments/choices.csv").groupby("ffn").val_loss.mean()
     assert "in our small models, the MLP did better on average" in read(TEXT)
     assert 0 < losses["gated"] - losses["mlp"] < 0.1
+    assert "shape changes it by more than a quarter of what the next size gains" in read(TEXT)
+    assert "shape is worth more than a quarter of that" in read("results/experiments.md")
 
 
 def test_the_overrides_for_twice_the_depth_keep_the_size(lm):
