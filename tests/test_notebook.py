@@ -184,10 +184,11 @@ def test_changed_code_is_no_longer_the_executed_one_and_changed_prose_and_commen
     notebook = nbformat.read(copy, as_version=4)
     assert notebook.metadata.executed_source == source_digest(copy) == source_digest()
     notebook.cells[0].source += " "
-    notebook.cells[-1].source += "  # a comment"
+    last = [cell for cell in notebook.cells if cell.cell_type == "code"][-1]
+    last.source += "  # a comment"
     nbformat.write(notebook, copy)
     assert notebook.metadata.executed_source == source_digest(copy)
-    notebook.cells[-1].source += "\nlen('#')"
+    last.source += "\nlen('#')"
     nbformat.write(notebook, copy)
     assert notebook.metadata.executed_source != source_digest(copy)
 
