@@ -31,7 +31,7 @@ from machinery.held_out import (
     picked_anywhere,
     without_common,
 )
-from machinery.sources import EMPTY_ROWS, NOT_UTF8, Position, Source, named
+from machinery.sources import BLANK_TEXTS, EMPTY_ROWS, NOT_UTF8, Position, Source, named
 from machinery.text_files import in_parts
 from machinery.tokenizers import tokenizer_from_dict, tokenizer_hash
 
@@ -137,7 +137,7 @@ def report(manifest: dict) -> list[str]:
             "more text is read later: a document is set aside with which the training text would hold half of the lines"
             " of a held-out one"
         )
-    for kind in (NOT_UTF8, EMPTY_ROWS):
+    for kind in (NOT_UTF8, EMPTY_ROWS, BLANK_TEXTS):
         if count := manifest["passed_over"].get(kind):
             lines.append(f"passed over in source {manifest['settings']['source']!r}: {kind} ({count:,})")
     if spelt and manifest["settings"]["source"] not in named():  # of text that others wrote

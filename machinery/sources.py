@@ -49,7 +49,7 @@ from machinery.text_files import (
 
 TEST_FOLDERS = {"test", "tests", "idle_test"}  # the standard library's own test suites
 DIGEST_BYTES = 1 << 30  # files that hold more together are told apart by samples of their content
-EMPTY_ROWS = "rows without text"
+EMPTY_ROWS, BLANK_TEXTS = "rows without text", "texts of blank space alone"
 NOT_UTF8 = "files that are not UTF-8 text"  # as Python files may be, which can declare another encoding
 ROWS = {".jsonl": jsonl_texts, ".parquet": parquet_texts}  # what reads the rows of a table
 HUB_RETRIES = 5  # after a stream has broken off, with 1, 2, 4, … seconds between them
@@ -160,7 +160,7 @@ class FileSource(Source):
         return files
 
     def documents(self, split: str = "train") -> Iterator[str]:
-        self.passed_over[EMPTY_ROWS] = 0  # they are counted anew however often the source is read
+        self.passed_over[EMPTY_ROWS] = self.passed_over[BLANK_TEXTS] = 0  # counted anew however often it is read
         stats = self._stats
         for name, path in self.files.items():
             with telling_os_errors(path):
@@ -170,7 +170,9 @@ class FileSource(Source):
                         self.passed_over[EMPTY_ROWS] += is_blank(text)
                         yield text
                 else:
-                    yield from self._texts(path)
+                    for text in self._texts(path):  # the last part of a file may be empty
+                        self.passed_over[BLANK_TEXTS] += text.isspace()
+                        yield text
                 self._check_unchanged(path, stats[name])
 
     def _texts(self, path: Path) -> Iterator[str]:

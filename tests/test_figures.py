@@ -67,7 +67,7 @@ QUOTES = [
     (README, "counting pairs of tokens gives #, `xz`", OUTPUTS, "by what followed the token before # bits", 1),
     (README, "counting pairs of tokens gives *, `xz` #. Slower", OUTPUTS, "packed by xz # bits per byte", 1),
     (TEXT, "Counting pairs of tokens gives #, the", OUTPUTS, "by what followed the token before # bits", 1),
-    (TEXT, "the packer `xz` # (5.3)", OUTPUTS, "packed by xz # bits per byte", 1),
+    (TEXT, "the packer `xz`, on that text alone, # (5.3)", OUTPUTS, "packed by xz # bits per byte", 1),
     (TEXT, "`demo` falls from # to * bits per byte", OUTPUTS, "all tokens alike # bits per byte", 1),
     (TEXT, "`demo` falls from * to # bits per byte", OUTPUTS, "when last evaluated: * nats per token, # bits", 1),
     (TEXT, "Here, heads formed in # of # runs", "results/experiments.md", "formed in # of # runs", 1),

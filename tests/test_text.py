@@ -246,6 +246,9 @@ def test_rows_without_text_are_counted_and_too_little_text_is_told_with_what_the
     write(tmp_path, {"texts/a.jsonl": '{"text": "a"}'})
     with pytest.raises(DataError, match="1 bytes in 1 documents: both splits need some"):
         prepare(tmp_path, root)
+    write(tmp_path, {"texts/b.txt": "\n \n", "texts/c.md": "some words\n" * 9})
+    prepare(tmp_path, root)
+    assert "texts of blank space alone (1)" in capsys.readouterr().out
 
 
 def test_damaged_parquet_never_gives_fewer_rows_unsaid(tmp_path):
