@@ -14,7 +14,7 @@ from pathlib import Path
 from machinery.errors import DataError
 
 SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".parquet")
-TABLES = (".csv", ".tsv", ".json")  # no text as they are, not even where they are named
+TABLES = (".csv", ".tsv", ".json", ".ndjson", ".jsonl", ".parquet")  # in capitals, too: no text, even where named
 
 
 def find_files(name: str, apart: Iterable[Path], passed_over: Counter[str]) -> dict[str, Path]:
@@ -80,7 +80,8 @@ def _text_file(path: str | Path, passed_over: Counter[str], named: str | None) -
     The system is asked once: files come and go, and grow, while a folder is listed.
     """
     found, suffix = _stat(path), os.path.splitext(path)[1]
-    is_text = suffix in SUFFIXES or _to_read(path).suffix in SUFFIXES or suffix == named and suffix not in TABLES
+    is_text = suffix in SUFFIXES or _to_read(path).suffix in SUFFIXES
+    is_text |= suffix == named and suffix.lower() not in TABLES
     if not (found and stat.S_ISREG(found.st_mode)):
         passed_over["broken links, devices, unreadable files"] += 1
     elif not is_text:

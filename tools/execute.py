@@ -191,7 +191,7 @@ def main() -> None:
         parameters = {"preset": options.preset or "auto", "overrides": options.overrides}
         if options.script:
             write_program(parameters)
-            torchrun = Path(sys.executable).parent / "torchrun --nproc-per-node=auto"
+            torchrun = f"{Path(sys.executable).parent / 'torchrun'} --nproc-per-node=auto"
             print(f"{sys.executable} LMHarness.py runs the program; on several GPUs: {torchrun} LMHarness.py")
         else:
             folder = run_notebook(parameters)
