@@ -165,7 +165,7 @@ class TokenData:
             for row, i in zip(rows, part):
                 row[:] = torch.from_numpy(windows.read(int(i), 1)[0])
             has_text |= bool((rows[: len(part), 1:] != self.encoding.eot_token).any())
-            inputs, targets = _inputs_and_targets(rows, machine.device)
+            inputs, targets = inputs_and_targets(rows, machine.device)
             targets[len(part) :] = -100
             yield inputs, targets
         if not machine.maximum(has_text)[0]:
@@ -366,7 +366,7 @@ class Batches:
         """Tokens (B, T) and targets (B, T), the same windows shifted by one."""
         rows = torch.from_numpy(self.windows.read(self._position, self.at.micro_batch))
         self._position += self.machine.processes * self.at.micro_batch
-        return _inputs_and_targets(rows, self.machine.device)
+        return inputs_and_targets(rows, self.machine.device)
 
     def retry(self, model: torch.nn.Module, attempt: Callable):
         """The result of `attempt()`, made again with half the micro-batch while the device has no memory for it."""
@@ -388,7 +388,7 @@ class Batches:
             print(f"\nout of memory; on with micro-batches of {half}")
 
 
-def _inputs_and_targets(rows: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def inputs_and_targets(rows: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Windows (B, T + 1) as tokens and targets (B, T) on the device, with the same strides wherever they are made."""
     if device.type == "cuda":
         rows = rows.pin_memory()

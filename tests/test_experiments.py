@@ -112,6 +112,10 @@ def test_runs_of_one_seed_are_compared_in_pairs():
     assert found.loc["better", "difference in val_bpb"] == pytest.approx(-0.15)
     assert found.loc["better", "standard error"] == pytest.approx(0.05)
     assert [*found["verdict"]] == ["better, a hint: two pairs", "one run"]
+    row, _ = compare_sweep(table, against="better").to_dict("records")
+    assert row["label"] == "base" and row["difference in val_bpb"] == pytest.approx(0.15)
+    with pytest.raises(UserError, match="^against 'bettr' is not known; did you mean 'better'"):
+        compare_sweep(table, against="bettr")
     assert compare_sweep(table.assign(status="failed")).empty
     with pytest.raises(UserError, match="'base' has two runs of seed 0; give runs of two sweeps labels of their own"):
         compare_sweep(pd.concat([table, table]))

@@ -21,6 +21,7 @@ BENCH, DEMO, RECIPE, REHEARSAL = (
 )
 AFTER_A_MILLION = f"| {PLAIN} | 1,000,000 | * | * | * | * | # |"
 TOKENS = "results/bench-amd-epyc-2-threads.md"
+EXPERIMENTS = "results/experiments.md"
 DOCS, README, TEXT, OUTPUTS = "docs/benchmarks.md", "README.md", "the notebook", "the notebook's outputs"
 
 
@@ -70,7 +71,9 @@ QUOTES = [
     (TEXT, "the packer `xz`, on that text alone, # (5.3)", OUTPUTS, "packed by xz # bits per byte", 1),
     (TEXT, "`demo` falls from # to * bits per byte", OUTPUTS, "all tokens alike # bits per byte", 1),
     (TEXT, "`demo` falls from * to # bits per byte", OUTPUTS, "when last evaluated: * nats per token, # bits", 1),
-    (TEXT, "Here, heads formed in # of # runs", "results/experiments.md", "formed in # of # runs", 1),
+    (TEXT, "as compute to the power #. Here", EXPERIMENTS, "compute to the power * (the published law: #,", 1),
+    (TEXT, "to the power *. Here it was #.", EXPERIMENTS, "The best size grows as compute to the power # ±", 1),
+    (TEXT, "Here, heads formed in # of # runs", EXPERIMENTS, "formed in # of # runs", 1),
     (DEMO, '`"python"`, the committed notebook | 0 | # |', OUTPUTS, "nats per token, # bits per byte a sample", 1),
     (DEMO, "the committed notebook | 0 | * | #M |", OUTPUTS, "finished: # tokens in", 1e-6),
     (DEMO, "the committed notebook | 0 | * | * | # |", OUTPUTS, "s, # tokens per second in the median step", 1),
@@ -204,7 +207,7 @@ def test_a_claim_about_an_experiment_is_what_its_table_says():
     assert "in our small models, the MLP did better on average" in read(TEXT)
     assert 0 < losses["gated"] - losses["mlp"] < 0.1
     assert "shape changes it by more than a quarter of what the next size gains" in read(TEXT)
-    assert "shape is worth more than a quarter of that" in read("results/experiments.md")
+    assert "shape is worth more than a quarter of that" in read(EXPERIMENTS)
 
 
 def test_the_overrides_for_twice_the_depth_keep_the_size(lm):

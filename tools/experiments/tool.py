@@ -29,6 +29,7 @@ from machinery.files import folder_path, free_bytes, json_digest, read_jsonl, re
 from machinery.machine import Machine, usable_cores
 from machinery.notebook import defining_cells, load_definitions
 from machinery.preparation import open_sources, tokenizer_digest
+from machinery.settings import one_of
 from model_utils import count_parameters, flops_per_token, predict
 from tools.common import train_apart
 from tools.runs import paired_effect, verdict
@@ -197,9 +198,10 @@ def curves(table: pd.DataFrame) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
 
 
-def compare_sweep(table: pd.DataFrame, y: str = "val_bpb") -> pd.DataFrame:
-    """What each label gains over the first, lower being better: a row with the mean difference of runs of one seed,
-    which read the same batches, its standard error, the number of such pairs, and whether it is more than two errors.
+def compare_sweep(table: pd.DataFrame, y: str = "val_bpb", against: str | None = None) -> pd.DataFrame:
+    """What each label gains over the first, or over `against`, lower being better: a row with the mean difference of
+    runs of one seed, which read the same batches, its standard error, the number of such pairs, and whether it is more
+    than two errors.
     """
     _check_table(table, (y,), ("label", "seed", "status"))
     finished = table[table.status == "finished"]
@@ -207,7 +209,9 @@ def compare_sweep(table: pd.DataFrame, y: str = "val_bpb") -> pd.DataFrame:
         raise UserError(f"{label!r} has two runs of seed {seed}; give runs of two sweeps labels of their own")
     finished = finished.groupby("label", sort=False)
     losses = {label: runs.set_index("seed")[y].to_dict() for label, runs in finished}
-    rows, first = [], next(iter(losses), None)
+    if against is not None:
+        one_of("against", against, list(losses))
+    rows, first = [], next(iter(losses), None) if against is None else against
     for label in [label for label in losses if label != first and losses[label].keys() & losses[first].keys()]:
         effect, error, pairs = paired_effect(losses[label], losses[first])
         row = {"label": label, "against": first, f"difference in {y}": effect, "standard error": error, "pairs": pairs}
