@@ -51,7 +51,8 @@ CONTINUED = bytes(range(0x80, 0xC0))  # what follows the first byte of a charact
 QUOTED = re.compile(rb"(?m)^(?:[ \t]*>)+")  # as in a reply
 REPLY = re.compile(rb"(?m)^>(?!>>)")  # which quotes once or twice, too, or mostly; else ">>>" is Python's prompt
 NO_LETTERS = re.compile(r"[^\w\s\x00-\x7f]{64}")  # if they are marks on one letter, putting n in order takes n² steps
-SHINGLE, EVERY, LEAST = 32, 16, 4  # bytes of one; one of so many is picked; with fewer, a text is not told by them
+SHINGLE, EVERY, LEAST = 16, 16, 4  # bytes of one; one of so many is picked; with fewer, a text is not told by them
+LEADS = bytes(range(0xC2, 0xE2))  # first bytes of letters: without, most alphabets have one byte a letter
 SHORT, OFTEN = 256, 4  # of a text of fewer bytes, one of so many is picked
 FACTOR = 0x9E3779B97F4A7C15  # odd, and without a pattern: 2⁶⁴ over the golden ratio
 NUMBERED_LINE, MOSTLY = 48, 0.6  # bytes of a line, and share of a text, without which numbers or times are what counts
@@ -124,7 +125,7 @@ def look_at(texts: list[str]) -> list[tuple[int, array, bytes]]:
     for content, (lines, whole), some in zip(contents, looked_at, shingles):
         hashes = array("q", [*map(abs, map(hash, lines))])  # from a list, which is faster
         hashes.frombytes(some.tobytes())
-        if not len(some):
+        if len(whole) < SHORT or not len(some):
             hashes.append(-abs(hash(whole)))  # all of it, whatever lines it is in
         found.append((len(content), hashes, _smallest(lines, whole, some)))
     return found
@@ -144,6 +145,7 @@ def _shingles(texts: list[bytes]) -> list[np.ndarray]:
 
     A hash is a polynomial of the bytes, modulo 2⁶⁴, put together from those of halves of the stretch.
     """
+    texts = [text.translate(None, LEADS) for text in texts]
     codes = np.frombuffer(b"".join(text + bytes(SHINGLE) for text in texts), np.uint8)
     hashes, factor, span = codes.astype(np.uint64), FACTOR, 1
     while span < SHINGLE:
@@ -160,6 +162,11 @@ def _shingles(texts: list[bytes]) -> list[np.ndarray]:
         # In a run of a few signs all stretches are alike
         found[number] = np.unique(some) if len(some) > 2 * len(text) // every else some
     return found
+
+
+def makes_copy(alike: int, shingles: int) -> bool:
+    """Whether so many of the shingles of a text, found in another, make that a near-copy."""
+    return alike >= max(NEAR_COPY * shingles, min(LEAST, shingles))
 
 
 def picked_anywhere(shingles: Collection[int]) -> list[int]:
@@ -342,7 +349,7 @@ class HeldOutLines:
         holders = (self._shingles[shingle] for shingle in self._shingles.keys() & hashes)
         alike = Counter(number for numbers in holders if len(numbers) <= FEW_HOLDERS for number in numbers)
         copied = {number for number, count in counts.items() if count > self._allowed[number]}
-        copied |= {self._sets[some][0] for some, count in alike.items() if count >= NEAR_COPY * self._sets[some][1]}
+        copied |= {self._sets[some][0] for some, count in alike.items() if makes_copy(count, self._sets[some][1])}
         return copied, counts
 
     def train(self, hashes: Iterable[int], always: bool = False) -> bool:

@@ -21,13 +21,13 @@ from machinery.errors import DataError, told
 from machinery.files import json_digest, regular_file, write_atomic, write_json
 from machinery.held_out import (
     FEW_HOLDERS,
-    NEAR_COPY,
     PIECE,
     HeldOutLines,
     common_lines,
     cut_tail,
     falls_within,
     look_at,
+    makes_copy,
     picked_anywhere,
     without_common,
 )
@@ -35,7 +35,7 @@ from machinery.sources import BLANK_TEXTS, EMPTY_ROWS, NOT_UTF8, Position, Sourc
 from machinery.text_files import in_parts
 from machinery.tokenizers import tokenizer_from_dict, tokenizer_hash
 
-MANIFEST_VERSION = 20  # part of the settings: shards of an earlier way are not mistaken for those of this one
+MANIFEST_VERSION = 21  # part of the settings: shards of an earlier way are not mistaken for those of this one
 FEW_BYTES = 10_000  # of held-out text, about 3,000 tokens
 FEWEST, MOST = 0.25, 2.0  # of the wanted held-out text: with less or more, ends of documents are held out instead
 LEAST_END = 64  # bytes of an end that says something
@@ -272,7 +272,7 @@ class Collected:
         rare = {each for each, count in holders.items() if count <= min(PASSAGES, RARE * len(ends))}
         for number, document in enumerate(self):
             shingles = picked_anywhere({each for each in document.lines if each < 0})
-            if len(rare.intersection(shingles)) >= NEAR_COPY * len(shingles):
+            if makes_copy(len(rare.intersection(shingles)), len(shingles)):
                 held_out.copied.add(number)
         return held_out.copied, common
 
