@@ -2,10 +2,10 @@
 
 Documents are compared by their longer lines, and by *shingles*: stretches of letters and digits, of which their own
 content picks some, wherever they stand, whatever lines they are in. Blank space, line ends, ways to write an accent and
-the ">" of a quoted line do not count, for shingles nor do capitals, accents, signs and numbers of lines. The side of a
+the ">" of a quoted line do not count, for shingles nor do capitals, accents, signs and times of lines. The side of a
 document is that of its smallest line, by a hash: a function of its content alone, in which near-copies mostly agree,
 since two documents have the same smallest line as often as they have lines in common (MinHash; Broder 1997). What is
-then still copied on the other side (`HeldOutLines`) is set aside. A copy is not found that differs in every few words,
+then still copied on the other side (`HeldOutLines`) is set aside. A copy is not found that differs in every fifth word,
 nor a short one within a longer text, without a line in common.
 """
 
@@ -20,7 +20,6 @@ import zlib
 from array import array
 from collections import Counter
 from collections.abc import Collection, Container, Iterable, Sequence
-from itertools import pairwise
 
 import numpy as np
 
@@ -38,7 +37,6 @@ NO_WIDTH |= {chr(code).encode() for code in (*range(0x202A, 0x202F), *range(0x20
 SMALL = bytes.maketrans(string.ascii_uppercase.encode(), string.ascii_lowercase.encode())
 SIGNS = bytes({*range(128)} - {*string.ascii_letters.encode(), *string.digits.encode()})
 LETTERS = re.compile(r"[^\W_]+")  # and digits; no signs, and no marks on letters
-NUMBER = re.compile(rb"\n[0-9]{1,7}")  # of a line
 TIME = re.compile(  # in a log or a chat, without blanks
     rb"\d(?:\d{3}-\d\d-\d\dT?\d\d?|\d?[./-]\d\d?[./-](?:\d{4}|\d\d),?\d\d?|\d?)"
     rb":\d\d(?::\d\d(?:[.,]\d+)?)?(?:Z|[AaPp]\.?[Mm]\b\.?)?"
@@ -55,7 +53,7 @@ SHINGLE, EVERY, LEAST = 16, 16, 4  # bytes of one; one of so many is picked; wit
 LEADS = bytes(range(0xC2, 0xE2))  # first bytes of letters: without, most alphabets have one byte a letter
 SHORT, OFTEN = 256, 4  # of a text of fewer bytes, one of so many is picked
 FACTOR = 0x9E3779B97F4A7C15  # odd, and without a pattern: 2⁶⁴ over the golden ratio
-NUMBERED_LINE, MOSTLY = 48, 0.6  # bytes of a line, and share of a text, without which numbers or times are what counts
+MOSTLY = 0.6  # of a text, without which times are what counts
 PICKED = 2**64 // EVERY - 2**63  # what is picked in any text has a hash below this
 FEW_LINES, PARAGRAPH, FEW = 8, 64, 0.33  # with fewer lines, one of so many bytes, or less of a text in longer ones: few
 NEAR_COPY = 0.5  # share of a document's longer lines, or shingles, that makes a near-copy
@@ -73,7 +71,7 @@ def long_lines(content: bytes) -> list[bytes]:
 
 def _lines_and_all(content: bytes) -> tuple[list[bytes], bytes]:
     """The longer lines of a text, without blank space; and all of it as one, in small letters, without signs, blanks
-    and what numbers its lines.
+    and the times of its lines.
     """
     plain = _plain(content)
     dense = plain.translate(None, b" \t")
@@ -84,7 +82,7 @@ def _lines_and_all(content: bytes) -> tuple[list[bytes], bytes]:
         if len(line) >= surely or (len(line) > SPACED_LINE // 2 and _is_long(line, whole))
     ]
     whole = b"\n" + dense.replace(b"\\n", b"")  # a line end may be escaped
-    whole = _without_numbers(whole).translate(SMALL, SIGNS)
+    whole = _without_times(whole).translate(SMALL, SIGNS)
     ascii_alone = whole.translate(None, BEYOND_ASCII)
     if len(ascii_alone) >= NEARLY_ASCII * len(whole):
         whole = ascii_alone
@@ -98,18 +96,14 @@ def _lines_and_all(content: bytes) -> tuple[list[bytes], bytes]:
     return found or [dense.translate(None, b"\n>")], whole
 
 
-def _without_numbers(dense: bytes) -> bytes:
-    """A text without the times that half of its lines hold, and the numbers by which long lines are counted."""
+def _without_times(dense: bytes) -> bytes:
+    """A text without the times that half of its lines hold."""
     lines = dense.count(b"\n")
     half = max(1, (lines - 1) / 2)  # one stands before the first line
     if dense.count(b":") >= half:
         rest, times = TIME.subn(b"", dense)
         if times >= half and len(rest) > MOSTLY * len(dense):  # of a timetable, times say what it is
             dense = rest
-    if len(dense) > NUMBERED_LINE * lines:
-        numbers = [int(number) for number in NUMBER.findall(dense)]
-        if 2 * sum(after - before == 1 for before, after in pairwise(numbers)) > lines:
-            dense = NUMBER.sub(b"", dense)
     return dense
 
 

@@ -236,6 +236,11 @@ IN_OTHER_SIGNS = {  # what is done to each line of a copy, or to the whole of it
     "full width": lambda text: text.translate({code: code + 0xFEE0 for code in range(0x21, 0x7F)}),
     "Cyrillic capitals": lambda text: text.translate(CYRILLIC).upper(),
     "no accents": str,
+    "another word in ten": lambda text: re.sub(r"\w+((?:\W+\w+){9})", r"another\1", text),
+    "another letter in fifty": lambda text: re.sub(r"(?s)(.{49})\w", r"\1x", text),
+    "links": lambda text: re.sub(r"((?:\w+\W+){9})", r"\1(https://a.org/b) ", text),
+    "HTML": lambda text: re.sub("(?m)^(.*)$", r'<span class="line">\1</span>', text),
+    "what grep prints": lambda text: "\n".join(f"notes.txt:{n}:{line}" for n, line in enumerate(text.split("\n"))),
 }
 IN_THESE_LETTERS = {  # what is done to the text itself
     "Cyrillic capitals": lambda text: text.translate(CYRILLIC),
