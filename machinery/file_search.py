@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 import os
+import re
 import stat
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 
 from machinery.errors import DataError
@@ -20,15 +22,15 @@ TABLES = (".csv", ".tsv", ".json", ".ndjson", ".jsonl", ".parquet")  # in capita
 def find_files(name: str, apart: Iterable[Path], passed_over: Counter[str]) -> dict[str, Path]:
     """Name to path of every file of text or rows; names are relative to the folder that is searched.
 
-    A path that exists is that path, "~" is home, then patterns. Nothing inside the folders `apart` is found. Notes in
-    `passed_over` what else is there. A suffix that the name spells out, as "logs/*.log" does, is one of text. Raises
-    `DataError` for a device.
+    A path that exists is that path, "~" is home, then patterns, "{c,js}" for either. Nothing inside the folders `apart`
+    is found. Notes in `passed_over` what else is there. A suffix that the name spells out, as "logs/*.log" does, is one
+    of text. Raises `DataError` for a device.
     """
     root, parts = existing_part(name)
     if parts or root.is_dir():
         return _walk(root, parts or ["**"], apart, passed_over)
     if root.is_file():
-        return {root.name: _to_read(root)} if _text_file(root, passed_over, root.suffix) else {}
+        return {root.name: _to_read(root)} if _text_file(root, passed_over, {root.suffix}) else {}
     raise DataError(f"source {name!r} is a device, a pipe or a socket; name a file or a folder")
 
 
@@ -36,6 +38,7 @@ def _walk(root: Path, parts: list[str], apart: Iterable[Path], passed_over: Coun
     """The files under `root` that fit a pattern, once each, whatever links lead to them."""
     set_apart = {found for folder in apart if (found := identity(folder))}
     parts, end, seen = [_composed(part) for part in parts], len(parts), set()
+    named = {Path(choice).suffix for choice in _choices(parts[-1])} - {""}
     # Of each folder, the parts of the pattern that may come next, by number: those before are matched, at `end` all
     reaching = {str(root): _skipping({0}, parts)}
     files: dict[tuple[int, int], str] = {}
@@ -59,7 +62,7 @@ def _walk(root: Path, parts: list[str], apart: Iterable[Path], passed_over: Coun
         subfolders[:] = sorted(name for name in subfolders if after[name] - {end})
         reaching |= {os.path.join(folder, name): after[name] for name in subfolders}
         for path in (os.path.join(folder, name) for name in sorted(names) if end in after[name]):
-            if found := _text_file(path, passed_over, Path(parts[-1]).suffix or None):
+            if found := _text_file(path, passed_over, named):
                 known = files.get(found)
                 if known is None or (os.path.islink(known) and not os.path.islink(path)):
                     files[found] = path  # a file's own name says how to read it
@@ -73,15 +76,15 @@ def _to_read(path: str | Path) -> Path:
     return path.resolve() if path.suffix not in SUFFIXES and path.is_symlink() else path
 
 
-def _text_file(path: str | Path, passed_over: Counter[str], named: str | None) -> tuple[int, int] | None:
-    """The identity of a file that is read; None for one that is not, which is noted as passed over. `named` is a suffix
-    that was asked for.
+def _text_file(path: str | Path, passed_over: Counter[str], named: set[str]) -> tuple[int, int] | None:
+    """The identity of a file that is read; None for one that is not, which is noted as passed over. `named` are the
+    suffixes that were asked for.
 
     The system is asked once: files come and go, and grow, while a folder is listed.
     """
     found, suffix = _stat(path), os.path.splitext(path)[1]
     is_text = suffix in SUFFIXES or _to_read(path).suffix in SUFFIXES
-    is_text |= suffix == named and suffix.lower() not in TABLES
+    is_text |= suffix in named and suffix.lower() not in TABLES
     if not (found and stat.S_ISREG(found.st_mode)):
         passed_over["broken links, devices, unreadable files"] += 1
     elif not is_text:
@@ -130,9 +133,18 @@ def _after(name: str, reached: frozenset[int], parts: list[str]) -> frozenset[in
             continue
         if parts[number] == "**":
             found.add(number)
-        elif fnmatch.fnmatchcase(_composed(name), parts[number]):
+        elif any(fnmatch.fnmatchcase(_composed(name), choice) for choice in _choices(parts[number])):
             found.add(number + 1)
     return _skipping(found, parts)
+
+
+@cache
+def _choices(part: str) -> list[str]:
+    """A part of a pattern, once for each choice within its braces."""
+    if not (found := re.fullmatch(r"(.*)\{([^{}]*)\}(.*)", part)):
+        return [part]
+    before, choices, after = found.groups()
+    return [each for choice in choices.split(",") for each in _choices(before + choice + after)]
 
 
 def _skipping(reached: set[int], parts: list[str]) -> frozenset[int]:
