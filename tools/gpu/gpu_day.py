@@ -27,6 +27,9 @@ class Both:
     def __init__(self, file) -> None:
         self.file, self.screen = file, sys.stdout
 
+    def __getattr__(self, name: str):
+        return getattr(self.screen, name)  # closed, isatty, encoding, …
+
     def write(self, text: str) -> None:
         self.screen.write(text)
         self.file.write(text)
