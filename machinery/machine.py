@@ -90,7 +90,8 @@ class Machine:
         if kind == "cuda":
             properties = torch.cuda.get_device_properties(place)
             name, memory = properties.name, properties.total_memory
-            torch.set_float32_matmul_precision("high")  # TF32: 8 times the float32 rate, 10 bits of mantissa
+            # TF32: 8 times the float32 rate, 10 bits of mantissa; of a GPU alone, where "high" also rounds a CPU's
+            torch.backends.cuda.matmul.allow_tf32 = True
         else:
             name, memory = cpu_name(), psutil.virtual_memory().total
             _keep_freed_memory()

@@ -1617,6 +1617,18 @@ def test_bfloat16_is_for_processors_that_multiply_it(monkeypatch):
     assert Machine.find("cpu").dtype == torch.float32
 
 
+def test_a_gpu_leaves_the_precision_of_the_cpu_as_it_is(monkeypatch):
+    card = SimpleNamespace(name="NVIDIA H200", total_memory=1)
+    for name, value in (("is_available", True), ("device_count", 1), ("get_device_capability", (9, 0))):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: card)
+    try:
+        assert Machine.find().peak_flops == 989e12
+        assert torch.backends.cuda.matmul.fp32_precision == "tf32" != torch.backends.mkldnn.matmul.fp32_precision
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
 @pytest.mark.cuda
 def test_training_on_cuda(lm, settings):
     config = settings(device="cuda", dtype="auto", compile=True, max_steps=6)
