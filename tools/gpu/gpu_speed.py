@@ -190,7 +190,8 @@ def profile(micro, weights, micro_steps: int) -> None:
         rows = []
         for event in seen.key_averages():
             on_device = getattr(event, "self_device_time_total", 0) or getattr(event, "self_cuda_time_total", 0)
-            is_kernel = str(getattr(event, "device_type", "")).endswith("CUDA")
+            # A kernel, and no "Optimizer.step#…", which stands on the device's line too with the time of all of its own
+            is_kernel = str(getattr(event, "device_type", "")).endswith("CUDA") and not event.is_user_annotation
             spent = on_device if DEVICE == "cuda" and is_kernel else event.self_cpu_time_total if DEVICE == "cpu" else 0
             if spent:
                 rows.append((spent / 1e3 / times, event.count / times, event.key))
