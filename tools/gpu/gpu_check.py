@@ -89,10 +89,11 @@ def day_model(dtype="auto", **values):
 def gradients_of(config, card, model, compiled: bool):
     tokens, targets = pair_for(config, 4, card.device)
     runner = torch.compile(model, dynamic=False, fullgraph=True) if compiled else model
+    scale = 65536.0 if card.dtype == torch.float16 else 1.0  # where the scaler of a run begins
     with card.autocast():
         loss = runner(tokens, targets)
-    loss.backward()
-    grads = {name: p.grad.detach().double().cpu() for name, p in model.named_parameters()}
+    (loss * scale).backward()
+    grads = {name: p.grad.detach().double().cpu() / scale for name, p in model.named_parameters()}
     model.zero_grad(set_to_none=True)
     return loss.item(), grads
 
