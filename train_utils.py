@@ -104,6 +104,7 @@ class Run:
         """
         config = self.config
         self.machine.agree({n: v for n, v in config.to_dict().items() if n not in (*PLACES, "device")})
+        measure_matmul_flops(self.machine)  # for the preflight; its matrices, up to a GB on a GPU, are not of the run
         self.machine.forget_peak()
         self._in_use, self._free = self.machine.used_memory(), self.machine.free_memory()
         self.checkpoint = newest_checkpoint(self.folder.path) if config.resume != "never" else None
