@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import os
 import platform
@@ -248,6 +249,7 @@ def memory(compiled: bool, micro_batch: int) -> None:
 
     values = {"micro_batch": micro_batch, "compile": compiled}
     config, card, model = day_model(**(values | ({"batch_tokens": 64 * 64} if DRY else {})))
+    gc.collect()
     machine.release_memory()
     before = machine.used_memory()
     model.to(DEVICE)
@@ -271,6 +273,8 @@ def out_of_memory() -> None:
     """A run that asks for more than there is: does it halve the micro-batch and go on?"""
     if DEVICE == "cpu":
         return
+    torch.compiler.reset()
+    gc.collect()  # what earlier parts left counts too
     torch.cuda.empty_cache()
     share = 3e9 / machine.memory
     torch.cuda.set_per_process_memory_fraction(min(1.0, share))
