@@ -321,6 +321,6 @@ def compile_or_eager(
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a device, or the system behind a CPU, had no memory left for a tensor or for a kernel's own buffers."""
-    on_gpu = ("out of memory", "ALLOC_FAILED")  # also within an error of the compiler; cuBLAS, cuDNN
+    on_gpu = ("out of memory", "ALLOC_FAILED", "ALLOCATION_FAILED")  # also within the compiler's errors; cuBLAS, cuDNN
     on_cpu = ("can't allocate memory", "could not create a primitive", "bad_alloc")  # torch, oneDNN, C++
     return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in on_gpu + on_cpu)

@@ -912,6 +912,7 @@ def test_out_of_memory_halves_the_micro_batch_and_changes_nothing(lm, settings):
     [
         "CUDA out of memory. Tried to allocate 2.00 GiB", "CUDA error: out of memory", "[enforce fail] bad_alloc",
         "CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", "DefaultCPUAllocator: can't allocate memory",
+        "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
     ],
 )  # fmt: skip
 def test_what_counts_as_out_of_memory(words):
