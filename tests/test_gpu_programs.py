@@ -8,8 +8,10 @@ import pytest
 from conftest import ROOT
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("name", ["gpu_check", "gpu_speed", "gpu_day"])
+LONG = [pytest.param(name, marks=pytest.mark.long) for name in ("gpu_check", "gpu_speed")]
+
+
+@pytest.mark.parametrize("name", [*LONG, "gpu_day"])
 def test_every_part_runs_dry(name, tmp_path):
     command = [sys.executable, str(ROOT / "tools" / "gpu" / f"{name}.py"), "--dry"]
     env = os.environ | {"OUT": str(tmp_path)}
