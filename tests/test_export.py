@@ -22,6 +22,7 @@ from test_data import TOKENIZERS
 from data_utils import get_tokenizer
 from machinery.checkpoints import take_checkpoint
 from machinery.errors import DataError, UserError
+from machinery.huggingface import weights
 from machinery.huggingface.families import FAMILIES, ExportError, family_of, to_hf_config
 from machinery.huggingface.tokenizers import (
     read_tokenizer,
@@ -515,11 +516,33 @@ def test_training_begins_with_a_checkpoint(lm, tiny, tmp_path, texts, capsys):
         lm.train(lm.replace(config, init_from=""))
 
 
+def test_a_block_that_computes_otherwise_is_no_export(lm, tiny, tmp_path, texts, monkeypatch):
+    class Parallel(lm.Block):
+        def forward(self, x, position, cache=None, tokens=None):
+            return super().forward(x, position, cache, tokens) + self.ffn(x)
+
+    class Scaled(lm.Block):
+        def __init__(self, config, layer):
+            super().__init__(config, layer)
+            self.scale = torch.nn.Parameter(torch.ones(()))
+
+    _, _, out = exported(tmp_path, tiny, vocab_size=300)
+    monkeypatch.setattr(lm, "Block", Parallel)
+    monkeypatch.setattr(weights, "load_definitions", lambda: lm)
+    with pytest.raises(ExportError, match=r"logits of qwen3 differ from this stack's by up to \d"):
+        export_hf(tmp_path / "run", tmp_path / "other")
+    monkeypatch.setattr(lm, "Block", Scaled)
+    here = {"runs_dir": str(tmp_path / "runs"), "data_dir": str(tmp_path / "data"), "source": texts[0]}
+    values = config_from_hf(out) | here | {"batch_tokens": 320, "val_fraction": 0.2}
+    with pytest.raises(ExportError, match="blocks.0.scale is in the model, and not in init_from"):
+        lm.train(lm.Config.from_preset("smoke", **values))
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [
         ({"n_layer": 3}, "n_layer is 3 but 2"),
-        ({"rope_base": 1e4}, "rope_base is 10000.0 but 500.0"),
+        ({"rope_base": 100.0}, "rope_base is 100.0 but 500.0"),
         ({"qk_norm": False}, "qk_norm is False but True"),
         ({"n_kv_head": 1}, "n_kv_head is 1 but 2"),
         ({"tokenizer": "bpe"}, "tokenizer 'bpe'.*set tokenizer to that folder"),

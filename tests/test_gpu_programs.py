@@ -7,7 +7,6 @@ import sys
 import pytest
 from conftest import ROOT
 
-
 LONG = [pytest.param(name, marks=pytest.mark.long) for name in ("gpu_check", "gpu_speed")]
 
 

@@ -31,6 +31,7 @@ from machinery.huggingface.families import (
     to_hf_config,
 )
 from machinery.huggingface.tokenizers import read_tokenizer, save_tokenizer
+from machinery.notebook import load_definitions
 from machinery.saved_run import tokenizer_of_run
 from machinery.tokenizers import END_OF_TEXT
 
@@ -134,12 +135,30 @@ def export_hf(run_dir: str | Path, out_dir: str | Path, step: int | None = None)
             beside.mkdir()
             model.save_pretrained(beside)
             save_tokenizer(encoding, beside, positions_of(config))
+            _check_logits(run, state["step"], beside)
             (beside / "README.md").write_text(card, encoding="utf-8")
             write_json(beside / MARK, {"files": _checksums(beside)})
             _check_target(out)  # again: exporting takes a while
             if earlier := publish(beside, out):
                 remove(earlier)
     return out_dir
+
+
+@torch.no_grad()
+def _check_logits(run: Path, step: int, exported: Path) -> None:
+    """Raise `ExportError` unless transformers computes what this stack does, as the notebook defines it."""
+    from transformers import AutoModelForCausalLM
+
+    ours = load_definitions().load_run(run, step=step)[1]  # tells of classes that the run was not trained with
+    theirs = AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32)
+    tokens = torch.arange(min(16, ours.max_length))[None] % theirs.config.vocab_size
+    expected = ours(tokens)
+    difference = (expected - theirs(tokens).logits).abs().max().item()
+    if difference > 1e-3 * max(1, expected.abs().max().item()):
+        raise ExportError(
+            f"logits of {theirs.config.model_type} differ from this stack's by up to {difference:.2g}: it has no block,"
+            " or no other class, as the notebook defines it"
+        )
 
 
 def _set_generation(model, end_of_text: int, max_new_tokens: int) -> None:
@@ -320,8 +339,9 @@ def _check_same(folder: Path, values: dict, config: dict) -> None:
     for name, value in values.items():
         unused = name in ("rope_base", "block_size", "induction") and values["position"] == "none"
         unused |= name == "induction" and values["position"] == "absolute"
-        shorter = name == "block_size" and values["position"] == "rope"  # angles are computed for as many as are wanted
-        if wanted[name] != value and not (unused or shorter):
+        unused |= name == "block_size" and values["position"] == "rope"  # angles are computed for as many as are wanted
+        unused |= name == "rope_base" and wanted[name] > value  # slower turns, for a longer context
+        if wanted[name] != value and not unused:
             label = "n_position (or block_size)" if name == "block_size" else name
             raise ExportError(
                 f"{label} is {wanted[name]!r} but {value!r} in init_from {folder.name!r};"
@@ -363,4 +383,10 @@ def begin_with(checkpoint: str | Path, model: torch.nn.Module, config: dict, enc
                 f"tokenizer {encoding.name!r} ({encoding.n_vocab} tokens) is not that of init_from {str(checkpoint)!r}"
                 f" ({theirs.n_vocab} tokens); set tokenizer to that folder"
             )
+    if other := sorted(weights.keys() ^ model.state_dict().keys()):
+        raise ExportError(
+            f"{other[0]} is {'not ' if other[0] in weights else ''}in the model, and"
+            f" {'' if other[0] in weights else 'not '}in init_from {str(checkpoint)!r}; leave init_from empty for a"
+            " class of your own with other weights"
+        )
     copy_weights(weights, model)
