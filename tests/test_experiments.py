@@ -138,6 +138,23 @@ def test_odd_arguments_are_one_line(odd):
             equal_size(value)
 
 
+def test_losses_that_do_not_compare_are_told(tmp_path, capsys):
+    runs = [tmp_path / label for label in "abc"]
+    for run, size, tokenizer in zip(runs, (7, 7, 8), "xyx"):
+        run.mkdir()
+        (run / "data.json").write_text(f'{{"held_out_bytes": {size}}}')
+        (run / "tokenizer.json").write_text(f'{{"name": "{tokenizer}"}}')
+    table = pd.DataFrame({"label": [*"abc"], "seed": 0, "val_bpb": 1.0, "val_loss": 2.0, "status": "finished"})
+    table = table.assign(run=[str(run) for run in runs])
+    compare_sweep(table[:1])
+    compare_sweep(table[:2])
+    assert not capsys.readouterr().out
+    compare_sweep(table[:2], "val_loss")
+    assert "their tokenizers differ: compare val_bpb" in capsys.readouterr().out
+    compare_sweep(table)
+    assert "scored on other held-out text, so val_bpb does not compare" in capsys.readouterr().out
+
+
 def test_tables_without_what_is_asked_of_them_are_one_line(tmp_path):
     table = pd.DataFrame({"label": ["a"], "seed": 0, "status": "finished", "val_bpb": 2.0, "error": "", "tokens": 9})
     table = table.assign(flops=1.0, run=str(tmp_path))

@@ -207,6 +207,11 @@ def compare_sweep(table: pd.DataFrame, y: str = "val_bpb", against: str | None =
     finished = table[table.status == "finished"]
     for label, seed in finished.loc[finished.duplicated(["label", "seed"]), ["label", "seed"]].itertuples(index=False):
         raise UserError(f"{label!r} has two runs of seed {seed}; give runs of two sweeps labels of their own")
+    runs = [Path(run) for run in finished.get("run", [])]
+    if len({read_note(run / "data.json").get("held_out_bytes") for run in runs}) > 1:
+        print(f"scored on other held-out text, so {y} does not compare")
+    elif y == "val_loss" and len({json_digest(read_note(run / "tokenizer.json")) for run in runs}) > 1:
+        print("val_loss is of a token, and their tokenizers differ: compare val_bpb")
     finished = finished.groupby("label", sort=False)
     losses = {label: runs.set_index("seed")[y].to_dict() for label, runs in finished}
     if against is not None:
