@@ -1,6 +1,7 @@
 """Wrong input ends in one line that names both numbers and the way out, before anything is allocated."""
 
 import json
+from dataclasses import make_dataclass
 from pathlib import Path
 
 import numpy as np
@@ -96,6 +97,8 @@ def test_run_name_follows_what_defines_the_run(lm):
     assert lm.Config.from_preset("demo", lr=0.01).run_name != name
     assert lm.Config.from_preset("demo", position="none").run_name != name
     assert lm.Config.from_preset("demo", run_name="mine").run_name == "mine"
+    own = make_dataclass("Own", [("smooth", float, 0.5)], bases=(lm.Config,), frozen=True)
+    assert own.from_preset("demo").run_name != own.from_preset("demo", smooth=0.1).run_name
 
 
 def test_every_field_is_commented():
