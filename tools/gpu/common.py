@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import statistics
@@ -11,6 +12,8 @@ import tempfile
 import time
 import traceback
 from pathlib import Path
+
+import torch
 
 STARTED = time.monotonic()
 SCRATCH = Path(tempfile.gettempdir()) / "lmh"  # lives as long as the machine: tokens, compiled kernels
@@ -42,8 +45,6 @@ def options(text: str, seconds: int) -> argparse.Namespace:
 
 def compile_quickly() -> None:
     """A rehearsal on a CPU traces what it would compile, and leaves the kernels unmade: those take minutes there."""
-    import torch
-
     real = torch.compile
 
     def traced(*arguments, **options):
@@ -100,10 +101,6 @@ class Report:
             self.say(f"FAILED {name} ({time.monotonic() - begun:.0f} s): {type(error).__name__}: {lines[0][:300]}")
             where = traceback.format_exc().strip().splitlines()
             self.say("    " + " | ".join(line.strip() for line in where[-7:-1])[:700])
-            import gc
-
-            import torch
-
             error.__traceback__ = None
             gc.collect()
             if torch.cuda.is_available():
@@ -113,8 +110,6 @@ class Report:
 
 def pair_for(config, batch: int, device):
     """Random tokens and targets (batch, T) on the device, the same each time."""
-    import torch
-
     rows = torch.randint(config.vocab_size, (batch, config.block_size + 1), generator=torch.Generator().manual_seed(1))
     rows = rows.to(device)
     return rows[:, :-1].clone(), rows[:, 1:].clone()
@@ -122,8 +117,6 @@ def pair_for(config, batch: int, device):
 
 def seconds_of(call, machine, calls: int = 5, warm: int = 2) -> float:
     """Median seconds of a call on the machine's device, by events on CUDA."""
-    import torch
-
     for _ in range(warm):
         call()
     machine.synchronize()

@@ -18,12 +18,18 @@ from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for a program that is started by its path
 
+import torch
+import torch.distributed as dist
+
+from machinery import attention, processes
+from machinery.files import read_jsonl
+from machinery.machine import Machine, compile_or_eager, measure_matmul_flops
+from model_utils import training_memory
+from tools.common import lm
 from tools.gpu.common import DATA, ROOT, SCRATCH, Report, options, pair_for, seconds_of
 
 
 def versions() -> None:
-    import torch
-
     report.say(f"python {platform.python_version()} {sys.executable}")
     if not DRY and shutil.which("nvidia-smi"):
         asked = "name,memory.total,driver_version,clocks.sm,clocks.max.sm,power.limit,temperature.gpu"
@@ -37,22 +43,8 @@ def versions() -> None:
     )
 
 
-def definitions() -> None:
-    global lm, torch, machine, Machine
-    import torch
-
-    from machinery.machine import Machine
-    from tools.common import lm
-
-    machine = Machine.find(DEVICE)
-    report.say(f"machine {machine}")
-    report.keep(machine=str(machine))
-
-
 def rates() -> None:
     """Is the rate that `measure_matmul_flops` gives, first thing in a process, that of a card that is awake?"""
-    from machinery.machine import measure_matmul_flops
-
     measure = measure_matmul_flops.__wrapped__  # the function itself remembers its first answer
     first, again = measure(machine), measure(machine)
     begun = time.monotonic()
@@ -72,14 +64,13 @@ def rates() -> None:
 
 def attention_choice() -> None:
     """Which kernel does scaled_dot_product_attention take, by itself, for what `day` asks?"""
-    from machinery.attention import kernel_name, takes_groups
-
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         q, k = (torch.randn(2, heads, 256, 128, device=DEVICE, dtype=dtype, requires_grad=True) for heads in (8, 4))
-        groups = takes_groups(q)
+        groups = attention.takes_groups(q)
         if not groups:
             k = k.repeat_interleave(2, 1)
-        report.say(f"{str(dtype)[6:]}: takes_groups {groups}, PyTorch's choice in training is {kernel_name(q, k, k)}")
+        kernel = attention.kernel_name(q, k, k)
+        report.say(f"{str(dtype)[6:]}: takes_groups {groups}, PyTorch's choice in training is {kernel}")
 
 
 def day_model(dtype="auto", **values):
@@ -168,8 +159,6 @@ def quiet_train(config) -> tuple[dict, list[dict], str]:
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
         summary = lm.train(config)
-    from machinery.files import read_jsonl
-
     lines = read_jsonl(Path(config.runs_dir) / config.run_name / "metrics.jsonl")
     return summary, [line for line in lines if "train_loss" in line], said.getvalue()
 
@@ -244,9 +233,6 @@ def deterministic() -> None:
 
 def memory(compiled: bool, micro_batch: int) -> None:
     """Peak of two micro-steps and an optimizer step, against the preflight's sum."""
-    from machinery.machine import compile_or_eager
-    from model_utils import training_memory
-
     values = {"micro_batch": micro_batch, "compile": compiled}
     config, card, model = day_model(**(values | ({"batch_tokens": 64 * 64} if DRY else {})))
     gc.collect()
@@ -290,8 +276,6 @@ def out_of_memory() -> None:
 
 def generation() -> None:
     """Greedy with the cache against the whole forward pass, and tokens per second at the size of `day`."""
-    from machinery import attention
-
     config, card, model = day_model("float32", **({} if DRY else {"n_layer": 16}))
     model.to(DEVICE).eval()
     torch.set_float32_matmul_precision("highest")
@@ -340,11 +324,6 @@ def parallel(kind: str, dtype: str, limit: float) -> None:
 
     FSDP rounds more than one process does in bfloat16, gains too: there the step may differ, and in float32 not.
     """
-    import torch.distributed as dist
-
-    from machinery import processes
-    from machinery.machine import compile_or_eager
-
     small = {} if DRY else {"n_layer": 2}
     config, card, model = day_model(dtype, **small)
     state = {name: value.clone() for name, value in model.state_dict().items()}
@@ -420,7 +399,7 @@ def begin_data() -> None:
 
 
 def main() -> None:
-    global report, DRY, DEVICE, WORK, WIDE, STEPS
+    global report, machine, DRY, DEVICE, WORK, WIDE, STEPS
     chosen = options(__doc__, 460)
     report = Report("check", chosen.seconds, chosen.only)
     DRY, DEVICE = chosen.dry, chosen.device
@@ -428,11 +407,10 @@ def main() -> None:
     WORK = Path(tempfile.mkdtemp(prefix="lmh-check-"))
     WIDE = {"n_layer": 2, "n_embd": 64, "n_head": 4, "n_kv_head": 2, "n_ffn": 128, "block_size": 64, "vocab_size": 512,
             "batch_tokens": 512} if DRY else {"n_layer": 4, "batch_tokens": 524288}  # fmt: skip
-    if report.only:
-        report.only = [*report.only, "definitions"]  # every part needs them
     report.part("versions", versions)
-    if report.part("definitions", definitions) is None and "lm" not in globals():
-        sys.exit("the definitions do not load: nothing else can be asked")
+    machine = Machine.find(DEVICE)
+    report.say(f"machine {machine}")
+    report.keep(machine=str(machine))
     report.part("data", begin_data)
     report.part("rates", rates)
     running = tests() if not report.only or "pytest" in report.only else None

@@ -7,6 +7,7 @@ $OUT: day.md, day.json, metrics.jsonl, samples.jsonl, curves.png, the preflight 
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import math
 import shutil
@@ -18,10 +19,19 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for a program that is started by its path
 
+import torch
+
+from data_utils import prepare_data
+from machinery.figures import draw_run
+from machinery.files import read_jsonl
+from machinery.huggingface import export_hf
+from machinery.machine import Machine
+from model_utils import flops_per_token
+from tools.common import lm
 from tools.gpu.common import DATA, OUT, Report, options
 
 
-class Both:
+class Both(io.TextIOBase):
     """Standard output, kept in a file as well."""
 
     def __init__(self, file) -> None:
@@ -37,20 +47,6 @@ class Both:
     def flush(self) -> None:
         self.screen.flush()
         self.file.flush()
-
-
-def load() -> None:
-    global lm, torch, machine, draw_run, prepare_data, read_jsonl
-    import torch
-
-    from data_utils import prepare_data
-    from machinery.figures import draw_run
-    from machinery.files import read_jsonl
-    from machinery.machine import Machine
-    from tools.common import lm
-
-    machine = Machine.find(DEVICE)
-    report.say(f"{machine.name}, torch {torch.__version__}, {machine.dtype}")
 
 
 def configured(**values):
@@ -96,8 +92,6 @@ def train_day() -> None:
         f" {statistics.median(rates):,.0f}, 10% under {spread[0]:,.0f}, 10% over {spread[-1]:,.0f}"
     )
     overall = summary["tokens"] / summary["train_seconds"]
-    from model_utils import flops_per_token
-
     flops = flops_per_token(lm.build_model(config), config)
     mfu = overall * flops / machine.peak_flops if machine.peak_flops else float("nan")
     report.say(f"with evaluations, samples and checkpoints: {overall:,.0f} tokens/s, MFU {mfu:.1%}")
@@ -135,8 +129,6 @@ def export() -> None:
     """The export, loaded by transformers on the device: the same logits in float32."""
     import transformers
 
-    from machinery.huggingface import export_hf
-
     folder = export_hf(WORK / "day", WORK / "huggingface")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).to(DEVICE)
     _, ours, encoding = lm.load_run(WORK / "day", machine.device)
@@ -151,14 +143,14 @@ def export() -> None:
 
 
 def main() -> None:
-    global report, DRY, DEVICE, WORK, RESERVE
+    global report, machine, DRY, DEVICE, WORK, RESERVE
     chosen = options(__doc__, 540)
     report = Report("day", chosen.seconds, chosen.only)
     DRY, DEVICE = chosen.dry, chosen.device
     WORK = Path(tempfile.mkdtemp(prefix="lmh-day-"))
     RESERVE = 15 if DRY else 75  # seconds for the last evaluation, checkpoint, figures and export
-    if report.part("load", load) is None and "lm" not in globals():
-        sys.exit(1)
+    machine = Machine.find(DEVICE)
+    report.say(f"{machine.name}, torch {torch.__version__}, {machine.dtype}")
     report.part("data", data)
     report.part("train", train_day, RESERVE)
     report.part("files", files)
