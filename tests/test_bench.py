@@ -13,7 +13,7 @@ from tools import card, runs
 from tools.bench import nanochat, recipe, steps, traffic
 from tools.bench.common import in_own_process, slug, take_turns
 from tools.bench.generation import compare_generation
-from tools.bench.peers import MODELS, Llama, make_config
+from tools.bench.peers import MODELS, Transformers, make_config
 from tools.bench.scaling import grows_faster, measure_scaling
 from tools.bench.tokenization import compare_tokenization
 from tools.common import quietly, table
@@ -205,7 +205,7 @@ def test_reports_are_tables_with_names_of_files():
 def test_the_models_that_are_compared_have_equally_many_weights(name):
     pytest.importorskip("transformers")
     with torch.device("meta"):
-        models = LM.build_model(make_config(name)), Llama(make_config(name))
+        models = LM.build_model(make_config(name)), Transformers(make_config(name))
     ours, theirs = (sum(parameter.numel() for parameter in model.parameters()) for model in models)
     assert ours == theirs
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from tools.bench.common import take_turns
-from tools.bench.peers import Llama, make_config
+from tools.bench.peers import Transformers, make_config
 from tools.common import lm
 
 
@@ -15,7 +15,7 @@ def compare_generation(
     """A row per batch size: tokens per second of both, and how ours compares."""
     config = make_config(model_name)
     ours = lm.build_model(config).to(machine.device).eval()
-    theirs = Llama(config).model.to(machine.device).eval()
+    theirs = Transformers(config).model.to(machine.device).eval()
     rows = []
     for batch in batches:
         prompt = torch.randint(config.vocab_size, (batch, n_prompt), device=machine.device)

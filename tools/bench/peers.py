@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from machinery.huggingface.families import to_hf_config
 from tools.common import lm
 
 # Grouped queries, RoPE, SwiGLU, RMSNorm, tied embeddings, no biases, no QK-norm: what all of them can be set to.
@@ -30,21 +31,14 @@ def make_config(name: str, **overrides):
     return lm.Config.from_preset(values.pop("preset", "day"), **values)
 
 
-class Llama(nn.Module):
-    """`transformers.LlamaForCausalLM`, with its own loss."""
+class Transformers(nn.Module):
+    """What `transformers` has for a config, with its own loss: of those below a Llama, with QK-norm a Qwen3."""
 
     def __init__(self, config) -> None:
         super().__init__()
-        from transformers import LlamaConfig, LlamaForCausalLM
+        from transformers import AutoModelForCausalLM
 
-        self.model = LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=config.vocab_size, hidden_size=config.n_embd, intermediate_size=config.n_ffn,
-                num_hidden_layers=config.n_layer, num_attention_heads=config.n_head,
-                num_key_value_heads=config.n_kv_head, max_position_embeddings=config.positions, rms_norm_eps=1e-5,
-                tie_word_embeddings=True, bos_token_id=None, eos_token_id=None,
-            )
-        )  # fmt: skip
+        self.model = AutoModelForCausalLM.from_config(to_hf_config(config.to_dict()), attn_implementation="sdpa")
 
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
         return self.model(input_ids=tokens, labels=targets, shift_labels=targets, use_cache=False).loss

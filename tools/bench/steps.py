@@ -19,14 +19,14 @@ from data_utils import Batches, prepare_data
 from machinery.machine import Machine, compile_or_eager, measure_matmul_flops
 from model_utils import flops_per_token
 from tools.bench.common import in_own_process, take_turns
-from tools.bench.peers import Llama, XTransformers, make_config
+from tools.bench.peers import Transformers, XTransformers, make_config
 from tools.common import lm, quietly
 
 OURS = "LMHarness"
 CONTENDERS = {  # the model, and whether it is compiled and AdamW fused
     OURS: (lm.build_model, True),
-    "transformers, as shipped": (Llama, False),
-    "transformers, compiled, fused AdamW": (Llama, True),
+    "transformers, as shipped": (Transformers, False),
+    "transformers, compiled, fused AdamW": (Transformers, True),
     "x-transformers, compiled, fused AdamW": (XTransformers, True),
 }
 

@@ -21,6 +21,8 @@ from torch import nn
 from machinery.errors import first_line
 from machinery.machine import Machine, compile_or_eager, measure_matmul_flops, time_per_call
 from model_utils import LinearCrossEntropy, flops_per_token, training_memory
+from tools.bench.peers import make_config
+from tools.bench.steps import OURS, build
 from tools.bench.traffic import OneProduct, OneProductFFN
 from tools.common import lm
 from tools.gpu.common import OUT, Report, options, pair_for, seconds_of
@@ -325,9 +327,6 @@ def optimizers() -> None:
 
 def peers() -> None:
     """The project's own contenders (tools/bench/steps.py) at one micro-batch, AdamW in all, without QK-norm."""
-    from tools.bench.peers import make_config
-    from tools.bench.steps import OURS, build
-
     names = [OURS, "transformers, as shipped", "transformers, compiled, fused AdamW"]
     batch = 2 if DRY else 16
     config = make_config("tiny" if DRY else "day", device=DEVICE, micro_batch=batch)
@@ -362,32 +361,12 @@ def peers() -> None:
 
 def qwen3() -> None:
     """`transformers` Qwen3, which `day` is, compiled, with fused AdamW: the same shapes with QK-norm."""
-    import transformers
-
-    from machinery.huggingface.families import to_hf_config
-
-    batch = 2 if DRY else 16
-    config = day(micro_batch=batch)
-    theirs = transformers.AutoModelForCausalLM.from_config(
-        to_hf_config(config.to_dict()), attn_implementation="sdpa"
-    ).to(DEVICE)
-    flops = flops_per_token(theirs, config)
-    tokens, targets = pair_for(config, batch, DEVICE)
-    optimizer = torch.optim.AdamW(theirs.parameters(), lr=1e-6, fused=True)
+    config = day(micro_batch=2 if DRY else 16)
     torch.compiler.reset()
-    runner = torch.compile(theirs, dynamic=False)
-
-    def step() -> None:
-        with machine.autocast():
-            loss = runner(input_ids=tokens, labels=targets, shift_labels=targets, use_cache=False).loss
-        loss.backward()
-        nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    seconds = seconds_of(step, machine, 8, 3)
-    rate = batch * config.block_size / seconds
-    report.say(f"{type(theirs).__name__}, compiled, fused AdamW: {rate:,.0f} tokens/s, MFU {rate * flops / PEAK:.1%}")
+    model, step = build("transformers, compiled, fused AdamW", config, machine)
+    rate = config.micro_batch * config.block_size / seconds_of(step, machine, 8, 3)
+    mfu = rate * flops_per_token(model, config) / PEAK
+    report.say(f"{type(model.model).__name__}, compiled, fused AdamW: {rate:,.0f} tokens/s, MFU {mfu:.1%}")
     report.keep(peer_qwen3=rate)
 
 
