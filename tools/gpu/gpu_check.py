@@ -328,15 +328,7 @@ def parallel(kind: str, dtype: str, limit: float) -> None:
     config, card, model = day_model(dtype, **small)
     state = {name: value.clone() for name, value in model.state_dict().items()}
     rows = torch.randint(config.vocab_size, (2, 4, config.block_size + 1), device=DEVICE)
-
-    class Rows:
-        def __init__(self):
-            self.at = -1
-
-        def next(self):
-            self.at += 1
-            return rows[self.at % 2][:, :-1].clone(), rows[self.at % 2][:, 1:].clone()
-
+    pairs = [(part[:, :-1].clone(), part[:, 1:].clone()) for part in rows]
     if not dist.is_initialized():
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29512"}
         os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
@@ -358,12 +350,12 @@ def parallel(kind: str, dtype: str, limit: float) -> None:
             finally:
                 processes.init_device_mesh = real
         optimizers, scaler = lm.build_optimizers(model, config, card), card.scaler()
-        runner, note = compile_or_eager(runner, *Rows().next(), card)
+        runner, note = compile_or_eager(runner, *pairs[0], card)
         if any(p.grad is not None for o in optimizers for g in o.param_groups for p in g["params"]):
             report.say(f"{kind}: compile_or_eager leaves gradients behind (model.zero_grad misses the shared-out root)")
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
-        loss = lm.gradient(runner, Rows(), 2, card, scaler).item()
+        loss = lm.gradient(runner, SimpleNamespace(next=iter(pairs).__next__), 2, card, scaler).item()
         norm = lm.step_weights(model, optimizers, scaler, 1.0, config.grad_clip)
         weights = {
             n: processes.gather(p.detach()).double().cpu() - state[n].double().cpu()

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import importlib
 import re
 import statistics
 import sys
@@ -222,6 +223,12 @@ def profile(micro, weights, micro_steps: int) -> None:
 # ----------------------------------------------------------------------------------------------- the loss
 
 
+LOSSES = [  # of other libraries
+    ("Liger", "liger_kernel.transformers.functional", "liger_fused_linear_cross_entropy"),
+    ("cut cross-entropy", "cut_cross_entropy", "linear_cross_entropy"),
+]
+
+
 def losses() -> None:
     """Forward and backward from the last norm on, of a whole micro-batch: time and memory."""
     config = day()
@@ -240,20 +247,10 @@ def losses() -> None:
              "ours, 16 parts": (with_rows(16), True), "F.cross_entropy(F.linear)": (plain, True)}  # fmt: skip
     if hasattr(F, "linear_cross_entropy"):
         calls["F.linear_cross_entropy"] = (lambda: F.linear_cross_entropy(x, table, targets), True)
-    with contextlib.suppress(Exception):
-        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
-
-        calls["Liger"] = (
-            lambda: liger_fused_linear_cross_entropy(x.to(machine.dtype), table.to(machine.dtype), targets),
-            False,
-        )
-    with contextlib.suppress(Exception):
-        from cut_cross_entropy import linear_cross_entropy
-
-        calls["cut cross-entropy"] = (
-            lambda: linear_cross_entropy(x.to(machine.dtype), table.to(machine.dtype), targets),
-            False,
-        )
+    for name, module, function in LOSSES:
+        with contextlib.suppress(Exception):  # where it is not installed
+            theirs = getattr(importlib.import_module(module), function)
+            calls[name] = (lambda f=theirs: f(x.to(machine.dtype), table.to(machine.dtype), targets)), False
     flops = 6 * rows * C * V
     for name, (call, compiled) in calls.items():
         if report.left() < 15:
