@@ -181,10 +181,10 @@ def flush(path: Path) -> None:
             raise
 
 
-def free_name(path: Path) -> Path:
-    """The first of `path`.1, `path`.2, … that does not exist."""
+def free_name(path: Path, suffix: str = "") -> Path:
+    """The first of `path`.1, `path`.2, … that does not exist, with `suffix` after the number."""
     number = 1
-    while os.path.lexists(name := path.with_name(f"{path.name}.{number}")):
+    while os.path.lexists(name := path.with_name(f"{path.name}.{number}{suffix}")):
         number += 1
     return name
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import itertools
 import logging
 import os
 import signal
@@ -37,7 +36,7 @@ from nbconvert import HTMLExporter, ScriptExporter
 from nbconvert.preprocessors import CoalesceStreamsPreprocessor, TagRemovePreprocessor
 
 from machinery.errors import UserError, first_line, told
-from machinery.files import folder_path
+from machinery.files import folder_path, free_name
 from machinery.notebook import NOTEBOOK
 from machinery.screen import keep_printing
 from machinery.settings import parse_overrides
@@ -49,21 +48,6 @@ PROGRAM = ROOT / "LMHarness.py"
 def knobs_config(parameters: dict):
     """The Config that the two knobs stand for. Raises `UserError`."""
     return lm.Config.from_preset(parameters["preset"], **parse_overrides(parameters["overrides"]))
-
-
-def numbered(path: Path) -> Path:
-    """The first of name.1.suffix, name.2.suffix, … that does not exist."""
-    paths = (path.with_suffix(f".{n}{path.suffix}") for n in itertools.count(1))
-    return next(other for other in paths if not os.path.lexists(other))
-
-
-def free_names(folder: Path) -> tuple[Path, Path]:
-    """Paths in `folder` for a notebook and its page, once files that have these names have made room."""
-    paths = folder / "LMHarness.ipynb", folder / "report.html"
-    for path in paths:
-        if os.path.lexists(path):
-            path.rename(numbered(path))
-    return paths
 
 
 def verbatim(path: Path) -> str:
@@ -110,8 +94,8 @@ def execute(parameters: dict, unfinished: Path) -> nbformat.NotebookNode:
         return nbformat.read(unfinished, as_version=4)
     except papermill.PapermillExecutionError as error:
         keep = unfinished.with_stem(unfinished.stem.replace("executing", "failed"))
-        if os.path.lexists(keep):
-            keep = numbered(keep)  # the earlier one is of another process that had the same number
+        if os.path.lexists(keep):  # the earlier one is of another process that had the same number
+            keep = free_name(keep.with_suffix(""), keep.suffix)
         unfinished.replace(keep)
         ours = {kind.__name__ for kind in (UserError, *UserError.__subclasses__())}
         said = error.evalue if error.ename in ours else f"{error.ename}: {error.evalue}"
@@ -146,9 +130,11 @@ def run_notebook(parameters: dict) -> Path:
     notebook, _ = CoalesceStreamsPreprocessor().preprocess(notebook, {})
     page, folder = report_page(notebook, config.run_name), runs / config.run_name
     with told(folder, problem="the run is there; its notebook and report cannot be written", advice="make room"):
-        executed, report = free_names(folder)
-        nbformat.write(notebook, executed)
-        report.write_text(page, encoding="utf-8")
+        for name, suffix in (("LMHarness", ".ipynb"), ("report", ".html")):
+            if os.path.lexists(folder / (name + suffix)):  # of an earlier time
+                (folder / (name + suffix)).rename(free_name(folder / name, suffix))
+        nbformat.write(notebook, folder / "LMHarness.ipynb")
+        (folder / "report.html").write_text(page, encoding="utf-8")
     return folder
 
 
