@@ -90,16 +90,13 @@ def fuzz(folder: Path, times: int) -> Result:
 
 def mutate(value, chance: random.Random) -> None:
     """Change one thing, somewhere inside a JSON value, in place."""
-    while True:
-        keys = list(value) if isinstance(value, dict) else list(range(len(value)))
-        if not keys:
-            return
-        key = chance.choice(keys)
-        if isinstance(value[key], dict | list) and value[key] and chance.random() < 0.8:
-            value = value[key]
-            continue
-        if isinstance(value, dict) and chance.random() < 0.3:
-            del value[key]
-        else:
-            value[key] = chance.choice(STRANGE)
+    keys = list(value) if isinstance(value, dict) else list(range(len(value)))
+    if not keys:
         return
+    key = chance.choice(keys)
+    if isinstance(value[key], dict | list) and value[key] and chance.random() < 0.8:
+        mutate(value[key], chance)
+    elif isinstance(value, dict) and chance.random() < 0.3:
+        del value[key]
+    else:
+        value[key] = chance.choice(STRANGE)
