@@ -68,7 +68,6 @@ def prepare_data(config) -> TokenData:
     }
     slug = re.sub(r"[^A-Za-z0-9]+", "-", f"{config.source}-{config.tokenizer}-{config.vocab_size}").strip("-")[-60:]
     data = TokenData(data_dir / f"{slug}-{json_digest(settings)[:8]}", task, config.block_size)
-    encoding = None
     if not is_enough(data.manifest, task["train_tokens"]):
         of_val_source = [f"val_source: {note}" for note in val_source.notes()] if val_source else []
         for note in source.notes() + of_val_source + tokenizer_notes(config.tokenizer):
@@ -89,9 +88,9 @@ def prepare_data(config) -> TokenData:
             data.start_background()
             data.wait(progress=True)
         else:
-            encoding = tokenize(data.folder, task, True, source, val_source)
+            tokenize(data.folder, task, True, source, val_source)
         print(*report(data.manifest), sep="\n")
-    data.encoding = encoding or load_tokenizer(data.folder)
+    data.encoding = load_tokenizer(data.folder)
     return data
 
 

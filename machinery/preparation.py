@@ -54,7 +54,7 @@ def is_known(settings: dict) -> bool:
     return all(SOURCES[source_kind(name)].__module__ == "machinery.sources" for name in names)
 
 
-def tokenize(folder: Path, task: dict, progress: bool, source: Source, val_source: Source | None) -> tiktoken.Encoding:
+def tokenize(folder: Path, task: dict, progress: bool, source: Source, val_source: Source | None) -> None:
     """Tokenize what is still wanted of `task`, in this process."""
     # Two runs on the same text: the second waits, then goes on or has nothing to do
     with _alone_in(folder):
@@ -62,9 +62,13 @@ def tokenize(folder: Path, task: dict, progress: bool, source: Source, val_sourc
         settings, learned = task["settings"], (folder / "tokenizer.json").exists()
         encoding = load_tokenizer(folder) if learned else None
         if encoding and is_enough(manifest, task["train_tokens"]):
-            return encoding
-        if manifest and manifest["text"] and settings["text"] != source.stamp():
-            _refuse_other_text(manifest, source, val_source)
+            return
+        is_touched = manifest and manifest["text"] and settings["text"] != source.stamp()  # since its first shard
+        if is_touched and manifest["text"] != text_digest(source, val_source):
+            raise DataError(
+                f"source {source.name!r}: its files have changed since its tokenization began; put them back,"
+                " or use a new run_name, which reads what they hold now"
+            )
         with progress_bar(progress, desc="tokenizing", unit="B", unit_scale=True) as bar:
             read = sum(manifest["bytes"].values()) if manifest else 0
 
@@ -86,7 +90,6 @@ def tokenize(folder: Path, task: dict, progress: bool, source: Source, val_sourc
                     break
                 encoding, manifest, read = None, {}, 0  # the same text again
                 bar.reset()
-    return encoding
 
 
 def _ways(settings: dict, source: Source, val_source: Source | None) -> Iterator[tuple[str, Sequence[float]]]:
@@ -99,15 +102,6 @@ def _ways(settings: dict, source: Source, val_source: Source | None) -> Iterator
     if span := span_of_share((text for text, _ in source.read()), fraction):
         yield "ranked", span
     yield "tails", (0, 0)
-
-
-def _refuse_other_text(manifest: dict, source: Source, val_source: Source | None) -> None:
-    """Raise `DataError` where files have changed since their first shard was made; touched ones may go on."""
-    if manifest["text"] != text_digest(source, val_source):
-        raise DataError(
-            f"source {source.name!r}: its files have changed since its tokenization began; put them back,"
-            " or use a new run_name, which reads what they hold now"
-        )
 
 
 def _note_bytes_read(folder: Path, size: int) -> None:
