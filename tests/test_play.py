@@ -15,7 +15,7 @@ from machinery.huggingface.families import FAMILIES
 from machinery.notebook import NOTEBOOK
 
 nbformat = pytest.importorskip("nbformat")
-start_new_kernel = pytest.importorskip("jupyter_client.manager").start_new_kernel
+run_kernel = pytest.importorskip("jupyter_client.manager").run_kernel
 HTML = pytest.importorskip("IPython.display").HTML
 
 PIECES = [("import os\n", 0.9, "first"), ("<b>", 0.001, 'a "quoted" guess'), ("\tx", 1e-12, "last")]
@@ -162,10 +162,8 @@ play(draw, power=(0, 5))
 @pytest.fixture
 def client():
     """That of a kernel of its own."""
-    manager, client = start_new_kernel(kernel_name="python3")
-    yield client
-    client.stop_channels()
-    manager.shutdown_kernel(now=True)
+    with run_kernel(kernel_name="python3") as client:
+        yield client
 
 
 def outputs_of(client, source, allow_stdin):

@@ -10,7 +10,7 @@ import argparse
 import time
 from collections.abc import Callable
 
-from jupyter_client.manager import start_new_kernel
+from jupyter_client.manager import run_kernel
 
 from machinery.loggers import LOGGERS, FigureLogger
 from machinery.settings import parse_overrides
@@ -50,20 +50,16 @@ def main() -> None:
     parser.add_argument("--preset", default="demo")
     parser.add_argument("--overrides", default="", help="fields of the configuration, in YAML or JSON")
     options = parser.parse_args()
-    manager, client = start_new_kernel(kernel_name="python3")
 
     def say(message: dict) -> None:
         if message["msg_type"] == "stream":
             print(message["content"]["text"], end="", flush=True)
 
-    try:
-        call = f"from tools.bench.live import measure; measure({options.preset!r}, {options.overrides!r})"
+    call = f"from tools.bench.live import measure; measure({options.preset!r}, {options.overrides!r})"
+    with run_kernel(kernel_name="python3") as client:
         reply = client.execute_interactive(call, output_hook=say, allow_stdin=False)["content"]
-        if reply["status"] != "ok":
-            raise SystemExit(f"{reply['ename']}: {reply['evalue']}")
-    finally:
-        client.stop_channels()
-        manager.shutdown_kernel(now=True)
+    if reply["status"] != "ok":
+        raise SystemExit(f"{reply['ename']}: {reply['evalue']}")
 
 
 if __name__ == "__main__":
