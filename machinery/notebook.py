@@ -81,11 +81,9 @@ def start_python(
     """
     path = os.pathsep.join([str(NOTEBOOK.parent), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"PYTHONPATH": path, "PYTHONIOENCODING": "utf-8"} | (env or {})
-    command = [sys.executable, "-c", f"{ENDS_WITH_PARENT}; {program}", *arguments]
+    program = f"from machinery.notebook import end_with_parent; end_with_parent(); {program}"
+    command = [sys.executable, "-c", program, *arguments]
     return kind(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, **options)
-
-
-ENDS_WITH_PARENT = "from machinery.notebook import end_with_parent; end_with_parent()"
 
 
 def end_with_parent() -> None:
