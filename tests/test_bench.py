@@ -11,7 +11,7 @@ from machinery.errors import UserError
 from machinery.machine import Machine
 from tools import card, runs
 from tools.bench import nanochat, recipe, steps, traffic
-from tools.bench.common import in_own_process, slug, take_turns
+from tools.bench.common import in_own_process, pair_for, slug, take_turns
 from tools.bench.generation import compare_generation
 from tools.bench.peers import MODELS, Transformers, make_config
 from tools.bench.scaling import grows_faster, measure_scaling
@@ -44,12 +44,11 @@ def test_every_library_is_the_same_architecture_and_learns(name, monkeypatch):
     ours = sum(p.numel() for p in LM.build_model(config).parameters())
     model, step = steps.build(name, config, MACHINE)
     assert sum(p.numel() for p in model.parameters()) == ours
-    rows = torch.randint(config.vocab_size, (2, config.block_size + 1), generator=torch.Generator().manual_seed(1))
-    tokens, targets = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()  # the batch of `step`
-    before = model(tokens, targets).item()
+    pair = pair_for(config, config.micro_batch, MACHINE.device)  # the batch of `step`
+    before = model(*pair).item()
     for _ in range(5):
         step()
-    assert model(tokens, targets).item() < before - 0.05
+    assert model(*pair).item() < before - 0.05
 
 
 def test_a_library_that_fails_here_is_named_and_left_out(monkeypatch, capsys):

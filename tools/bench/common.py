@@ -1,4 +1,4 @@
-"""What the benchmarks share: clocks that take turns, and processes of their own."""
+"""What the benchmarks share: clocks that take turns, a batch, and processes of their own."""
 
 from __future__ import annotations
 
@@ -33,6 +33,13 @@ def take_turns(calls: dict[str, Callable], machine, rounds: int) -> dict[str, fl
             machine.synchronize()
             seconds[name].append(time.perf_counter() - start)
     return {name: statistics.median(values[1:]) for name, values in seconds.items()}
+
+
+def pair_for(config, batch: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random tokens and targets (batch, T) on the device, the same each time."""
+    rows = torch.randint(config.vocab_size, (batch, config.block_size + 1), generator=torch.Generator().manual_seed(1))
+    rows = rows.to(device)
+    return rows[:, :-1].clone(), rows[:, 1:].clone()
 
 
 def in_own_process(module: str, *arguments, threads: int = 0) -> dict:

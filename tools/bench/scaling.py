@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import torch
-
 from model_utils import flops_per_token
-from tools.bench.common import take_turns
+from tools.bench.common import pair_for, take_turns
 from tools.common import lm
 
 BASE = {"n_layer": 4, "n_embd": 256, "n_head": 4, "n_kv_head": 2, "n_ffn": 704, "block_size": 256, "vocab_size": 8192}
@@ -21,12 +19,11 @@ TOLERANCE = 1.25  # what is no matrix product (norms, softmax, the clock's noise
 def make_gradient(config, machine):
     """The configured model, and a function that computes its gradient on `batch_tokens` tokens."""
     model = lm.build_model(config).to(machine.device)
-    rows = torch.randint(config.vocab_size, (config.batch_tokens // config.block_size, config.block_size + 1))
-    rows = rows.to(machine.device)
+    pair = pair_for(config, config.batch_tokens // config.block_size, machine.device)
 
     def compute() -> None:
         with machine.autocast():
-            loss = model(rows[:, :-1], rows[:, 1:])
+            loss = model(*pair)
         loss.backward()
         model.zero_grad(set_to_none=True)
 

@@ -18,7 +18,7 @@ from torch import nn
 from data_utils import Batches, prepare_data
 from machinery.machine import Machine, compile_or_eager, measure_matmul_flops
 from model_utils import flops_per_token
-from tools.bench.common import in_own_process, take_turns
+from tools.bench.common import in_own_process, pair_for, take_turns
 from tools.bench.peers import Transformers, XTransformers, make_config
 from tools.common import lm, quietly
 
@@ -41,9 +41,7 @@ def build(name: str, config, machine) -> tuple[nn.Module, Callable]:
     else:
         optimizers = [torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), fused=tuned or None)]
     runner = torch.compile(model, dynamic=False) if tuned else model
-    shape = config.micro_batch, config.block_size + 1
-    rows = torch.randint(config.vocab_size, shape, generator=torch.Generator().manual_seed(1)).to(machine.device)
-    tokens, targets = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+    tokens, targets = pair_for(config, config.micro_batch, machine.device)
 
     def step() -> None:
         with machine.autocast():

@@ -108,13 +108,6 @@ class Report:
             return None
 
 
-def pair_for(config, batch: int, device):
-    """Random tokens and targets (batch, T) on the device, the same each time."""
-    rows = torch.randint(config.vocab_size, (batch, config.block_size + 1), generator=torch.Generator().manual_seed(1))
-    rows = rows.to(device)
-    return rows[:, :-1].clone(), rows[:, 1:].clone()
-
-
 def seconds_of(call, machine, calls: int = 5, warm: int = 2) -> float:
     """Median seconds of a call on the machine's device, by events on CUDA."""
     for _ in range(warm):

@@ -25,8 +25,9 @@ from machinery import attention, processes
 from machinery.files import read_jsonl
 from machinery.machine import Machine, compile_or_eager, measure_matmul_flops
 from model_utils import training_memory
+from tools.bench.common import pair_for
 from tools.common import lm
-from tools.gpu.common import DATA, ROOT, SCRATCH, Report, options, pair_for, seconds_of
+from tools.gpu.common import DATA, ROOT, SCRATCH, Report, options, seconds_of
 
 
 def versions() -> None:

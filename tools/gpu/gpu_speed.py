@@ -22,11 +22,12 @@ from torch import nn
 from machinery.errors import first_line
 from machinery.machine import Machine, compile_or_eager, measure_matmul_flops, time_per_call
 from model_utils import LinearCrossEntropy, flops_per_token, training_memory
+from tools.bench.common import pair_for
 from tools.bench.peers import make_config
 from tools.bench.steps import OURS, build
 from tools.bench.traffic import OneProduct, OneProductFFN
 from tools.common import lm
-from tools.gpu.common import OUT, Report, options, pair_for, seconds_of
+from tools.gpu.common import OUT, Report, options, seconds_of
 
 
 def day(**values):
