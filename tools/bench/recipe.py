@@ -233,8 +233,6 @@ def write_summary(results: Results, folder: Path = RESULTS) -> None:
         time=time_text(json.loads(SECONDS.read_text())["seconds"] if SECONDS.exists() else {}),
         tokens=CHOICE_TOKENS, again=AGAIN_TOKENS, choices=table(rows, changes),
         failed=", ".join(f"{line['name']} (seed {line['seed']})" for line in failed) or "none",
-        rules=table([dict(zip(("of", "rule", "here", "source"), rule)) for rule in RULES],
-                    {"of": "", "rule": "", "here": "", "source": ""}),
     )  # fmt: skip
     write_atomic(folder / "recipe.md", text)
     draw_recipe(folder / "recipe.png", rows, tables)
@@ -341,69 +339,33 @@ Failed or diverged: {failed}.
 ## From `demo` to `day`, by rule
 
 What was tuned on small models moves to large ones by rules; where the notebook follows none, its value has to be
-measured at the size it is for.
+measured at the size it is for. After each rule, what is done here.
 
-{rules}
+- **`lr` (Muon), width**: the same at every width, since an update whose spectral norm is √(rows / columns) changes
+  outputs equally ([Jordan et al. 2024](https://kellerjordan.github.io/posts/muon/), [Yang et al.
+  2023](https://arxiv.org/abs/2310.17813)). `Muon` has it: lr · √max(1, rows / columns).
+- **`lr` (Muon), tuned for AdamW**: lr · 0.2 · √max(rows, columns) gives updates of AdamW's size ([Liu et al.
+  2025](https://arxiv.org/abs/2502.16982)). Not used.
+- **`lr` (AdamW), width**: ∝ 1 / width for matrices ([Yang et al. 2022](https://arxiv.org/abs/2203.03466)).
+  `optimizer="adamw"` leaves it to the user.
+- **`lr`, depth**: the same where a block's output is multiplied by 1 / n_layer; without, lower as depth grows ([Dey et
+  al. 2025](https://arxiv.org/abs/2505.01618), [Qiu et al. 2025](https://arxiv.org/abs/2512.05620)). No multiplier, only
+  smaller `o_proj` and `down_proj` at the start: not covered.
+- **`embedding_lr`, width**: an input table: the same; a head: ∝ 1 / width ([Yang et al.
+  2022](https://arxiv.org/abs/2203.03466)); [nanochat](https://github.com/karpathy/nanochat) takes ∝ 1 / √width for
+  both. One table for both, a value of its own in each preset.
+- **AdamW, batch**: ∝ √batch_tokens, up to a critical batch, which is larger for Muon ([Malladi et al.
+  2022](https://arxiv.org/abs/2205.10643), [Shah et al. 2025](https://arxiv.org/abs/2505.02222)). `batch_tokens="auto"`
+  does it, for Muon too.
+- **`weight_decay`**: lr · weight_decay ∝ 1 / width, and 1 / (lr · weight_decay) a fixed share of the steps ([Qiu et al.
+  2025](https://arxiv.org/abs/2512.05620), [Wang and Aitchison 2024](https://arxiv.org/abs/2405.13698)). A value of its
+  own in each preset.
+- **`schedule`**: warmup and decay as fractions of the budget ([Hägele et al. 2024](https://arxiv.org/abs/2405.18392)).
+  So are `warmup` and `decay`.
 
 So between `demo` and `day`, width does not ask for another `lr`; depth, `embedding_lr` and `batch_tokens` do, and
 the values of `day` are those of published runs near its size. They have not been tried on a GPU.
 """
-
-
-def link(name: str, number: str) -> str:
-    return f"[{name}](https://arxiv.org/abs/{number})"
-
-
-RULES = [
-    (
-        "`lr` (Muon), width",
-        "the same at every width: an update whose spectral norm is √(rows / columns) changes outputs equally",
-        "`Muon` has it: lr · √max(1, rows / columns)",
-        "[Jordan et al. 2024](https://kellerjordan.github.io/posts/muon/), " + link("Yang et al. 2023", "2310.17813"),
-    ),
-    (
-        "`lr` (Muon), tuned for AdamW",
-        "lr · 0.2 · √max(rows, columns) gives updates of AdamW's size",
-        "not used",
-        link("Liu et al. 2025", "2502.16982"),
-    ),
-    (
-        "`lr` (AdamW), width",
-        "∝ 1 / width for matrices",
-        '`optimizer="adamw"` leaves it to the user',
-        link("Yang et al. 2022", "2203.03466"),
-    ),
-    (
-        "`lr`, depth",
-        "the same where a block's output is multiplied by 1 / n_layer; without, lower as depth grows",
-        "no multiplier, only smaller `o_proj` and `down_proj` at the start: not covered",
-        link("Dey et al. 2025", "2505.01618") + ", " + link("Qiu et al. 2025", "2512.05620"),
-    ),
-    (
-        "`embedding_lr`, width",
-        "an input table: the same; a head: ∝ 1 / width; nanochat takes ∝ 1 / √width for both",
-        "one table for both, a value of its own in each preset",
-        link("Yang et al. 2022", "2203.03466") + ", [nanochat](https://github.com/karpathy/nanochat)",
-    ),
-    (
-        "AdamW, batch",
-        "∝ √batch_tokens, up to a critical batch, which is larger for Muon",
-        '`batch_tokens="auto"` does it, for Muon too',
-        link("Malladi et al. 2022", "2205.10643") + ", " + link("Shah et al. 2025", "2505.02222"),
-    ),
-    (
-        "`weight_decay`",
-        "lr · weight_decay ∝ 1 / width, and 1 / (lr · weight_decay) a fixed share of the steps",
-        "a value of its own in each preset",
-        link("Qiu et al. 2025", "2512.05620") + ", " + link("Wang and Aitchison 2024", "2405.13698"),
-    ),
-    (
-        "`schedule`",
-        "warmup and decay as fractions of the budget",
-        "`warmup`, `decay`",
-        link("Hägele et al. 2024", "2405.18392"),
-    ),
-]
 
 
 def main() -> None:
