@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from unittest.mock import patch
 
@@ -197,9 +198,6 @@ def planned_kernels(model: nn.Module, x: Tensor, options: dict) -> list[tuple[bo
     def stop(*_):
         raise Planned
 
-    def backend(graph_module, inputs):
-        return compile_fx.compile_fx(graph_module, inputs, inner_compile=plan)
-
     torch.compiler.reset()
     fused = {"fused_attention": flash_attention}
     with (
@@ -208,7 +206,7 @@ def planned_kernels(model: nn.Module, x: Tensor, options: dict) -> list[tuple[bo
         torch.autocast("cpu", dtype=torch.bfloat16),
     ):
         try:
-            torch.compile(model, dynamic=False, backend=backend)(x)
+            torch.compile(model, dynamic=False, backend=partial(compile_fx.compile_fx, inner_compile=plan))(x)
         except Planned:
             return found
 
