@@ -70,22 +70,20 @@ def fuzz(folder: Path, times: int) -> Result:
         lambda: strange(run / "metrics.jsonl", lambda: run_state(run)),
     ]
     odds = [40, 20, 10, 5, 3, 8, 5, 1, 8]
-    survived, unclear = 0, []
+    unclear = []
     for _ in range(times):
         (target,) = chance.choices(targets, odds)
         try:
             quietly(target)
-            survived += 1
         except UserError as error:
-            clear = "\n" not in str(error) and len(str(error)) < 600
-            survived += clear
-            if not clear:
+            if "\n" in str(error) or len(str(error)) >= 600:
                 unclear.append(str(error))
         except Exception as error:
             unclear.append(f"{type(error).__name__}: {error}")
     same = outside == {path: path.stat().st_mtime_ns for path in folder.parent.iterdir() if path != folder}
     note = "nothing written elsewhere" if same else "WROTE OUTSIDE"
-    return Result("fuzzed input", times, survived if same else 0, None, None, "; ".join([note, *unclear[:3]]))
+    survived = times - len(unclear) if same else 0
+    return Result("fuzzed input", times, survived, None, None, "; ".join([note, *unclear[:3]]))
 
 
 def mutate(value, chance: random.Random) -> None:
