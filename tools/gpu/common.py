@@ -15,6 +15,8 @@ from pathlib import Path
 
 import torch
 
+from machinery.machine import time_per_call
+
 STARTED = time.monotonic()
 SCRATCH = Path(tempfile.gettempdir()) / "lmh"  # lives as long as the machine: tokens, compiled kernels
 DATA = SCRATCH / "data"  # the tokens: gpu_check.py begins them, gpu_day.py trains on them
@@ -110,20 +112,17 @@ class Report:
 
 def seconds_of(call, machine, calls: int = 5, warm: int = 2) -> float:
     """Median seconds of a call on the machine's device, by events on CUDA."""
+    if machine.device.type != "cuda":
+        return time_per_call(call, machine, calls)
     for _ in range(warm):
         call()
-    machine.synchronize()
+    torch.cuda.synchronize()
     found = []
     for _ in range(calls):
-        if machine.device.type == "cuda":
-            first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            first.record()
-            call()
-            last.record()
-            torch.cuda.synchronize()
-            found.append(first.elapsed_time(last) / 1e3)
-        else:
-            begun = time.perf_counter()
-            call()
-            found.append(time.perf_counter() - begun)
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        first.record()
+        call()
+        last.record()
+        torch.cuda.synchronize()
+        found.append(first.elapsed_time(last) / 1e3)
     return statistics.median(found)

@@ -18,6 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for a program th
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity
 
 from machinery.errors import first_line
 from machinery.machine import Machine, compile_or_eager, measure_matmul_flops, time_per_call
@@ -80,8 +82,6 @@ def matrices() -> None:
 
 def attention() -> None:
     """Forward and backward of one layer's attention, by kernel."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
     config = day()
     T, D = config.block_size, config.head_size
     make = lambda heads: (
@@ -181,13 +181,10 @@ KINDS = [
 
 
 def profile(micro, weights, micro_steps: int) -> None:
-    from torch.profiler import ProfilerActivity
-    from torch.profiler import profile as watch
-
     kinds = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if DEVICE == "cuda" else [])
     found = {}
     for name, call, times in (("micro-step", micro, 2), ("weights", weights, 1)):
-        with watch(activities=kinds) as seen:
+        with torch.profiler.profile(activities=kinds) as seen:
             for _ in range(times):
                 call()
             machine.synchronize()
@@ -389,8 +386,6 @@ VARIANTS = {  # fields, options of torch.compile, seconds to compile
 
 def candidates() -> None:
     """One change at a time on four blocks; what a change of a block saves, `day` saves four times."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
     layers = 2 if DRY else 4
     base = None
     for name, (fields, how, needs) in VARIANTS.items():
