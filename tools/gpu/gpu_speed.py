@@ -250,31 +250,29 @@ def losses() -> None:
             theirs = getattr(importlib.import_module(module), function)
             calls[name] = (lambda f=theirs: f(x.to(machine.dtype), table.to(machine.dtype), targets)), False
     flops = 6 * rows * C * V
+
+    def measure(name: str, call, compiled: bool) -> None:
+        clean()
+        torch.compiler.reset()
+        run = torch.compile(call, dynamic=False) if compiled else call
+
+        def both():
+            with machine.autocast():
+                loss = run()
+            return torch.autograd.grad(loss, (x, table))
+
+        both()
+        machine.forget_peak()
+        before = machine.used_memory()
+        seconds = seconds_of(both, machine, 5, 1)
+        report.say(
+            f"loss {name:26s} {seconds * 1e3:8.2f} ms, {flops / seconds / 1e12:6.1f} TFLOP/s of its products,"
+            f" {(machine.peak_memory() - before) / 1e9:.2f} GB"
+        )
+        report.keep(**{f"loss_ms {name}": seconds * 1e3})
+
     for name, (call, compiled) in calls.items():
-        if report.left() < 15:
-            report.say(f"SKIPPED loss {name}")
-            continue
-        try:
-            clean()
-            torch.compiler.reset()
-            run = torch.compile(call, dynamic=False) if compiled else call
-
-            def both(run=run):
-                with machine.autocast():
-                    loss = run()
-                return torch.autograd.grad(loss, (x, table))
-
-            both()
-            machine.forget_peak()
-            before = machine.used_memory()
-            seconds = seconds_of(both, machine, 5, 1)
-            report.say(
-                f"loss {name:26s} {seconds * 1e3:8.2f} ms, {flops / seconds / 1e12:6.1f} TFLOP/s of its products,"
-                f" {(machine.peak_memory() - before) / 1e9:.2f} GB"
-            )
-            report.keep(**{f"loss_ms {name}": seconds * 1e3})
-        except Exception as error:
-            report.say(f"loss {name}: {first_line(error)}")
+        report.part(f"losses {name}", measure, 15, name, call, compiled)
 
 
 # ---------------------------------------------------------------------------------------------- the weights
@@ -325,33 +323,28 @@ def peers() -> None:
     names = [OURS, "transformers, as shipped", "transformers, compiled, fused AdamW"]
     batch = 2 if DRY else 16
     config = make_config("tiny" if DRY else "day", device=DEVICE, micro_batch=batch)
-    flops, rates = None, {}
+    rates = {}
+
+    def measure(name: str) -> None:
+        clean()
+        torch.compiler.reset()
+        machine.forget_peak()
+        before = machine.used_memory()
+        model, step = build(name, config, machine)
+        begun = time.monotonic()
+        step()
+        machine.synchronize()
+        first = time.monotonic() - begun
+        rates[name] = batch * config.block_size / seconds_of(step, machine, 8, 2)
+        report.say(
+            f"{name}: {rates[name]:,.0f} tokens/s with a step of the weights for every {batch} sequences, MFU"
+            f" {rates[name] * flops_per_token(model, config) / PEAK:.1%}, {(machine.peak_memory() - before) / 1e9:.2f} GB,"
+            f" first step {first:.0f} s; ours is {rates[OURS] / rates[name]:.2f} ×"
+        )
+        report.keep(**{f"peer {name}": rates[name]})
+
     for name in names:
-        if report.left() < (5 if DRY else 45):
-            report.say(f"SKIPPED {name}")
-            continue
-        try:
-            clean()
-            torch.compiler.reset()
-            machine.forget_peak()
-            before = machine.used_memory()
-            model, step = build(name, config, machine)
-            flops = flops or flops_per_token(model, config)
-            begun = time.monotonic()
-            step()
-            machine.synchronize()
-            first = time.monotonic() - begun
-            seconds = seconds_of(step, machine, 8, 2)
-            rates[name] = batch * config.block_size / seconds
-            report.say(
-                f"{name}: {rates[name]:,.0f} tokens/s with a step of the weights for every {batch} sequences, MFU"
-                f" {rates[name] * flops / PEAK:.1%}, {(machine.peak_memory() - before) / 1e9:.2f} GB, first step {first:.0f} s;"
-                f" ours is {rates[OURS] / rates[name]:.2f} ×"
-            )
-            report.keep(**{f"peer {name}": rates[name]})
-            del model, step
-        except Exception as error:
-            report.say(f"{name}: {first_line(error)}")
+        report.part(f"peers {name}", measure, 45, name)
 
 
 def qwen3() -> None:
@@ -387,53 +380,49 @@ VARIANTS = {  # fields, options of torch.compile, seconds to compile
 def candidates() -> None:
     """One change at a time on four blocks; what a change of a block saves, `day` saves four times."""
     layers = 2 if DRY else 4
-    base = None
-    for name, (fields, how, needs) in VARIANTS.items():
-        if report.left() < (2 if DRY else needs + 8):
-            report.say(f"SKIPPED {name}: {report.left():.0f} s left")
-            continue
-        how = dict(how)
+    found: dict[str, float] = {}  # seconds
+
+    def measure(name: str, fields: dict, how: dict) -> None:
         flash, half, wide = (how.pop(name, False) for name in ("flash", "half", "wide"))
-        try:
-            clean()
-            torch.compiler.reset()
-            config = day(n_layer=layers, micro_batch=BIG, **fields)
-            model = lm.build_model(config).to(DEVICE)
-            if half:
-                model.to(machine.dtype)
-            if wide:
-                model.blocks[0].register_forward_pre_hook(lambda block, inputs: (inputs[0].float(), *inputs[1:]))
-            for p in model.parameters():  # as in all micro-steps but the first, gradients are added to what is there
-                p.grad = torch.zeros_like(p)
-            pair = pair_for(config, BIG, DEVICE)
-            kernels = sdpa_kernel(SDPBackend.FLASH_ATTENTION) if flash else contextlib.nullcontext()
-            begun = time.monotonic()
-            runner = torch.compile(model, dynamic=False, **how)
+        clean()
+        torch.compiler.reset()
+        config = day(n_layer=layers, micro_batch=BIG, **fields)
+        model = lm.build_model(config).to(DEVICE)
+        if half:
+            model.to(machine.dtype)
+        if wide:
+            model.blocks[0].register_forward_pre_hook(lambda block, inputs: (inputs[0].float(), *inputs[1:]))
+        for p in model.parameters():  # as in all micro-steps but the first, gradients are added to what is there
+            p.grad = torch.zeros_like(p)
+        pair = pair_for(config, BIG, DEVICE)
+        kernels = sdpa_kernel(SDPBackend.FLASH_ATTENTION) if flash else contextlib.nullcontext()
+        begun = time.monotonic()
+        runner = torch.compile(model, dynamic=False, **how)
 
-            def micro(runner=runner, pair=pair, half=half) -> float:
-                torch.compiler.cudagraph_mark_step_begin()
-                with contextlib.nullcontext() if half else machine.autocast():
-                    loss = runner(*pair)
-                loss.backward()
-                return loss.detach().clone()
+        def micro() -> torch.Tensor:
+            torch.compiler.cudagraph_mark_step_begin()
+            with contextlib.nullcontext() if half else machine.autocast():
+                loss = runner(*pair)
+            loss.backward()
+            return loss.detach().clone()
 
-            machine.forget_peak()
-            with kernels:
-                loss = micro().item()
-                micro()
-                machine.synchronize()
-                took = time.monotonic() - begun
-                seconds = seconds_of(micro, machine, 10, 2)
-            base = base or seconds
-            saved = (base - seconds) * lm.Config.n_layer / layers
-            report.say(
-                f"variant {name:36s} {seconds * 1e3:8.2f} ms ({seconds / base - 1:+.1%}); of a whole micro-step about"
-                f" {saved * 1e3:+.1f} ms; {machine.peak_memory() / 1e9:.1f} GB; loss {loss:.4f}; compiled in {took:.0f} s"
-            )
-            report.keep(**{f"variant_ms {name}": seconds * 1e3})
-            model = runner = micro = None
-        except Exception as error:
-            report.say(f"FAILED variant {name}: {first_line(error)}")
+        machine.forget_peak()
+        with kernels:
+            loss = micro().item()
+            micro()
+            machine.synchronize()
+            took = time.monotonic() - begun
+            found[name] = seconds = seconds_of(micro, machine, 10, 2)
+        base = next(iter(found.values()))
+        saved = (base - seconds) * lm.Config.n_layer / layers
+        report.say(
+            f"variant {name:36s} {seconds * 1e3:8.2f} ms ({seconds / base - 1:+.1%}); of a whole micro-step about"
+            f" {saved * 1e3:+.1f} ms; {machine.peak_memory() / 1e9:.1f} GB; loss {loss:.4f}; compiled in {took:.0f} s"
+        )
+        report.keep(**{f"variant_ms {name}": seconds * 1e3})
+
+    for name, (fields, how, needs) in VARIANTS.items():
+        report.part(f"variants {name}", measure, needs + 8, name, fields, dict(how))
 
 
 def main() -> None:
