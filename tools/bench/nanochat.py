@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from torch import nn
@@ -46,16 +47,12 @@ def clone() -> Path | None:
 @contextlib.contextmanager
 def in_reach(machine: Machine) -> Iterator[None]:
     """Let the clone be imported. What it compiles at import stays eager on a CPU."""
-    compiling, path = torch.compile, str(clone())
     os.environ["NANOCHAT_DTYPE"] = str(machine.dtype)[6:]
-    sys.path.insert(0, path)
-    if machine.device.type == "cpu":
-        torch.compile = lambda function=None, **_: function or (lambda f: f)
-    try:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(patch.object(sys, "path", [str(clone()), *sys.path]))
+        if machine.device.type == "cpu":
+            stack.enter_context(patch.object(torch, "compile", lambda function=None, **_: function or (lambda f: f)))
         yield
-    finally:
-        torch.compile = compiling
-        sys.path.remove(path)
 
 
 class Scored(nn.Module):

@@ -15,6 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for a program that is started by its path
 
@@ -101,14 +102,13 @@ def distance(one: dict, other: dict) -> tuple[float, float, str]:
 
 def numbers() -> None:
     """Gradients: float32 on the CPU is the reference; eager and compiled in three precisions against it."""
-    config, card, model = day_model("float32")
+    config, _, model = day_model("float32")
     with torch.no_grad():  # weights of a model that has moved on from its beginning
         for p in model.parameters():
             p += 0.02 * p.std() * torch.randn_like(p) if p.ndim > 1 else 0.1 * torch.randn_like(p)
     cpu = Machine.find("cpu", "float32")
     loss, reference = gradients_of(config, cpu, model, False)
     model.to(DEVICE)
-    torch.set_float32_matmul_precision("highest")
     for dtype in ("float32", "bfloat16", "float16"):
         if DRY and DEVICE == "cpu" and dtype == "float16":
             continue
@@ -190,21 +190,15 @@ def resume(dtype: str, compiled: bool) -> None:
         return [line["train_loss"] for line in quiet_train(tiny(name, dtype=dtype, compile=compiled))[1]]
 
     once, again = losses(f"once-{dtype}-{compiled}"), losses(f"again-{dtype}-{compiled}")
-    real = lm.Run
 
-    class CutRun(real):
+    class CutRun(lm.Run):
         def stepped(self, *arguments, **options) -> None:
             super().stepped(*arguments, **options)
             if self.at.step == STEPS // 2 + 1:  # a checkpoint is there already
                 raise CutOff
 
-    lm.Run = CutRun
-    try:
+    with patch.object(lm, "Run", CutRun), contextlib.suppress(CutOff):
         losses(f"cut-{dtype}-{compiled}")
-    except CutOff:
-        pass
-    finally:
-        lm.Run = real
     torch.manual_seed(99)  # a resumed run may not lean on what is in memory
     after = losses(f"cut-{dtype}-{compiled}")
     noise = max(abs(a - b) for a, b in zip(once, again))
@@ -344,12 +338,9 @@ def parallel(kind: str, dtype: str, limit: float) -> None:
         elif kind == "ddp":
             runner = processes.parallelize(model, card.device, card.dtype, 2, "ddp")
         else:
-            real = processes.init_device_mesh
-            processes.init_device_mesh = lambda device, shape: real(device, (1,))
-            try:
+            mesh = processes.init_device_mesh(card.device.type, (1,))
+            with patch.object(processes, "init_device_mesh", lambda *_: mesh):
                 runner = processes.parallelize(model, card.device, card.dtype, 2, "fsdp")
-            finally:
-                processes.init_device_mesh = real
         optimizers, scaler = lm.build_optimizers(model, config, card), card.scaler()
         runner, note = compile_or_eager(runner, *pairs[0], card)
         if any(p.grad is not None for o in optimizers for g in o.param_groups for p in g["params"]):

@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for a program that is started by its path
 
@@ -287,7 +288,6 @@ def optimizers() -> None:
         p.grad = torch.randn_like(p)
     matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
     muon, *rest = lm.build_optimizers(model, config, machine)
-    real = lm.orthogonalise
     shapes = {p.shape: sum(q.shape == p.shape for q in matrices) for p in matrices}
     flops = sum(n * 5 * (4 * min(s) ** 2 * max(s) + 2 * min(s) ** 3) for s, n in shapes.items())
 
@@ -304,11 +304,8 @@ def optimizers() -> None:
     )
     slow = lm.Muon([{"params": matrices}], 0.02, 0.1, torch.float32)
     say("Muon, float32 (TF32)", time_per_call(slow.step, machine, 3))
-    try:
-        lm.orthogonalise = torch.compile(real, dynamic=False)
+    with patch.object(lm, "orthogonalise", torch.compile(lm.orthogonalise, dynamic=False)):
         say("Muon, the iteration compiled", time_per_call(muon.step, machine))
-    finally:
-        lm.orthogonalise = real
     theirs = torch.optim.Muon(matrices, lr=0.02, weight_decay=0.1)
     say("torch.optim.Muon", time_per_call(theirs.step, machine, 3))
     alone = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
