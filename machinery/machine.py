@@ -76,25 +76,28 @@ class Machine:
                     f"process {index} has no GPU to itself: there are {count}; use --nproc-per-node={count}"
                 )
             raise UserError(f"device is {device!r} but this machine has {', '.join(there)}; use device='auto'")
-        place = torch.device(kind, index) if kind == "cuda" else torch.device(kind)
         if kind == "cuda":
-            has_bf16 = torch.cuda.get_device_capability(place) >= (8, 0)
-        else:  # older versions of PyTorch do not tell
-            has_bf16 = kind == "cpu" and getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
-        if dtype == "auto":
-            dtype = "bfloat16" if has_bf16 else "float16" if kind == "cuda" else "float32"
-        if kind == "cuda" and dtype == "bfloat16" and not has_bf16:
-            raise UserError(
-                f"dtype is 'bfloat16' but {torch.cuda.get_device_name(place)} has none (capability under 8.0)"
-            )
-        if kind == "cuda":
-            properties = torch.cuda.get_device_properties(place)
+            place = torch.device(kind, index)
+            torch.cuda.set_device(place)  # the choice of attention, for one, asks the current card
+            properties, capability = torch.cuda.get_device_properties(place), torch.cuda.get_device_capability(place)
             name, memory = properties.name, properties.total_memory
+            built = [int(arch[3:].rstrip("af")) for arch in torch.cuda.get_arch_list() if arch.startswith("sm_")]
+            if built and 10 * capability[0] + capability[1] < (least := min(built)):
+                raise UserError(
+                    f"{name} has compute capability {'.'.join(map(str, capability))}, and PyTorch {torch.__version__}"
+                    f" is built for {least / 10} on; install one that is built for it, or set device='cpu'"
+                )
+            best = "bfloat16" if capability >= (8, 0) else "float16"
+            if dtype == "bfloat16" and best != dtype:
+                raise UserError(f"dtype is 'bfloat16' but {name} has none (capability under 8.0)")
             # TF32: 8 times the float32 rate, 10 bits of mantissa; of a GPU alone, where "high" also rounds a CPU's
             torch.backends.cuda.matmul.allow_tf32 = True
         else:
-            name, memory = cpu_name(), psutil.virtual_memory().total
+            place, name, memory = torch.device(kind), cpu_name(), psutil.virtual_memory().total
+            capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # older versions of PyTorch do not tell
+            best = "bfloat16" if kind == "cpu" and capabilities.get("avx512_bf16") else "float32"
             _keep_freed_memory()
+        dtype = best if dtype == "auto" else dtype
         peak = datasheet_flops(name) if kind == "cuda" and dtype != "float32" else None
         return cls(place, getattr(torch, dtype), name, memory, peak, *processes.join(place))
 

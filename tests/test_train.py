@@ -1620,14 +1620,19 @@ def test_bfloat16_is_for_processors_that_multiply_it(monkeypatch):
 
 def test_a_gpu_leaves_the_precision_of_the_cpu_as_it_is(monkeypatch):
     card = SimpleNamespace(name="NVIDIA H200", total_memory=1)
-    for name, value in (("is_available", True), ("device_count", 1), ("get_device_capability", (9, 0))):
+    for name, value in {
+        "is_available": True, "device_count": 1, "get_device_capability": (9, 0), "get_device_properties": card,
+        "set_device": None, "get_arch_list": ["sm_75", "sm_90a", "compute_120"],
+    }.items():  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: card)
     try:
         assert Machine.find().peak_flops == 989e12
         assert torch.backends.cuda.matmul.fp32_precision == "tf32" != torch.backends.mkldnn.matmul.fp32_precision
     finally:
         torch.set_float32_matmul_precision("highest")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 0))
+    with pytest.raises(UserError, match=r"H200 has compute capability 7\.0, and PyTorch .* is built for 7\.5 on"):
+        Machine.find()
 
 
 @pytest.mark.cuda
