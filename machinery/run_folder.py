@@ -273,9 +273,9 @@ class RunFolder:
                     file.write(text)
                 self._unwritten.pop(0)
         except OSError as error:
+            name, text = self._unwritten[0]
             if len(self._unwritten) == 1:
                 print(f"\n{name} cannot be written now ({first_line(error)}); its lines are kept and written later")
-            name, text = self._unwritten[0]
             self._unwritten[0] = name, "\n" + text.lstrip("\n")  # part of it may be on disk: begin a line of its own
 
     def _replace(self, log: Path, line: dict) -> bool:

@@ -297,6 +297,17 @@ def test_lines_that_are_never_written_are_told_at_the_end(tmp_path, capsys):
     assert "run: the last 2 lines of its logs were not written" in capsys.readouterr().out
 
 
+def test_lines_are_kept_while_the_disk_of_a_run_is_gone(tmp_path):
+    run, runs, aside = open_folder(tmp_path / "runs"), tmp_path / "runs", tmp_path / "aside"
+    runs.rename(aside)
+    runs.write_text("no folder can be made here")
+    run.append("metrics.jsonl", {"step": 1})
+    runs.unlink()
+    aside.rename(runs)
+    run.append("metrics.jsonl", {"step": 2})
+    assert [line["step"] for line in read_jsonl(runs / "run/metrics.jsonl")] == [1, 2]
+
+
 @pytest.mark.parametrize("how", ["moved", "removed", "a file is removed"])
 def test_a_folder_that_goes_while_its_run_trains_is_written_again(lm, settings, monkeypatch, capsys, how):
     config = settings()
