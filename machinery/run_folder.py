@@ -109,7 +109,8 @@ class RunFolder:
 
     def _contents(self) -> list[Path]:
         """What is in the folder beside its lock. Raises `UserError` where that is of no run: it is somebody else's."""
-        found = sorted(path for path in self.path.iterdir() if path.name != ".lock")
+        with told(self.path, problem="cannot be read", advice="check its permissions, or use another run_name"):
+            found = sorted(path for path in self.path.iterdir() if path.name != ".lock")
         others = [path.name for path in found if path.name[0] != "."]
         if others and not any(name.startswith(SIGNS) for name in others):
             raise UserError(

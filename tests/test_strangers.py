@@ -205,6 +205,13 @@ def test_a_run_is_set_aside_whole_or_not_at_all(tmp_path, monkeypatch):
     assert sorted(os.listdir(run.path)) == before and os.listdir(tmp_path) == ["r"]
 
 
+def test_a_folder_of_a_run_that_may_not_be_read_is_one_line(tmp_path, monkeypatch):
+    run = _a_run(tmp_path)
+    monkeypatch.setattr(Path, "iterdir", lambda folder: (_ for _ in ()).throw(PermissionError(13, "denied")))
+    with pytest.raises(UserError, match="r: cannot be read .denied"):
+        run.lock()
+
+
 def test_checkpoints_that_cannot_be_read_are_not_none(tmp_path):
     (tmp_path / "checkpoints").write_text("a file")
     with pytest.raises(CheckpointError, match="checkpoints: cannot be read"):
