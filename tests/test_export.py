@@ -365,6 +365,7 @@ def test_card_and_settings_for_generation(tiny, tmp_path):
     config, _, out = exported(tmp_path, tiny)
     card = (out / "README.md").read_text()
     stated = ["python", "muon", "lr 0.02", "5,120 in 20 steps", "val_loss 3.25", "val_tokens 18,304", "commit abc123"]
+    stated.append("1.00%: whole documents, or the ends of them")  # which of the two, a run does not keep
     assert all(part in card for part in stated), card
     source = json.loads((tmp_path / "run/config.json").read_text()) | {"source": "a\n\n# b | c"}
     (tmp_path / "run/config.json").write_text(json.dumps(source))

@@ -235,7 +235,7 @@ def _model_card(run: Path, config: dict, state: dict) -> str:
         + listed("n_layer", "n_embd", "n_head", "n_ffn", "vocab_size", *PARTS, "rope_base", "tie_embeddings"),
         "context": f"{config['block_size']} tokens in training; it can count to {positions_of(config)}",
         "data": config["source"],
-        "held-out text": config["val_source"] or f"{config['val_fraction']:.2%} of the documents, by a hash",
+        "held-out text": config["val_source"] or f"{config['val_fraction']:.2%}: whole documents, or the ends of them",
         "tokenizer": config["tokenizer"],
         "begun from": config.get("init_from") or "random weights",
         "recipe": listed("optimizer", "lr", "embedding_lr", "head_lr", "weight_decay", "grad_clip", "schedule")
