@@ -757,6 +757,14 @@ def test_patterns_of_larger_vocabularies_cut_the_same(name, monkeypatch):
     check()
 
 
+def test_a_tokenizer_is_the_same_in_a_folder_of_another_name(tmp_path):
+    for name in ("mine", "moved"):
+        (tmp_path / name).mkdir()
+        save_tokenizer(BYTES, tmp_path / name, 100)
+    ours, moved = (tokenizer_to_dict(read_tokenizer(tmp_path / name)) for name in ("mine", "moved"))
+    assert ours == moved  # a run begun with one goes on with the other
+
+
 def test_a_tokenizer_that_cuts_or_fills_up_gives_the_ids_of_the_whole_text(tmp_path):
     """Files saved after use may say so: that is of batches, and not of the ids of a text."""
     save_tokenizer(BYTES, tmp_path, 100)

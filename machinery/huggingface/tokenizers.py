@@ -197,7 +197,7 @@ def _byte_level_bpe(spec: dict, path: Path) -> tiktoken.Encoding:
         if len(token) > 1 and len(pair) == 2:
             missing = (names[pair[0]], names[pair[1]]) not in listed
             _refuse(path, "merges", missing, f"do not make {names[token]!r} of {names[pair[0]]!r} and the rest")
-    return tiktoken.Encoding(path.parent.name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+    return tiktoken.Encoding("bpe", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
 
 
 def _pattern(spec: dict, path: Path) -> str:
