@@ -45,7 +45,9 @@ def open_sources(task: dict) -> tuple[Source, Source | None]:
     if not settings["val_source"]:
         return source, None
     with told("val_source", DataError):
-        return source, open_source(settings["val_source"], *options)
+        val_source = open_source(settings["val_source"], *options)
+    val_source.stamped = "validation"
+    return source, val_source
 
 
 def is_known(settings: dict) -> bool:

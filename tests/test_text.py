@@ -828,6 +828,19 @@ def test_a_source_of_your_own_is_a_class_and_a_line(tmp_path, monkeypatch):
     assert texts_of(prepare(tmp_path, "poems", val_source="english", max_tokens=100), "val")
 
 
+def test_a_change_of_the_held_out_split_of_a_source_is_noticed(tmp_path, monkeypatch):
+    class Splits(Source):
+        held_out = "first"
+
+        def documents(self, split="train"):
+            yield f"{self.held_out if split == 'validation' else 'training'} text, and more of it\n" * 30
+
+    monkeypatch.setitem(SOURCES, "splits", Splits)
+    for Splits.held_out in ("first", "second"):
+        (text,) = texts_of(prepare(tmp_path, "splits", val_source="splits"), "val")
+        assert text.startswith(Splits.held_out)
+
+
 def test_a_tokenization_that_stopped_is_tried_again(tmp_path, monkeypatch):
     monkeypatch.setattr(data_utils, "SHARD_TOKENS", 2000)
     files = {f"texts/{i}.txt": "".join(f"line {i}, {line}\n" for line in range(30)) for i in range(20)}
