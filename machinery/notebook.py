@@ -23,6 +23,7 @@ from pathlib import Path
 
 from machinery.errors import UserError
 from machinery.files import json_digest
+from machinery.screen import keep_printing
 
 NOTEBOOK = Path(__file__).parents[1] / "LMHarness.ipynb"
 
@@ -38,6 +39,7 @@ def load_definitions(notebook: str | Path = NOTEBOOK) -> types.ModuleType:
 
     Stack traces show the notebook's own lines. Raises `UserError` when there is nothing to execute.
     """
+    keep_printing()  # before anything is printed: names of files, and signs, which not every terminal has
     path = Path(notebook)
     defining = defining_cells(path)
     if not defining:

@@ -264,6 +264,15 @@ def test_a_screen_that_is_gone_does_not_end_a_program(tmp_path):
     assert done.returncode == 0 and done.stderr.count(b"going on without it") == 1 and (tmp_path / "done").exists()
 
 
+def test_what_a_terminal_lacks_does_not_end_a_program_before_training_either():
+    program = "from machinery import load_definitions\nfrom machinery.budget import settle_batch\n"
+    program += "lm, auto = load_definitions(), {'batch_tokens': 'auto'}\n"
+    program += "settle_batch(lm.Config.from_preset('smoke', **auto), lm.Machine.find('cpu'))"
+    options = {"env": os.environ | {"PYTHONIOENCODING": "cp1252"}, "capture_output": True}  # Windows, to a file
+    done = subprocess.run([sys.executable, "-c", program], **options)
+    assert done.returncode == 0 and b"lr 0.64 ? " in done.stdout, done.stderr
+
+
 def test_a_program_without_stdout_and_stderr_shows_its_progress_nowhere(tmp_path):
     program = "import os, sys; sys.stdout = sys.stderr = None  # as `>&- 2>&-`, and Windows without a console\n"
     program += "from machinery.screen import Screen, keep_printing\nkeep_printing()\n"
