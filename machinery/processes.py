@@ -28,8 +28,6 @@ def join(device: torch.device) -> tuple[int, int]:
     if not dist.is_torchelastic_launched():
         return 0, 1
     if not dist.is_initialized():  # once in the life of a process: the addresses of a group are not exchanged again
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
         plain_errors()  # torch's own way to print errors, from here on, puts the rank before each line of this one
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
         atexit.register(dist.destroy_process_group)
