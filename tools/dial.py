@@ -37,7 +37,7 @@ BATCHES = {  # by size and tokens: the preset's, for about a minute, and the bes
     ((3, 192), 6_000_000): (2048, 4096, 8192),
 }
 UNMOVED = (1024, 8192)  # for the first, also tried with the rates of the preset
-SEEDS = (0, 1, 2)  # of the sizes; for the longer times there is one
+SEEDS = (0, 1, 2)  # of the sizes; for nine minutes there is one
 PRESET = lm.PRESETS["demo"]
 
 
