@@ -445,9 +445,9 @@ def main() -> None:
     report.part("losses", losses, 30)
     report.part("optimizers", optimizers, 20)
     report.part("peers", peers, 60)
-    report.part("variants", candidates, 60)
     for size in SIZES[1:]:
         report.part(f"step-{size}", step_of_day, 60, size, False)
+    report.part("variants", candidates, 60)
     report.part("qwen3", qwen3, 60)
     report.say(f"{report.failed} failed; {report.left():.0f} s left; numbers in {OUT / 'speed.json'}")
 
