@@ -71,7 +71,7 @@ QUOTES = [
     (TEXT, "the packer `xz`, on that text alone, # (5.3)", OUTPUTS, "packed by xz # bits per byte", 1),
     (TEXT, "`demo` falls from # to * bits per byte", OUTPUTS, "all tokens alike # bits per byte", 1),
     (TEXT, "`demo` falls from * to # bits per byte", OUTPUTS, "when last evaluated: * nats per token, # bits", 1),
-    (TEXT, "Here, size grows as compute to the power #.", EXPERIMENTS, "size grows as compute to the power # ±", 1),
+    (TEXT, "Here, the best size grows as compute to the power #.", EXPERIMENTS, "as compute to the power # ±", 1),
     (TEXT, "Here, heads formed in # of # runs", EXPERIMENTS, "formed in # of # runs", 1),
     (DEMO, '`"python"`, the committed notebook | 0 | # |', OUTPUTS, "nats per token, # bits per byte a sample", 1),
     (DEMO, "the committed notebook | 0 | * | #M |", OUTPUTS, "finished: # tokens in", 1e-6),
