@@ -140,8 +140,8 @@ def _after(name: str, reached: frozenset[int], parts: list[str]) -> frozenset[in
 
 @cache
 def _choices(part: str) -> list[str]:
-    """A part of a pattern, once for each choice within its braces."""
-    if not (found := re.fullmatch(r"(.*)\{([^{}]*)\}(.*)", part)):
+    """A part of a pattern, once for each choice within its braces; without a comma these are signs like others."""
+    if not (found := re.fullmatch(r"(.*)\{([^{}]*,[^{}]*)\}(.*)", part)):
         return [part]
     before, choices, after = found.groups()
     return [each for choice in choices.split(",") for each in _choices(before + choice + after)]

@@ -110,7 +110,7 @@ def _without_times(dense: bytes) -> bytes:
 def look_at(texts: list[str]) -> list[tuple[int, array, bytes]]:
     """Of each text its bytes, the hashes of its longer lines and, below 0, of its shingles, and what stands for it.
 
-    Hashes of lines, and of texts too short for shingles, are of this process.
+    Hashes of lines, and those of short texts as a whole, are of this process.
     """
     contents = [text.encode("utf-8", "surrogatepass") for text in texts]
     looked_at = [_lines_and_all(content) for content in contents]

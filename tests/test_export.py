@@ -535,7 +535,7 @@ def test_a_block_that_computes_otherwise_is_no_export(lm, tiny, tmp_path, texts,
     monkeypatch.setattr(lm, "Block", Scaled)
     here = {"runs_dir": str(tmp_path / "runs"), "data_dir": str(tmp_path / "data"), "source": texts[0]}
     values = config_from_hf(out) | here | {"batch_tokens": 320, "val_fraction": 0.2}
-    with pytest.raises(ExportError, match="blocks.0.scale is in the model, and not in init_from"):
+    with pytest.raises(ExportError, match="blocks.0.scale is only in the model; for classes with other weights"):
         lm.train(lm.Config.from_preset("smoke", **values))
 
 

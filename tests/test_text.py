@@ -160,9 +160,11 @@ def test_a_suffix_that_is_named_is_one_of_text(tmp_path):
     write(tmp_path, {"b/packed.log.gz": gzip.compress(b"h" * 99), "c/a.CSV": "a", "c/b.ndjson": "b", "c/d.JSONL": "c"})
     found_under = {"*.log": "a", "a.log": "a", "**/*.log": "ac", "b/*.TXT": "d", "b/notes": "e", "b": "f"}
     found_under |= {"b/*.{log,txt}": "cf", "{b,c}/**/{c,[d]}.{log,TXT}": "cd", "b/{c.log,f.{txt,md}}": "cf"}
+    write(tmp_path, {"d/{x}1.txt": "x", "d/x1.txt": "y"})
+    found_under |= {"d/{x}*": "x", "d/x*": "y"}
     for name, found in found_under.items():
         assert sorted(iter_documents(str(tmp_path / name))) == list(found)
-    for name, why in {"b/*.{csv}": "only .csv", "b/g.csv": "only", "b/n*": "only without", "**/*.gz": "gzip"}.items():
+    for name, why in {"b/*.{csv,x}": "only .csv", "b/g.csv": "only", "b/n*": "only without", "**/*.gz": "gzip"}.items():
         assert why in refused(str(tmp_path / name))
     for name in ("a.CSV", "b.ndjson", "d.JSONL", "*.JSONL"):
         assert "found only" in refused(str(tmp_path / "c" / name))

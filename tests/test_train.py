@@ -1629,7 +1629,7 @@ def test_bfloat16_is_for_processors_that_multiply_it(monkeypatch):
     assert Machine.find("cpu").dtype == torch.float32
 
 
-def test_a_gpu_leaves_the_precision_of_the_cpu_as_it_is(monkeypatch):
+def test_a_gpu_is_asked_for_tf32_and_the_cpu_is_not_and_one_too_old_is_refused(monkeypatch):
     card = SimpleNamespace(name="NVIDIA H200", total_memory=1)
     for name, value in {
         "is_available": True, "device_count": 1, "get_device_capability": (9, 0), "get_device_properties": card,

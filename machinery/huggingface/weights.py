@@ -156,8 +156,8 @@ def _check_logits(run: Path, step: int, exported: Path) -> None:
     difference = (expected - theirs(tokens).logits).abs().max().item()
     if difference > 1e-3 * max(1, expected.abs().max().item()):
         raise ExportError(
-            f"logits of {theirs.config.model_type} differ from this stack's by up to {difference:.2g}: it has no block,"
-            " or no other class, as the notebook defines it"
+            f"logits of {theirs.config.model_type} differ from this stack's by up to {difference:.2g}: a block, or"
+            " another class, computes otherwise in the notebook"
         )
 
 
@@ -383,10 +383,7 @@ def begin_with(checkpoint: str | Path, model: torch.nn.Module, config: dict, enc
                 f"tokenizer {encoding.name!r} ({encoding.n_vocab} tokens) is not that of init_from {str(checkpoint)!r}"
                 f" ({theirs.n_vocab} tokens); set tokenizer to that folder"
             )
-    if other := sorted(weights.keys() ^ model.state_dict().keys()):
-        raise ExportError(
-            f"{other[0]} is {'not ' if other[0] in weights else ''}in the model, and"
-            f" {'' if other[0] in weights else 'not '}in init_from {str(checkpoint)!r}; leave init_from empty for a"
-            " class of your own with other weights"
-        )
+    if other := sorted(weights.keys() ^ model.state_dict().keys()):  # of a class of one's own
+        where = f"init_from {str(checkpoint)!r}" if other[0] in weights else "the model"
+        raise ExportError(f"{other[0]} is only in {where}; for classes with other weights, leave init_from empty")
     copy_weights(weights, model)

@@ -7,7 +7,6 @@ $OUT: day.md, day.json, metrics.jsonl, samples.jsonl, curves.png, the preflight 
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import math
 import shutil
@@ -31,7 +30,7 @@ from tools.common import lm
 from tools.gpu.common import DATA, OUT, Report, options
 
 
-class Both(io.TextIOBase):
+class Both:
     """Standard output, kept in a file as well."""
 
     def __init__(self, file) -> None:
