@@ -147,7 +147,7 @@ COMPUTED = [
     (DOCS, "with N = #M. A 4090 does # TFLOP/s", lambda lm: [_millions(lm, "day"), DATASHEET_TFLOPS["RTX 4090"]]),
     (TEXT, "would end at a loss of about # with 1 hour, # with 6, # with 12, # with 24",
      lambda lm: [day_on(lm, "RTX 4090", hours)[2] for hours in (1, 6, 12, 24)]),
-    (TEXT, "In `day`, sharing lowers training memory by only #%",
+    (TEXT, "In `day`, sharing saves only #% of training memory",
      lambda lm: [100 - 100 * _bytes(lm) / _bytes(lm, attention="mha")]),
     ("docs/platforms.md", "# billion tokens at 40%", lambda lm: [day_on(lm, "RTX 4090", 24)[0] / 1e9]),
     ("docs/platforms.md", "Its # billion tokens", lambda lm: [day_on(lm, "H100", 24)[0] / 1e9]),
@@ -205,7 +205,7 @@ def test_a_claim_about_an_experiment_is_what_its_table_says():
     losses = pd.read_csv(ROOT / "results/experiments/choices.csv").groupby("ffn").val_loss.mean()
     assert "in our small models, the MLP did better on average" in read(TEXT)
     assert 0 < losses["gated"] - losses["mlp"] < 0.1
-    assert "shape changes it by more than a quarter of what the next size gains" in read(TEXT)
+    assert "the worst shape, deepest and narrowest, costs more than a quarter of what the next size gains" in read(TEXT)
     assert "shape is worth more than a quarter of that" in read(EXPERIMENTS)
 
 
