@@ -14,16 +14,19 @@ from itertools import product
 
 from machinery.budget import best_batch, power_of_two
 from machinery.files import write_atomic
-from machinery.forecast import expected, laws
+from machinery.forecast import expected
 from machinery.settings import RATE_FIELDS
 from tools.bench.recipe import RANDOM
 from tools.common import RESULTS, lm, table
 from tools.forecast import (
     KINDS,
     MINUTES,
+    MOST_EPOCHS,
+    TEXT_TOKENS,
     fit_law,
     fitted,
     line_of,
+    lines_of_law,
     of_minutes,
     run_of,
     short_lines,
@@ -54,39 +57,40 @@ def by_batch() -> list[Run]:
     return runs + [with_batch(*next(iter(BATCHES)), batch, power=0.0) for batch in UNMOVED]
 
 
-def sizes(results: Results) -> tuple[list[dict], float, float]:
-    """A row for each size and time: what the law of runs of up to a minute foretold, and what came; how far its choices
-    are above the best, at most; and how far those of the law of all runs are.
+def sizes(results: Results, others: Results) -> tuple[list[dict], float]:
+    """A row for each size and time: what the law of all other runs foretold, and what came; and how far its choices are
+    above the best that came, at most.
     """
-    rows, most = [], [0.0, 0.0]
+    rows, most = [], 0.0
     for source, minutes in product(KINDS, MINUTES):
         runs = of_minutes(source, minutes)
         lines = [line for run in runs if (line := line_of(results, run))]
-        if len(lines) < len(MINUTES[minutes]) or len(short := short_lines(results, source)) < 7:
+        if len(lines) < len(runs) or len(short_lines(results, source)) < 7:
             continue
-        losses = [
-            list(results.losses(lambda seed, run=run: lm.replace(run, seed=seed), SEEDS).values()) for run in runs
+        tried = [(line["multiplying"], line["tokens"]) for line in lines]
+        unlike = [
+            line for line in lines_of_law(results, others, source) if (line["multiplying"], line["tokens"]) not in tried
         ]
-        came = [statistics.fmean(found) for found in losses]
-        for number, law in enumerate((fit_law(short), laws()[source])):
-            foretold = [expected(law, line["multiplying"], line["tokens"]) for line in lines]
-            chosen = [loss == min(foretold) for loss in foretold]
-            above = (loss - min(came) for loss, this in zip(came, chosen) if this)
-            most[number] = max(most[number], *above, 0.0)
-            if number == 0:
-                rows += [
-                    {"text": source, "minutes": minutes, "tokens": line["tokens"], "foretold": loss,
-                     "n_layer × n_embd": "{n_layer} × {n_embd}".format(**line["overrides"]),
-                     "came": mean, "seeds": len(found), "chosen": "this" if this else ""}
-                    for line, loss, mean, found, this in zip(lines, foretold, came, losses, chosen)
-                ]  # fmt: skip
-    return rows, *most
+        law, reach = fit_law(unlike), MOST_EPOCHS * TEXT_TOKENS[source]
+        foretold = [expected(law, *size) for size in tried]
+        best = min(loss for loss, (_, tokens) in zip(foretold, tried) if tokens <= reach)
+        found = [[*results.losses(lambda seed, run=run: lm.replace(run, seed=seed), SEEDS).values()] for run in runs]
+        came = [statistics.fmean(losses) for losses in found]
+        most = max(most, came[foretold.index(best)] - min(came))
+        rows += [
+            {"text": source, "minutes": minutes, "tokens": line["tokens"], "foretold": loss,
+             "readings": line["tokens"] / TEXT_TOKENS[source],
+             "n_layer × n_embd": "{n_layer} × {n_embd}".format(**line["overrides"]),
+             "came": mean, "seeds": len(losses), "chosen": "this" if loss == best else ""}
+            for line, loss, mean, losses in zip(lines, foretold, came, found)
+        ]  # fmt: skip
+    return rows, most
 
 
 def write_dial(results: Results, forecasts: Results) -> None:
     """results/dial.md, of the runs there are."""
-    rows, most, of_all = sizes(forecasts)
-    others, cost = [], 0.0
+    rows, most = sizes(forecasts, Results(RESULTS / "recipe.jsonl"))
+    by_batch_rows, cost = [], 0.0
     for (size, tokens), some in BATCHES.items():
         said = power_of_two(best_batch(tokens), PRESET["block_size"])
         losses = {batch: results.loss(with_batch(size, tokens, batch)) for batch in some}
@@ -96,12 +100,12 @@ def write_dial(results: Results, forecasts: Results) -> None:
             row = {"n_layer × n_embd": "{} × {}".format(*size), "tokens": tokens, "batch_tokens": batch}
             row |= {"steps": tokens // batch, "bits per byte": loss, "auto": "this" if batch == said else ""}
             cost = max(cost, loss - least if batch == said else 0.0)
-            others.append(row | {"as they are": results.loss(with_batch(size, tokens, batch, power=0.0))})
+            by_batch_rows.append(row | {"as they are": results.loss(with_batch(size, tokens, batch, power=0.0))})
     write_atomic(RESULTS / "dial.md", TEXT.format(
-        today=date.today(), cost=cost, most=most, of_all=of_all,
-        sizes=table(rows, {"text": "", "minutes": "d", "n_layer × n_embd": "", "tokens": ",d", "foretold": ".4f",
-                           "came": ".4f", "seeds": "d", "chosen": ""}),
-        batches=table(others, {"n_layer × n_embd": "", "tokens": ",d", "batch_tokens": ",d", "steps": ",d",
+        today=date.today(), cost=cost, most=most, epochs=MOST_EPOCHS,
+        sizes=table(rows, {"text": "", "minutes": "d", "n_layer × n_embd": "", "tokens": ",d", "readings": ".1f",
+                           "foretold": ".4f", "came": ".4f", "seeds": "d", "chosen": ""}),
+        batches=table(by_batch_rows, {"n_layer × n_embd": "", "tokens": ",d", "batch_tokens": ",d", "steps": ",d",
                                "bits per byte": ".4f", "as they are": ".4f", "auto": ""}),
     ))  # fmt: skip
 
@@ -113,10 +117,9 @@ TEXT = """# The dial on two cores
 ## Size
 
 Tokens are what so many minutes hold at half of 911 GFLOP/s, the rate of a large matrix product on two quiet cores.
-*Foretold* is what the law of runs of up to a minute says ([forecast.md](forecast.md)), which was not fitted to these;
-*came* the mean over seeds; *chosen* the best size by the law, at most {most:.3f} above the best that came. The law does
-not know that text repeats: 18 million tokens are 5.7 readings of the Python text and 7.2 of the English.
-`best_shape` takes the law of all runs, these too, whose choices are at most {of_all:.3f} above.
+*Foretold* is what a law says that was fitted to all runs of [forecast.md](forecast.md) but these, of these minutes and
+sizes; *came* the mean over seeds; *chosen* the best by the law among those that read their text no more than {epochs}
+times, as `best_shape` chooses: at most {most:.3f} above the best that came.
 
 {sizes}
 

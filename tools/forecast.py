@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Iterator
 from datetime import date
 from itertools import pairwise, product
 from pathlib import Path
@@ -159,6 +160,22 @@ def short_lines(results: Results, source: str) -> list[dict]:
     return [line for run in runs if (line := line_of(results, run))]
 
 
+def longer_lines(results: Results, others: Results) -> Iterator[tuple[str, dict, str]]:
+    """(source, what it gave, name) of each `unseen` run and, among `others`, those of `demo` in the recipe."""
+    seeds = [recipe.ours(*case) for case in product(recipe.SEEDS[1:], recipe.BUDGETS, recipe.TEXTS)]  # 0: in `unseen`
+    for run, place in [(run, results) for run in unseen()] + [(run, others) for run in seeds]:
+        if line := line_of(place, run):
+            source = run.config().source
+            yield source, line, f"{run.name if place is results else f'{source}, 4 × 192'}, seed {run.seed}"
+
+
+def lines_of_law(results: Results, others: Results, source: str) -> list[dict]:
+    """What all runs gave that the law of a source is fitted to: those that read it no more than `MOST_EPOCHS` times."""
+    longer = [line for of, line, _ in longer_lines(results, others) if of == source]
+    most = MOST_EPOCHS * TEXT_TOKENS[source]
+    return short_lines(results, source) + [line for line in longer if line["tokens"] <= most]
+
+
 def short_law(lines: list[dict], recipe: dict) -> dict:
     """The law of runs of up to a minute; its error is that of one that has not seen the longest of each size."""
     longest = {line["multiplying"]: line for line in sorted(lines, key=lambda line: line["tokens"])}  # the last stays
@@ -179,20 +196,12 @@ def write_forecast(results: Results, others: Results, folder: Path = RESULTS) ->
     Laws of the short runs are held against `unseen` ones and, among `others`, those of `demo` that the recipe was
     measured by. Then all runs go into the laws that are kept.
     """
-    kept, rows = {source: short_lines(results, source) for source in KINDS}, []
-    kept = {source: lines for source, lines in kept.items() if len(lines) >= 7}
+    kept = {s: lines_of_law(results, others, s) for s in KINDS if len(short_lines(results, s)) >= 7}
     if not kept:
         raise UserError(f"{results.path}: too few runs for a law; `make forecast` makes them")
     recipes = {source: recipe_of(run_of(source, (4, 192), 1, {}).config()) for source in kept}
-    short = {source: short_law(lines, recipes[source]) for source, lines in kept.items()}
-    seeds = [recipe.ours(*case) for case in product(recipe.SEEDS[1:], recipe.BUDGETS, recipe.TEXTS)]  # 0: above
-    for run, place in [(run, results) for run in unseen()] + [(run, others) for run in seeds]:
-        line, source = line_of(place, run), run.config().source
-        if line and source in short:
-            name = run.name if place is results else f"{source}, 4 × 192"
-            rows.append(row_of(short[source], line, f"{name}, seed {run.seed}"))
-            if line["tokens"] <= MOST_EPOCHS * TEXT_TOKENS[source]:
-                kept[source].append(line)
+    short = {source: short_law(short_lines(results, source), recipes[source]) for source in kept}
+    rows = [row_of(short[s], line, name) for s, line, name in longer_lines(results, others) if s in short]
     laws = {source: whole_law(lines, recipes[source]) for source, lines in kept.items()}
     write_json(folder / "forecast.json", laws)
     columns = {"run": "", "tokens": ",d", "foretold": ".3f", "±": ".3f", "came": ".3f", "off by": "+.3f", "within": ""}
