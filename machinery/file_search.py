@@ -16,6 +16,7 @@ from pathlib import Path
 from machinery.errors import DataError
 
 SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".parquet")
+WITHOUT = "without a suffix"
 TABLES = (".csv", ".tsv", ".json", ".ndjson", ".jsonl", ".parquet")  # in capitals, too: no text, even where named
 
 
@@ -23,14 +24,14 @@ def find_files(name: str, apart: Iterable[Path], passed_over: Counter[str]) -> d
     """Name to path of every file of text or rows; names are relative to the folder that is searched.
 
     A path that exists is that path, "~" is home, then patterns, "{c,js}" for either. Nothing inside the folders `apart`
-    is found. Notes in `passed_over` what else is there. A suffix that the name spells out, as "logs/*.log" does, is one
-    of text. Raises `DataError` for a device.
+    is found. Notes in `passed_over` what else is there. A suffix that the name spells out is one of text, as in
+    "logs/*.log"; where a pattern spells none, "mail/*", so is none. Raises `DataError` for a device.
     """
     root, parts = existing_part(name)
     if parts or root.is_dir():
         return _walk(root, parts or ["**"], apart, passed_over)
     if root.is_file():
-        return {root.name: _to_read(root)} if _text_file(root, passed_over, {root.suffix}) else {}
+        return {root.name: _to_read(root)} if _text_file(root, passed_over, {_suffix(root)}) else {}
     raise DataError(f"source {name!r} is a device, a pipe or a socket; name a file or a folder")
 
 
@@ -38,7 +39,7 @@ def _walk(root: Path, parts: list[str], apart: Iterable[Path], passed_over: Coun
     """The files under `root` that fit a pattern, once each, whatever links lead to them."""
     set_apart = {found for folder in apart if (found := identity(folder))}
     parts, end, seen = [_composed(part) for part in parts], len(parts), set()
-    named = {Path(choice).suffix for choice in _choices(parts[-1])} - {""}
+    named = {_suffix(choice) for choice in _choices(parts[-1])} if parts[-1] != "**" else set()
     # Of each folder, the parts of the pattern that may come next, by number: those before are matched, at `end` all
     reaching = {str(root): _skipping({0}, parts)}
     files: dict[tuple[int, int], str] = {}
@@ -82,18 +83,23 @@ def _text_file(path: str | Path, passed_over: Counter[str], named: set[str]) -> 
 
     The system is asked once: files come and go, and grow, while a folder is listed.
     """
-    found, suffix = _stat(path), os.path.splitext(path)[1]
-    is_text = suffix in SUFFIXES or _to_read(path).suffix in SUFFIXES
-    is_text |= suffix in named and suffix.lower() not in TABLES
+    found, own, leads_to = _stat(path), _suffix(path), _suffix(_to_read(path))
+    suffix = own or leads_to
+    is_text = own in SUFFIXES or leads_to in SUFFIXES or (suffix in named and suffix.lower() not in TABLES)
     if not (found and stat.S_ISREG(found.st_mode)):
         passed_over["broken links, devices, unreadable files"] += 1
     elif not is_text:
-        passed_over[suffix or "without a suffix"] += 1
+        passed_over[suffix or WITHOUT] += 1
     elif not found.st_size:
         passed_over["empty files"] += 1
     else:
         return found.st_dev, found.st_ino
     return None
+
+
+def _suffix(path: str | Path) -> str:
+    """The suffix of a name; none where it ends in a point."""
+    return os.path.splitext(path)[1].rstrip(".")
 
 
 def existing_part(pattern: str) -> tuple[Path, list[str]]:

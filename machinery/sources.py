@@ -29,7 +29,7 @@ from pathlib import Path
 from types import ModuleType
 
 from machinery.errors import DataError, first_line, printable
-from machinery.file_search import SUFFIXES, existing_part, find_files, identity
+from machinery.file_search import SUFFIXES, WITHOUT, existing_part, find_files, identity
 from machinery.files import json_digest
 from machinery.text_files import (
     MAX_DOCUMENT_BYTES,
@@ -155,8 +155,8 @@ class FileSource(Source):
             if +self.passed_over:
                 found = f"only {_listed(self.passed_over)}"
                 advice = (
-                    "name other text by its suffix, as '**/*.log'; write tables as .jsonl or .parquet; unpack archives,"
-                    " mend links and permissions"
+                    "name other text by its suffix, as '**/*.log', or by '**/*' without one; write tables as .jsonl or"
+                    " .parquet; unpack archives, mend links and permissions"
                 )
             raise DataError(f"source {self.name!r}: no {', '.join(SUFFIXES)} file matches (found {found}); {advice}")
         return files
@@ -219,7 +219,7 @@ class FileSource(Source):
         return found
 
     def notes(self) -> list[str]:
-        lines = [f"files that are read: {_listed(Counter(path.suffix for path in self.files.values()))}"]
+        lines = [f"files that are read: {_listed(Counter(path.suffix or WITHOUT for path in self.files.values()))}"]
         lines += [f"passed over beside the text: {_listed(self.passed_over)}"] if +self.passed_over else []
         return super().notes() + [printable(line) for line in lines]
 

@@ -152,7 +152,7 @@ def test_a_link_without_a_suffix_is_read_as_the_file_that_it_leads_to(tmp_path):
         (tmp_path / "links" / name).symlink_to(tmp_path / "store" / target)
     assert sorted(iter_documents(str(tmp_path / "links"))) == ["a", "b"]
     assert list(iter_documents(str(tmp_path / "links" / "rows.html"))) == ["b"]
-    assert "found only without a suffix (1)" in refused(str(tmp_path / "links" / "pag*"))
+    assert "found only .html (1)" in refused(str(tmp_path / "links" / "pag*"))
 
 
 def test_a_suffix_that_is_named_is_one_of_text(tmp_path):
@@ -162,9 +162,11 @@ def test_a_suffix_that_is_named_is_one_of_text(tmp_path):
     found_under |= {"b/*.{log,txt}": "cf", "{b,c}/**/{c,[d]}.{log,TXT}": "cd", "b/{c.log,f.{txt,md}}": "cf"}
     write(tmp_path, {"d/{x}1.txt": "x", "d/x1.txt": "y"})
     found_under |= {"d/{x}*": "x", "d/x*": "y"}
+    write(tmp_path, {"mail/inbox/1.": "1", "mail/inbox/2.": "2", "mail/53521": "3", "mail/a.html": "no"})
+    found_under |= {"b/n*": "e", "b/*": "ef", "mail/**/*": "123", "mail/inbox/*.": "12", "mail/inbox/1.": "1"}
     for name, found in found_under.items():
         assert sorted(iter_documents(str(tmp_path / name))) == list(found)
-    for name, why in {"b/*.{csv,x}": "only .csv", "b/g.csv": "only", "b/n*": "only without", "**/*.gz": "gzip"}.items():
+    for name, why in {"b/*.{csv,x}": "only .csv", "b/g.csv": "only", "mail": "only without", "**/*.gz": "gzip"}.items():
         assert why in refused(str(tmp_path / name))
     for name in ("a.CSV", "b.ndjson", "d.JSONL", "*.JSONL"):
         assert "found only" in refused(str(tmp_path / "c" / name))
@@ -290,7 +292,7 @@ def test_names_that_look_alike_are_told_apart(tmp_path):
 MISSING = {
     "none*.txt": "found nothing",
     "texts/none.txt": "found nothing",
-    "*.csv": "only .csv (1)); name other text by its suffix, as '**/*.log'; write tables as .jsonl or .parquet",
+    "*.csv": "only .csv (1)); name other text by its suffix, as '**/*.log', or by '**/*' without one; write tables",
     "texts/a.txt/*": "found nothing",
     "https://host/a.txt": "found nothing); name one file, folder or pattern, a data set of the hub",
     "Python": "or one of: python, python+site, english",
