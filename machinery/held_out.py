@@ -19,7 +19,7 @@ import unicodedata
 import zlib
 from array import array
 from collections import Counter
-from collections.abc import Collection, Container, Iterable, Sequence
+from collections.abc import Collection, Container, Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -110,7 +110,7 @@ def _without_times(dense: bytes) -> bytes:
 def look_at(texts: list[str]) -> list[tuple[int, array, bytes]]:
     """Of each text its bytes, the hashes of its longer lines and, below 0, of its shingles, and what stands for it.
 
-    Hashes of lines, and those of short texts as a whole, are of this process.
+    Hashes of lines are of this process.
     """
     contents = [text.encode("utf-8", "surrogatepass") for text in texts]
     looked_at = [_lines_and_all(content) for content in contents]
@@ -120,7 +120,7 @@ def look_at(texts: list[str]) -> list[tuple[int, array, bytes]]:
         hashes = array("q", [*map(abs, map(hash, lines))])  # from a list, which is faster
         hashes.frombytes(some.tobytes())
         if len(whole) < SHORT or not len(some):
-            hashes.append(-abs(hash(whole)))  # all of it, whatever lines it is in
+            hashes.append(-1 - _number_of(whole) % -PICKED)  # all of it, whatever lines it is in; never picked
         found.append((len(content), hashes, _smallest(lines, whole, some)))
     return found
 
@@ -231,12 +231,18 @@ def falls_within(line: bytes, span: Sequence[float]) -> bool:
 
 def place_of(line: bytes) -> float:
     """A number from 0 to 1 that follows from a line, and evenly from many."""
-    return int.from_bytes(hashlib.blake2b(line, digest_size=8, person=b"val").digest(), "big") / 2**64
+    return _number_of(line) / 2**64
 
 
-def span_of_share(texts: Iterable[str], fraction: float) -> tuple[float, float] | None:
-    """The places of about `fraction` of the bytes of many texts, of one at least; None where they are few, alike, or so
-    long that the end of each says more. What follows the first 256 MB is not looked at.
+def _number_of(content: bytes) -> int:
+    """A number below 2⁶⁴ that follows from its content, and evenly from many."""
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8, person=b"val").digest(), "big")
+
+
+def spans_of_share(texts: Iterable[str], fraction: float) -> Iterator[tuple[float, float]]:
+    """Spans of places, one after the other, that each hold about `fraction` of the bytes of many texts, of one at
+    least; none where they are few, alike, or so long that the end of each says more. What follows the first 256 MB is
+    not looked at.
     """
     sizes: Counter[float] = Counter()
     total = 0
@@ -247,31 +253,35 @@ def span_of_share(texts: Iterable[str], fraction: float) -> tuple[float, float] 
         if total > 256 << 20:
             break
     if len(sizes) < MANY or fraction * total / len(sizes) >= TAIL:
-        return None
+        return
     wanted = max(fraction * total, total / len(sizes))
     start, size = 0.0, 0
     for place in sorted(sizes):
+        after = math.nextafter(place, 1)
         if sizes[place] > wanted * 2:  # one text in many copies is not held out
-            start, size = math.nextafter(place, 1), 0
+            start, size = after, 0
             continue
         size += sizes[place]
         if size >= wanted:
-            return start, math.nextafter(place, 1)
-    return None
+            yield start, after
+            start, size = after, 0
 
 
-def common_lines(texts: Iterable[str]) -> set[bytes]:
-    """The longer lines that stand in the ends of many texts, as footers do; of the first 16 million characters."""
+def common_lines(texts: Iterable[str]) -> set[bytes | int]:
+    """The longer lines, and the shingles, that stand in the ends of many texts, as footers do; of the first 16 million
+    characters.
+    """
     counts, documents, left = Counter(), 0, 16 << 20
     for text in texts:
-        counts.update({*long_lines(text[-FOOTER:].encode("utf-8", "surrogatepass"))})
+        lines, whole = _lines_and_all(text[-FOOTER:].encode("utf-8", "surrogatepass"))
+        counts.update({*lines, *_shingles([whole])[0].tolist()})
         documents, left = documents + 1, left - len(text)
         if left <= 0:
             break
-    return {line for line, count in counts.items() if count >= max(2, COMMON * documents)}
+    return {part for part, count in counts.items() if count >= max(2, COMMON * documents)}
 
 
-def cut_tail(text: str, fraction: float, common: Container[bytes] = ()) -> tuple[str, str]:
+def cut_tail(text: str, fraction: float, common: Container[bytes | int] = ()) -> tuple[str, str]:
     """A text without its tail, and the tail: about `fraction` of it, from a line on where one begins nearby.
 
     The tail ends before the `common` lines at the end: a footer, the same in many texts, measures nothing.
@@ -283,7 +293,7 @@ def cut_tail(text: str, fraction: float, common: Container[bytes] = ()) -> tuple
     return text[:cut] + text[end:], text[cut:end]
 
 
-def _before_footer(text: str, common: Container[bytes]) -> int:
+def _before_footer(text: str, common: Container[bytes | int]) -> int:
     """Where common lines at the end of a text begin, with a few of its own among them; its length where it has no own.
 
     That is where from there on most more bytes are of common lines than of others; some of its own stand before it.
@@ -294,15 +304,22 @@ def _before_footer(text: str, common: Container[bytes]) -> int:
         start -= len(line)
         spaced = _plain(line.encode("utf-8", "surrogatepass"))
         dense = spaced.translate(None, b" \t\r\n")
-        if dense in common:
+        is_long = _is_long(dense, spaced)
+        if dense in common or (is_long and _is_mostly_common(spaced, common)):
             score += len(dense)
-        elif _is_long(dense, spaced):
+        elif is_long:
             found, score = end, score - len(dense)
         if score >= max(most, 1):  # short lines before it are of the footer
             most, end = score, start
         elif score < most - OWN:
             break
     return found
+
+
+def _is_mostly_common(line: bytes, common: Container[bytes | int]) -> bool:
+    """Whether a line is that of other texts but for a name, an address or the like."""
+    shingles = _shingles([_lines_and_all(line)[1]])[0].tolist()
+    return len(shingles) >= LEAST and makes_copy(sum(each in common for each in shingles), len(shingles))
 
 
 class HeldOutLines:

@@ -9,6 +9,7 @@ import contextlib
 import json
 import time
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
 import tiktoken
@@ -16,7 +17,7 @@ from filelock import FileLock, Timeout
 
 from machinery.errors import DataError, told
 from machinery.files import no_links, write_atomic
-from machinery.held_out import is_held_out, span_of_share
+from machinery.held_out import is_held_out, spans_of_share
 from machinery.screen import progress_bar
 from machinery.shards import (
     UnevenSides,
@@ -34,6 +35,7 @@ from machinery.tokenizers import tokenizer_to_dict
 from machinery.vocabularies import get_tokenizer, tokenizer_file
 
 ADVICE = "check data_dir, its permissions and the disk"
+SPANS = 4  # that are tried, each by tokenizing a shard, before the end of each document is held out
 SAY_AFTER = 20  # seconds between two lines about a wait
 
 
@@ -101,7 +103,7 @@ def _ways(settings: dict, source: Source, val_source: Source | None) -> Iterator
         return
     fraction = settings["val_fraction"]
     yield "documents", (0, fraction)
-    if span := span_of_share((text for text, _ in source.read()), fraction):
+    for span in islice(spans_of_share((text for text, _ in source.read()), fraction), SPANS):
         yield "ranked", span
     yield "tails", (0, 0)
 

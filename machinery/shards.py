@@ -35,7 +35,7 @@ from machinery.sources import BLANK_TEXTS, EMPTY_ROWS, NOT_UTF8, Position, Sourc
 from machinery.text_files import in_parts
 from machinery.tokenizers import tokenizer_from_dict, tokenizer_hash
 
-MANIFEST_VERSION = 21  # part of the settings: shards of an earlier way are not mistaken for those of this one
+MANIFEST_VERSION = 22  # part of the settings: shards of an earlier way are not mistaken for those of this one
 FEW_BYTES = 10_000  # of held-out text, about 3,000 tokens
 FEWEST, MOST = 0.25, 2.0  # of the wanted held-out text: with less or more, ends of documents are held out instead
 LEAST_END = 64  # bytes of an end that says something
@@ -132,6 +132,8 @@ def report(manifest: dict) -> list[str]:
     elif size["val"] < FEW_BYTES:
         advice = "raise val_fraction or set val_source" if fraction else "name more in val_source"
         lines.append(f"{size['val']:,} bytes are held out; a loss on so few says little: {advice}")
+    elif manifest["held_out"] == "tails" and (end := size["val"] / documents["val"]) < LEAST_END:
+        lines.append(f"these ends have {end:.0f} bytes, and say little: raise val_fraction or set val_source")
     if not manifest["complete"]:
         lines.append(
             "more text is read later: a document is set aside with which the training text would hold half of the lines"
@@ -139,7 +141,8 @@ def report(manifest: dict) -> list[str]:
         )
     for kind in (NOT_UTF8, EMPTY_ROWS, BLANK_TEXTS):
         if count := manifest["passed_over"].get(kind):
-            lines.append(f"passed over in source {manifest['settings']['source']!r}: {kind} ({count:,})")
+            so_far = "" if manifest["complete"] else " so far"
+            lines.append(f"passed over in source {manifest['settings']['source']!r}: {kind} ({count:,}{so_far})")
     if spelt and manifest["settings"]["source"] not in named():  # of text that others wrote
         often = [f"{spelling!r} stands {'once' if n == 1 else f'{n:,} times'}" for spelling, n in spelt.items()]
         lines.append(

@@ -121,8 +121,9 @@ def _check_format(path: Path, head: bytes, expected: str = "UTF-8 text") -> None
         maybe_wide = not is_utf8 or (beyond_ascii < len(head) / 10 and (many or b"\0" in head))
         if maybe_wide and (wide := _wide_encoding(head)):
             name, advice = wide.upper(), f"convert it, for example with iconv -f {wide} -t utf-8"
-        elif re.search(rb"\x1b\$[@AB()]", head):  # Japanese, Korean or Chinese in seven bits
-            name, advice = "ISO-2022", "convert it, for example with iconv -f iso-2022-jp -t utf-8"
+        elif seven_bits := re.search(rb"\x1b\$(?:\)([ACG])|[@AB()])", head):  # Japanese, Korean or Chinese in them
+            country = {b"C": "kr", b"A": "cn", b"G": "cn"}.get(seven_bits[1], "jp")
+            name, advice = "ISO-2022", f"convert it, for example with iconv -f iso-2022-{country} -t utf-8"
         elif many and len(head) >= 64:
             name = f"binary data ({found} control characters in its first {len(head)} bytes)"
             advice = r"remove it, or put line ends for the NULs with tr '\0' '\n'"

@@ -103,7 +103,7 @@ def test_a_tail_ends_before_the_footer_and_nothing_is_lost():
     footer = "the licence of all of them\n\nits second line, of them all\n"
     texts = [f"line one of the text {i}\n" * 9 + f"the last own line, of {i}\n" + footer for i in range(5)]
     common = common_lines(texts)
-    assert len(common) == 2
+    assert sum(isinstance(part, bytes) for part in common) == 2
     rest, tail = cut_tail(texts[0], 0.3, common)
     assert tail.endswith("the last own line, of 0\n") and rest == texts[0].replace(tail, "") and footer in rest
     assert cut_tail(footer, 0.3, common) == cut_tail(footer, 0.3)  # all of it is common

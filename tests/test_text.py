@@ -467,6 +467,10 @@ NO_TEXT = {  # what is not UTF-8, from its beginning or from some byte on
     "gb18030, some of it as UTF-8": (("学而时习之，不亦说乎？\n" * 9).encode("gb18030"), "convert it", "gb18030"),
     "cp1251": (("Все счастливые семьи похожи\n" * 9).encode("cp1251"), "byte 0 (0xc2); convert it", "cp1251"),
     "EBCDIC": (ASCII.decode().encode("cp500"), "not UTF-8 at byte"),
+    "Korean in seven bits": (
+        ("안녕하세요 " * 20).encode("iso2022_kr"),
+        "ISO-2022, not UTF-8 text; convert it, for example with iconv -f iso-2022-kr",
+    ),
     "Japanese in seven bits": (("吾輩は猫である。\n" * 9).encode("iso2022_jp"), "holds ISO-2022, not UTF-8"),
     "packed, unknown": (bytes((i * i * 7 + i // 3) % 256 for i in range(4096)), "holds binary data ("),
     "latin1, of an even length": ("it jumps über the lazy dog\n".encode("latin1") * 50, "byte 9 (0xfc)"),

@@ -4,6 +4,8 @@ import json
 import os
 import random
 import re
+import subprocess
+import sys
 import textwrap
 import time
 import tracemalloc
@@ -15,7 +17,7 @@ import torch
 
 import data_utils
 from data_utils import get_tokenizer
-from machinery import sources, text_files
+from machinery import preparation, sources, text_files
 from machinery.encoding import encode_all
 from machinery.errors import DataError, UserError
 from machinery.held_out import (
@@ -355,6 +357,19 @@ HEADER = ["date: 2024-05-17 at nine", "draft: no, it is published", "author: the
 HEADER += ["alt: the sea, in the morning", "shown: with its reading time", "trail: that of all the others"]
 
 
+def test_a_footer_may_name_the_page_that_it_stands_on(tmp_path):
+    menu, share = (
+        "".join(
+            f'<a class="{kind} {i}" href="https://{i}.example.org/{kind}?of={{0}}">the {kind} of {i}</a>{end}'
+            for i in WORDS
+        )
+        for kind, end in (("menu", "\n"), ("share", ""))
+    )
+    pages = {f"t/{i}.md": menu + prose(i, 5) + share.format(f"page-{i}") + "\n" for i in range(100)}
+    held_out = texts_of(prepare(tmp_path, write(tmp_path, pages), val_fraction=0.02), "val")
+    assert len(held_out) > 90 and not any("share" in text for text in held_out)
+
+
 @pytest.mark.parametrize("own", ["paragraphs", "lines"])
 def test_lines_that_many_texts_begin_with_are_no_footer(tmp_path, own):
     """As front matter, mail headers and forms, where the text itself has fewer lines."""
@@ -392,6 +407,17 @@ def test_short_texts_by_a_template_are_held_out_whole(tmp_path, make):
     data = prepare(tmp_path, write(tmp_path, {"t/rows.jsonl": rows}), val_fraction=0.05)
     assert data.manifest["held_out"] in ("documents", "ranked")
     assert len(texts_of(data, "val")) > 8 and {*texts_of(data, "val")} < {row["text"] for row in rows}
+
+
+def test_where_the_first_documents_have_copies_others_are_held_out(tmp_path):
+    texts = [prose(i, 40) for i in range(150)]
+    for text in [text for text in texts if is_held_out(text, (0, 0.05))]:
+        lines = text.splitlines(keepends=True)
+        editions = ("".join(prose(seed, 10).splitlines(keepends=True) + lines[10:]) for seed in range(10_000, 10_100))
+        texts.append(next(edition for edition in editions if not is_held_out(edition, (0, 0.5))))
+    data = prepare(tmp_path, write(tmp_path, {f"t/{i}.txt": text for i, text in enumerate(texts)}), val_fraction=0.02)
+    assert data.manifest["held_out"] == "ranked" and data.manifest["span"][0] > 0 and leaked(data) == 0
+    assert {*texts_of(data, "val")} < {*texts}
 
 
 def test_where_texts_repeat_each_other_the_small_share_is_told(tmp_path, capsys):
@@ -483,6 +509,17 @@ def test_what_all_documents_share_sets_little_aside(tmp_path):
     data = prepare(tmp_path, write(tmp_path, {f"{i}.txt": text for i, text in enumerate(texts)}))
     assert leaked(data) == 0 and data.manifest["set_aside"]["documents"] <= 20
     assert len(texts_of(data, "val")) > 10 and len(texts_of(data, "train")) > 120
+
+
+def test_what_stands_for_a_short_text_is_the_same_in_every_process():
+    code = "from machinery.held_out import look_at; print([n for n in look_at(['a short text'])[0][1] if n < 0])"
+    said = {
+        subprocess.run(
+            [sys.executable, "-c", code], env=os.environ | {"PYTHONHASHSEED": seed}, capture_output=True, check=True
+        ).stdout
+        for seed in "123"
+    }
+    assert len(said) == 1
 
 
 def test_the_split_is_a_function_of_content_and_more_text_never_trains_on_what_was_held_out(tmp_path):
@@ -959,6 +996,7 @@ def test_ends_and_beginnings_of_documents_are_kept_where_tokenization_stops(tmp_
     monkeypatch.setattr(data_utils, "SHARD_TOKENS", shard_tokens)
     for module in (text_files, sources):
         monkeypatch.setattr(module, "MAX_DOCUMENT_BYTES", 2000)
+    monkeypatch.setattr(preparation, "SPANS", 0)
     root = write(tmp_path, {"t/book.txt": prose(3, 2000)})
     whole = prepare(tmp_path / "whole", root).manifest
     assert whole["held_out"] == "tails"
