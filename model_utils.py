@@ -38,10 +38,7 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
     groups = dict.fromkeys(("embedding", "position", "attention", "ffn", "norms", "head"), 0)
     for name, parameter in model.named_parameters():  # a shared tensor appears once, under its first name
         parts = name.split(".")
-        if any("norm" in part for part in parts):
-            group = "norms"
-        else:
-            group = next((group for group in groups if group in parts), "other")
+        group = "norms" if "norm" in name else next((group for group in groups if group in parts), "other")
         groups[group] = groups.get(group, 0) + parameter.numel()
     return groups | {"total": sum(groups.values())}
 
