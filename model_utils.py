@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -286,17 +288,14 @@ def attention_maps(model: nn.Module, tokens: Tensor) -> Tensor:
     check_tokens(model, tokens, "T")
     maps, layers = [], [block.attention for block in model.blocks if hasattr(block.attention, "attend")]
 
-    def looking(attend):
-        def look(q: Tensor, k: Tensor, v: Tensor, *bias: Tensor) -> Tensor:
-            S, D = k.size(2), v.size(3)
-            unit = torch.eye(S, -(-S // D) * D, dtype=v.dtype, device=v.device).expand(*v.shape[:2], -1, -1)
-            maps.append(torch.cat([attend(q, k, part, *bias) for part in unit.split(D, dim=3)], dim=3)[..., :S])
-            return attend(q, k, v, *bias)
-
-        return look
+    def look(attend: Callable, q: Tensor, k: Tensor, v: Tensor, *bias: Tensor) -> Tensor:
+        S, D = k.size(2), v.size(3)
+        unit = torch.eye(S, -(-S // D) * D, dtype=v.dtype, device=v.device).expand(*v.shape[:2], -1, -1)
+        maps.append(torch.cat([attend(q, k, part, *bias) for part in unit.split(D, dim=3)], dim=3)[..., :S])
+        return attend(q, k, v, *bias)
 
     for layer in layers:
-        layer.attend = looking(layer.attend)
+        layer.attend = partial(look, layer.attend)
     try:
         with evaluation_mode(model):
             model(tokens[None])
