@@ -84,23 +84,17 @@ def _batches(documents: Iterable[tuple[str, str, Position]]) -> Iterator[list[tu
 
 
 def _finish(batch: list[tuple[str, str, Position]], futures: list[Future], found: list) -> Iterator[Encoded]:
-    parts = [([ids], *of_text) for ids, of_text in zip((ids for future in futures for ids in future.result()), found)]
+    ids = [ids for future in futures for ids in future.result()]
+    parts = [([part], *of_text) for part, of_text in zip(ids, found)]
+    if len(batch) == 1:  # one document from its parts, whose ids stay in pieces
+        hashes = array("q", b"".join(hashes for _, hashes, _ in found))
+        size, smallest = sum(size for size, *_ in found), smallest_line(line for *_, line in found)
+        parts = [(ids, size, hashes, smallest)]
     futures.clear()
     found.clear()
-    if len(batch) == 1:
-        parts = [_put_together(parts)]
     for (side, text, position), (ids, size, lines, smallest) in zip(batch, parts):
         ends = [found for pattern in ENDS_OF_TEXT for found in pattern.findall(text)]
         yield Encoded(side, position, ids, size, lines, smallest, ends)  # who takes the ids can free them
-
-
-def _put_together(parts: list[tuple]) -> tuple[list[np.ndarray], int, array, bytes]:
-    """One document from its parts, whose ids stay in pieces."""
-    ids, sizes, hashes, smallest = zip(*parts)
-    lines = hashes[0]
-    for more in hashes[1:]:
-        lines.extend(more)
-    return [piece for pieces in ids for piece in pieces], sum(sizes), lines, smallest_line(smallest)
 
 
 class Encoder:
