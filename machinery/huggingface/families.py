@@ -117,11 +117,10 @@ def family_of(config: dict) -> Family:
         instead = {part: repr(getattr(family, part)) for part in PARTS if getattr(family, part) != config[part]}
         if kv_heads != counts[family.attention]:
             instead["attention"] = f"of {counts[family.attention]} key/value heads"
+        if not instead:
+            return family
         changes.append(instead)
-    fewest = min(map(len, changes))
-    if fewest == 0:
-        return FAMILIES[changes.index({})]
-    nearest = [instead for instead in changes if len(instead) == fewest]
+    nearest = [instead for instead in changes if len(instead) == min(map(len, changes))]
     parts = [part for instead in nearest for part in instead]
     named = max([*PARTS, "attention"], key=lambda part: (parts.count(part), part in nearest[-1]))
     heads = f" with {kv_heads} key/value heads for {config['n_head']} query heads" if named == "attention" else ""
