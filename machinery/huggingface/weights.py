@@ -55,10 +55,8 @@ def _renamed(family: Family, biased: bool, names: Iterable[str]) -> Iterator[tup
         module, leaf = name.rsplit(".", 1)
         layer = re.fullmatch(r"(?:model\.layers|transformer\.h)\.(\d+)\.(.+)", module)
         prefix, module = (f"blocks.{layer[1]}.", layer[2]) if layer else ("", module)
-        for theirs in sorted(family.modules, key=len, reverse=True):
-            if module == theirs or module.startswith(theirs + "."):
-                ours = [part + module[len(theirs) :] for part in family.modules[theirs].split()]
-                break
+        theirs = max((known for known in family.modules if f"{module}.".startswith(f"{known}.")), key=len)
+        ours = [part + module[len(theirs) :] for part in family.modules[theirs].split()]
         if ours == ["position"]:
             yield name, ["position.table"]
         elif leaf == "bias" and not (
