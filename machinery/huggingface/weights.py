@@ -334,12 +334,11 @@ def _check_same(folder: Path, values: dict, config: dict) -> None:
     wanted = config | {"n_kv_head": kv_heads_of(config)}
     wanted["attention"] = "mha" if wanted["n_kv_head"] == wanted["n_head"] else config["attention"]
     wanted["block_size"] = positions_of(config)
+    # With "rope", angles are computed for as many positions as are wanted
+    unused = {"none": ("rope_base", "block_size", "induction"), "absolute": ("induction",), "rope": ("block_size",)}
     for name, value in values.items():
-        unused = name in ("rope_base", "block_size", "induction") and values["position"] == "none"
-        unused |= name == "induction" and values["position"] == "absolute"
-        unused |= name == "block_size" and values["position"] == "rope"  # angles are computed for as many as are wanted
-        unused |= name == "rope_base" and wanted[name] > value  # slower turns, for a longer context
-        if wanted[name] != value and not unused:
+        is_slower = name == "rope_base" and wanted[name] > value  # turns, for a longer context
+        if wanted[name] != value and not is_slower and name not in unused[values["position"]]:
             label = "n_position (or block_size)" if name == "block_size" else name
             raise ExportError(
                 f"{label} is {wanted[name]!r} but {value!r} in init_from {folder.name!r};"
