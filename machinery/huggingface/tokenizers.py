@@ -7,7 +7,6 @@ makes each token has to be among those listed.
 
 from __future__ import annotations
 
-import bisect
 import json
 from itertools import pairwise
 from pathlib import Path
@@ -59,13 +58,8 @@ def recover_merge(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
 
 def merges_of(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
     """Every pair of tokens whose union is a token, by the id of the union: the order in which tiktoken merges."""
-    lengths = sorted({len(token) for token in ranks})
-    pairs = []
-    for token in sorted(ranks, key=ranks.get):
-        for length in lengths[: bisect.bisect_left(lengths, len(token))]:
-            if (left := token[:length]) in ranks and (right := token[length:]) in ranks:
-                pairs.append((left, right))
-    return pairs
+    cuts = ((token[:at], token[at:]) for token in sorted(ranks, key=ranks.get) for at in range(1, len(token)))
+    return [(left, right) for left, right in cuts if left in ranks and right in ranks]
 
 
 def to_tokenizers(encoding: tiktoken.Encoding):
