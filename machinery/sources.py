@@ -167,14 +167,11 @@ class FileSource(Source):
         for name, path in self.files.items():
             with telling_os_errors(path):
                 self._check_unchanged(path, stats[name])  # a pipe, too, that took its place, which nobody may write to
-                if rows := ROWS.get(path.suffix):
-                    for text in rows(path, self.text_column, self.separator):
-                        self.passed_over[EMPTY_ROWS] += is_blank(text)
-                        yield text
-                else:
-                    for text in self._texts(path):  # the last part of a file may be empty
-                        self.passed_over[BLANK_TEXTS] += text.isspace()
-                        yield text
+                rows = ROWS.get(path.suffix)  # the last part of a file of text may be empty
+                found = rows(path, self.text_column, self.separator) if rows else filter(None, self._texts(path))
+                for text in found:
+                    self.passed_over[EMPTY_ROWS if rows else BLANK_TEXTS] += is_blank(text)
+                    yield text
                 self._check_unchanged(path, stats[name])
 
     def _texts(self, path: Path) -> Iterator[str]:
