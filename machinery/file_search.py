@@ -107,9 +107,9 @@ def existing_part(pattern: str) -> tuple[Path, list[str]]:
 
     Where it does not, a name counts that is the same but for how its accents are composed, as on disks of a Mac.
     """
-    parts = list(Path(pattern if os.path.lexists(pattern) else os.path.expanduser(pattern)).parts)
-    root = Path(parts[0]) if parts and Path(parts[0]).anchor else Path()
-    parts = parts[1:] if root.parts else parts
+    path = Path(pattern if os.path.lexists(pattern) else os.path.expanduser(pattern))
+    root = Path(path.anchor)
+    parts = list(path.parts[len(root.parts) :])
     while parts and (found := _entry(root, parts[0])):
         root, parts = root / found, parts[1:]
     return root, parts
