@@ -119,7 +119,7 @@ def training_memory(
     rows = min(tokens, loss_rows(tokens))
     kv_width = 2 * kv_heads(config) * config.head_size  # keys and values, per block
     hidden = (3 if config.ffn == "gated" else 2) * config.n_ffn
-    tables = sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())  # such as rotary angles
+    tables = sum(buffer.nbytes for buffer in model.buffers())  # such as rotary angles
     weights = config.n_head * config.block_size if config.compile and config.block_size <= SHORT else 0
     kept = 1.0 if config.compile else 1.7 if matmul_bytes < 4 else 1.4
     per_block = 2 * stream_bytes * config.n_embd + matmul_bytes * (5 * config.n_embd + kv_width + weights + hidden)

@@ -371,7 +371,5 @@ def _without_ties(model: torch.nn.Module) -> dict[str, Tensor]:
 
 
 def _bytes_needed(weights: dict[str, Tensor], training: dict) -> int:
-    states = (
-        value for saved in training["optimizers"] for state in saved["state"].values() for value in state.values()
-    )
-    return sum(t.numel() * t.element_size() for t in [*weights.values(), *states] if torch.is_tensor(t))
+    states = [v for saved in training["optimizers"] for state in saved["state"].values() for v in state.values()]
+    return sum(t.nbytes for t in [*weights.values(), *states] if torch.is_tensor(t))
