@@ -251,7 +251,14 @@ def load_checkpoint(
     checkpoint says that it is of a run of another `origin`.
     """
     state = read_state(path)
-    _check_origin(path, state, origin or {})
+    with told(path / "state.json", CheckpointError, "its origin is odd", MOVE_AWAY):
+        there, here = state.get("origin", {}), origin or {}  # one of an earlier version says nothing
+        for name in sorted(there.keys() & here.keys()):
+            if there[name] != here[name]:
+                raise CheckpointError(
+                    f"{path} is of another run, whose {name} was {there[name]!r}, and here it is {here[name]!r};"
+                    f" {MOVE_AWAY}"
+                )
     fresh = [_states_after_a_step(optimizer) for optimizer in optimizers]
     load_weights(path, model)
     if optimizers:
@@ -260,17 +267,6 @@ def load_checkpoint(
             for optimizer, saved, states in zip(optimizers, training["optimizers"], fresh, strict=True):
                 _restore(optimizer, saved, states)
     return state
-
-
-def _check_origin(path: Path, state: dict, origin: dict) -> None:
-    with told(path / "state.json", CheckpointError, "its origin is odd", MOVE_AWAY):
-        saved = state.get("origin", {})  # one of an earlier version says nothing
-        for name in sorted(saved.keys() & origin.keys()):
-            if saved[name] != origin[name]:
-                raise CheckpointError(
-                    f"{path} is of another run, whose {name} was {saved[name]!r}, and here it is {origin[name]!r};"
-                    f" {MOVE_AWAY}"
-                )
 
 
 def _states_after_a_step(optimizer: torch.optim.Optimizer) -> list[dict]:
