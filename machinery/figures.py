@@ -103,28 +103,23 @@ def draw_run(metrics: list[dict], expected: dict | None = None) -> Figure:
     figure.subplots_adjust(left=0.055, right=0.99, top=0.89, bottom=0.17, wspace=0.31)
     size = max(1, math.ceil(sum("train_loss" in line for line in metrics) / POINTS))
 
-    def curve(axes, name: str, label: str) -> None:
+    def curve(axes, name: str, label: str, title: str, unit: str) -> None:
         tokens, values = _points(metrics, name)
         means = [(mean(tokens[i : i + size]), mean(values[i : i + size])) for i in range(0, len(values), size)]
         if means:
             axes.plot(*zip(*means), label=f"{label} (means of {size})" if size > 1 else label)
+        axes.set(title=title, xlabel="training tokens (millions)", ylabel=unit)
+        axes.locator_params(nbins=5)  # labels are most of what drawing takes
 
     if band:
         tokens, low, high = band
         loss.fill_between(tokens, low, high, color="gray", alpha=0.3, linewidth=0, label="expected")
         loss.vlines(tokens[-1], low[-1], high[-1], color="gray", linewidth=3)  # where the band is the end alone
-    curve(loss, "train_loss", "training")
+    curve(loss, "train_loss", "training", "Loss", "nats per token")
     if (evaluated := _points(metrics, "val_loss"))[0]:
         loss.plot(*evaluated, "o-", markersize=4, label="held out")
-    curve(rate, "lr", "blocks' matrices")
-    curve(speed, "tokens_per_second", "steps")
-    for axes, title, unit in (
-        (loss, "Loss", "nats per token"),
-        (rate, "Learning rate of the blocks' matrices", "learning rate"),
-        (speed, "Speed", "tokens per second"),
-    ):
-        axes.set(title=title, xlabel="training tokens (millions)", ylabel=unit)
-        axes.locator_params(nbins=5)  # labels are most of what drawing takes
+    curve(rate, "lr", "blocks' matrices", "Learning rate of the blocks' matrices", "learning rate")
+    curve(speed, "tokens_per_second", "steps", "Speed", "tokens per second")
     if loss.lines:
         loss.legend()
     speed.set_ylim(bottom=0)
