@@ -101,16 +101,14 @@ def is_enough(manifest: dict, train_tokens: int | None) -> bool:
 
 def report(manifest: dict) -> list[str]:
     """Lines that tell a user how text was held out, and what to know about it."""
-    documents, size, apart, spelt = (
-        manifest[name] for name in ("documents", "bytes", "set_aside", "end_of_text_spelt")
-    )
+    documents, size, apart, settings = (manifest[name] for name in ("documents", "bytes", "set_aside", "settings"))
     ways = {
         "documents": "whole documents, by their content",
         "ranked": "whole documents, as many as come nearest to val_fraction",
         "tails": "the end of each document, since there are few, or they are much alike",
         "val_source": "val_source",
     }
-    fraction = 0.0 if manifest["held_out"] == "val_source" else manifest["settings"]["val_fraction"]
+    fraction = 0.0 if manifest["held_out"] == "val_source" else settings["val_fraction"]
     lines = [
         f"held out: {documents['val']:,} document{'' if documents['val'] == 1 else 's'}, {size['val'] / 1e6:,.2f} MB,"
         f" {size['val'] / sum(size.values()):.2%} of what was read ({ways[manifest['held_out']]});"
@@ -142,21 +140,20 @@ def report(manifest: dict) -> list[str]:
     for kind in (NOT_UTF8, EMPTY_ROWS, BLANK_TEXTS):
         if count := manifest["passed_over"].get(kind):
             so_far = "" if manifest["complete"] else " so far"
-            lines.append(f"passed over in source {manifest['settings']['source']!r}: {kind} ({count:,}{so_far})")
-    if spelt and manifest["settings"]["source"] not in named():  # of text that others wrote
+            lines.append(f"passed over in source {settings['source']!r}: {kind} ({count:,}{so_far})")
+    if (spelt := manifest["end_of_text_spelt"]) and settings["source"] not in named():  # of text that others wrote
         often = [f"{spelling!r} stands {'once' if n == 1 else f'{n:,} times'}" for spelling, n in spelt.items()]
         lines.append(
             f"{', '.join(often)} in the texts, as text like any other; if it separates documents, set"
             f" split_on={max(spelt, key=spelt.get)!r}"
         )
-    tokens, vocab_size = manifest["tokenizer"]["n_vocab"], manifest["settings"]["vocab_size"]
+    tokens, vocab_size = manifest["tokenizer"]["n_vocab"], settings["vocab_size"]
     if (enough := -(-tokens // 64) * 64) < vocab_size:
         lines.append(
             f"vocab_size is {vocab_size:,} but the tokenizer has {tokens:,} tokens: the rest costs time and memory and"
             f" is never used; set vocab_size to {enough:,}"
         )
-    split_on = manifest["settings"]["split_on"]
-    if split_on and not manifest["is_split"]:
+    if (split_on := settings["split_on"]) and not manifest["is_split"]:
         lines.append(f"split_on {split_on!r} stands nowhere in the texts; they are documents as they are")
     return lines
 
