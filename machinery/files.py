@@ -6,6 +6,7 @@ import contextlib
 import errno
 import functools
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -183,10 +184,8 @@ def flush(path: Path) -> None:
 
 def free_name(path: Path, suffix: str = "") -> Path:
     """The first of `path`.1, `path`.2, … that does not exist, with `suffix` after the number."""
-    number = 1
-    while os.path.lexists(name := path.with_name(f"{path.name}.{number}{suffix}")):
-        number += 1
-    return name
+    names = (path.with_name(f"{path.name}.{number}{suffix}") for number in itertools.count(1))
+    return next(name for name in names if not os.path.lexists(name))
 
 
 def remove(path: Path) -> None:
