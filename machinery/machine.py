@@ -192,9 +192,8 @@ class Machine:
 
 def datasheet_flops(name: str) -> float | None:
     """Dense 16-bit FLOP/s of the GPU of this name by its data sheet; None where that is not known."""
-    fits = (tflops for part, tflops in DATASHEET_TFLOPS.items() if re.fullmatch(SAME_CHIP.format(part), name))
-    tflops = next(fits, None)
-    return tflops and tflops * 1e12
+    fits = (1e12 * tflops for part, tflops in DATASHEET_TFLOPS.items() if re.fullmatch(SAME_CHIP.format(part), name))
+    return next(fits, None)
 
 
 @cache
@@ -214,8 +213,7 @@ def usable_cores() -> int:
 def cpu_name() -> str:
     """The processor's name as the system gives it."""
     with contextlib.suppress(OSError):
-        found = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
-        if found:
+        if found := re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text()):
             return found[1]
     return platform.processor() or platform.machine()
 
