@@ -141,13 +141,13 @@ class FigureLogger(Logger):
         return in_notebook()
 
     def __init__(self, folder: Path, config: dict) -> None:
-        from IPython.display import display
+        from IPython.display import DisplayHandle, display
 
         self.lines = read_jsonl(folder / "metrics.jsonl")
         self.expected = read_note(folder / "expected.json")
         self.started, self.spent = time.perf_counter(), 0.0  # seconds
-        picture, options = self._picture()  # empty axes, or the steps of an earlier part; the first one takes longer
-        self.curves = display(picture, **options, display_id=True)
+        self.curves = DisplayHandle()
+        self._draw(self.curves.display)  # empty axes, or the steps of an earlier part; the first one takes longer
         self.text = display({"text/plain": ""}, raw=True, display_id=True)
         for sample in read_jsonl(folder / "samples.jsonl")[-1:]:
             self.sample(**sample)
@@ -156,7 +156,7 @@ class FigureLogger(Logger):
         self.lines.append({"step": step, **values})
         before = time.perf_counter()
         if step and "val_loss" in values and self.spent <= FIGURE_SHARE * (before - self.started):
-            self._draw()
+            self._draw(self.curves.update)
             self.spent += time.perf_counter() - before
 
     def sample(self, step: int, prompt: str, text: str) -> None:
@@ -165,15 +165,10 @@ class FigureLogger(Logger):
 
     def finish(self, summary: dict | None) -> None:
         if self._steps() != self.drawn:  # some came after the last drawing
-            self._draw()
+            self._draw(self.curves.update)
 
-    def _draw(self) -> None:
-        """Put the figure in the place of the former one."""
-        picture, options = self._picture()
-        self.curves.update(picture, **options)
-
-    def _picture(self) -> tuple[dict, dict]:
-        """The figure as a notebook keeps it, and what `display` has to know of it."""
+    def _draw(self, put: Callable) -> None:
+        """Draw the figure and `put` it in its place, as a notebook keeps it."""
         self.drawn, content = self._steps(), io.BytesIO()
         figure = draw_run(self.lines, self.expected)
         try:
@@ -181,7 +176,7 @@ class FigureLogger(Logger):
         finally:
             plt.close(figure)
         picture = {"image/png": base64.b64encode(content.getvalue()).decode(), "text/plain": "the curves of this run"}
-        return picture, {"raw": True, "metadata": {"image/png": {"alt": describe(figure)}}}
+        put(picture, raw=True, metadata={"image/png": {"alt": describe(figure)}})
 
     def _steps(self) -> int:
         return sum("train_loss" in line for line in self.lines)
