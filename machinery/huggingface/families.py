@@ -226,12 +226,9 @@ def _model_fields(folder: Path, raw: dict) -> dict:
     rope = theirs.get("rope_parameters") or {}
     values["rope_base"] = rope.get("rope_theta", 10000.0) if family.position == "rope" else 10000.0
     same = to_hf_config(values).to_dict()
+    unsaid = {"n_inner": 4 * values["n_embd"], "head_dim": values["n_embd"] // values["n_head"]}
     for name in sorted((set(same) - set(transformers.PreTrainedConfig().to_dict()) - HARMLESS) | {"head_dim"}):
-        there, here = theirs.get(name), same.get(name)
-        if name == "n_inner" and there is None:
-            there = 4 * values["n_embd"]
-        if name == "head_dim" and here is None:
-            here, there = values["n_embd"] // values["n_head"], there or values["n_embd"] // values["n_head"]
+        there, here = (unsaid.get(name) if config.get(name) is None else config[name] for config in (theirs, same))
         if name == "rope_parameters" and family.position != "rope":
             continue  # of layers that all leave it out
         if SAME.get(str(there), there) != SAME.get(str(here), here):
