@@ -62,7 +62,6 @@ def new_manifest(settings: dict, encoding: tiktoken.Encoding, held_out: str, spa
     """The manifest of a folder without shards; `held_out` is "val_source", "documents", "ranked" ones, or the "tails"
     of documents; `span` the places of whole ones that are (`falls_within`).
     """
-    zero = {"train": 0, "val": 0}
     return {
         "settings": settings,
         "text": "",  # a digest of all that will be read, where it is more than the first shards hold
@@ -73,9 +72,7 @@ def new_manifest(settings: dict, encoding: tiktoken.Encoding, held_out: str, spa
             "end_of_text": encoding.eot_token,
         },
         "dtype": "uint16" if encoding.n_vocab <= 1 << 16 else "uint32",
-        "documents": dict(zero),
-        "tokens": dict(zero),
-        "bytes": dict(zero),
+        **{counted: {"train": 0, "val": 0} for counted in ("documents", "tokens", "bytes")},
         "shards": {"train": [], "val": []},
         "held_out": held_out,
         "span": span,
