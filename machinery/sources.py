@@ -359,7 +359,7 @@ class HubSource(Source):
 
     def _texts_of_line(self, line: str, where: str) -> list[str]:
         line = line.lstrip("\ufeff")
-        return [json_text(line.encode(), self.text_column, where)] if line.strip() else []
+        return [json_text(line, self.text_column, where)] if line.strip() else []
 
     def _address(self) -> tuple[str, str | None]:
         """Name and configuration, as `datasets` takes them."""

@@ -268,7 +268,7 @@ ROW = "a row is one object on one line"
 NO_ROW = b"\x1e\x1a"  # stands before each row in JSON text sequences (RFC 7464), and at the end of old files (Ctrl-Z)
 
 
-def json_text(line: bytes, text_column: str, where: str, is_utf8: bool = False) -> str:
+def json_text(line: str | bytes, text_column: str, where: str, is_utf8: bool = False) -> str:
     """The text of one row of JSON lines; "" for null. No other column is looked at. Raises `DataError`.
 
     With `is_utf8`, rows before it hold more than ASCII.
