@@ -77,19 +77,12 @@ def to_tokenizers(encoding: tiktoken.Encoding):
     vocabulary = {name[token]: rank for token, rank in ranks.items()}
     if list(special.values()) != list(range(len(ranks), len(ranks) + len(special))):
         vocabulary |= special  # ids with gaps between them: the file has to name each
-    tokenizer = Tokenizer(
-        models.BPE(
-            vocab=vocabulary,
-            merges=[(name[left], name[right]) for left, right in merges_of(ranks)],
-            ignore_merges=True,  # look pieces up whole first, as tiktoken does
-        )
-    )
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(for_oniguruma(encoding._pat_str)), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    merges = [(name[left], name[right]) for left, right in merges_of(ranks)]
+    # Pieces are looked up whole first, as tiktoken does
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=True))
+    into_pieces = pre_tokenizers.Split(Regex(for_oniguruma(encoding._pat_str)), behavior="isolated")
+    into_letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([into_pieces, into_letters])
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in special])
     same_ids(encoding, tokenizer)
