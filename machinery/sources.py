@@ -347,13 +347,12 @@ class HubSource(Source):
         as_it_is = {"sample_by": "document", "converters": {self.text_column: str}, "keep_default_na": False}
         vars(builder.config).update({name: as_it_is[name] for name in as_it_is.keys() & vars(builder.config).keys()})
         rows = builder.as_streaming_dataset(split=split)
-        names = rows.column_names
-        if names and self.text_column not in names:
-            raise no_column(where, self.text_column, names)
-        if names and hasattr(builder.config, "columns"):  # of Parquet: else all columns have to agree over the files
-            builder.config.columns = [self.text_column]
-            rows = builder.as_streaming_dataset(split=split)
-        if names:
+        if names := rows.column_names:
+            if self.text_column not in names:
+                raise no_column(where, self.text_column, names)
+            if hasattr(builder.config, "columns"):  # of Parquet: else all columns have to agree over the files
+                builder.config.columns = [self.text_column]
+                rows = builder.as_streaming_dataset(split=split)
             rows = rows.select_columns([self.text_column])
         return rows, lambda row, number: [row_text(row, self.text_column, f"{where}, row {number}")]
 
