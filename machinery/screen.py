@@ -63,7 +63,7 @@ def progress_bar(shown: bool = True, **options) -> tqdm:
     return tqdm(file=sys.stdout, disable=not (shown and drawn), **options)
 
 
-class Screen:
+class Screen(contextlib.AbstractContextManager):
     """A bar over the budget. Plain text, so that it looks the same in a terminal, a notebook and a saved page."""
 
     def __init__(self, progress: float) -> None:
@@ -71,9 +71,6 @@ class Screen:
             total=1.0, initial=progress, bar_format="{percentage:5.1f}% |{bar:20}| {desc}",
             mininterval=0.5, miniters=1 / 2000,  # at most 2,000 updates: a saved page stays small
         )  # fmt: skip
-
-    def __enter__(self) -> Screen:
-        return self
 
     def __exit__(self, *exception) -> None:
         self._bar.close()
