@@ -148,15 +148,13 @@ class RunFolder:
         one of the two has, of another version of this program, is told.
         """
         saved = read_json(self.path / "config.json", advice=COPY)
-        now, changed = portable(config), set()
-        for name in sorted(now.keys() & saved.keys() - {"resume"}):
-            if saved[name] != now[name]:
-                if name in fixed:
-                    raise UserError(
-                        f"{name} is {now[name]!r} but run {self.path.name!r} was begun with {saved[name]!r};"
-                        " use a new run_name, or resume='never' to start over"
-                    )
-                changed.add(name)
+        now = portable(config)
+        changed = {name for name in now.keys() & saved.keys() - {"resume"} if saved[name] != now[name]}
+        for name in sorted(changed.intersection(fixed)):  # the first is told
+            raise UserError(
+                f"{name} is {now[name]!r} but run {self.path.name!r} was begun with {saved[name]!r};"
+                " use a new run_name, or resume='never' to start over"
+            )
         for name in sorted(changed | now.keys() ^ saved.keys()):
             before, after = (repr(values[name]) if name in values else "not known" for values in (saved, now))
             print(printable(f"  {name}: {before[:60]} before, {after[:60]} now"))
