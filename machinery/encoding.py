@@ -50,7 +50,6 @@ def encode_all(
 
     with ThreadPoolExecutor(usable_cores()) as pool:
         waiting: deque[tuple[list, list[Future], list, int]] = deque()
-        ahead = 0
         for batch in _batches(documents):
             size = sum(len(text) for _, text, _ in batch)
             texts = [text for _, text, _ in batch]
@@ -60,10 +59,8 @@ def encode_all(
                 futures.append(pool.submit(encoder.encode, part))
                 found += look_at(part)
             waiting.append((batch, futures, found, size))
-            ahead += size
             del batch, texts, parts, part, futures, found  # a document may be large
-            while ahead > AHEAD or len(waiting) > 16:
-                ahead -= waiting[0][3]
+            while sum(each[3] for each in waiting) > AHEAD or len(waiting) > 16:
                 yield from _finish(*waiting.popleft()[:3])
         while waiting:
             yield from _finish(*waiting.popleft()[:3])
