@@ -539,6 +539,12 @@ def test_a_block_that_computes_otherwise_is_no_export(lm, tiny, tmp_path, texts,
         lm.train(lm.Config.from_preset("smoke", **values))
 
 
+@pytest.mark.parametrize("position", ["absolute", "none"])
+def test_what_a_position_does_not_use_may_differ(lm, tmp_path, position):
+    values = lm.Config.from_preset("smoke", position=position).to_dict()
+    weights._check_same(tmp_path, values, values | {"rope_base": 500.0, "induction": True})
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [

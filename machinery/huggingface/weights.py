@@ -335,7 +335,11 @@ def _check_same(folder: Path, values: dict, config: dict) -> None:
     wanted["attention"] = "mha" if wanted["n_kv_head"] == wanted["n_head"] else config["attention"]
     wanted["block_size"] = positions_of(config)
     # With "rope", angles are computed for as many positions as are wanted
-    unused = {"none": ("rope_base", "block_size", "induction"), "absolute": ("induction",), "rope": ("block_size",)}
+    unused = {
+        "none": {"rope_base", "block_size", "induction"},
+        "absolute": {"rope_base", "induction"},
+        "rope": {"block_size"},
+    }
     for name, value in values.items():
         is_slower = name == "rope_base" and wanted[name] > value  # turns, for a longer context
         if wanted[name] != value and not is_slower and name not in unused[values["position"]]:
