@@ -101,6 +101,7 @@ BETWEEN_WORDS = set(" \n、。，！？「　")  # one of which any longer text 
 CONTROLS = bytes(byte for byte in range(32) if byte not in b"\b\t\n\v\f\r\x1b")  # which text does not hold
 FEW_CONTROLS = 0.1  # share of them, beyond which a file is no text; a fifth of it where the file is not UTF-8
 HALF = re.compile(rb"\xed[\xa0-\xbf][\x80-\xbf]")  # of a surrogate pair, as if it were a character in UTF-8
+SAYS_ENCODING = re.compile(rb"(?i)(?:coding|charset)\s*[=:]\s*[\"']?([\w-]+)")  # as XML, mails, .po files and Python do
 NO_TEXT = re.compile(rb"[%b](?:[^%b]?[%b]){15}" % ((re.escape(CONTROLS),) * 3))  # as binary data has it, or UTF-16
 
 
@@ -192,7 +193,7 @@ def texts(path: Path, separator: re.Pattern | None) -> Iterator[str]:
 
     is_utf8 = False
     with path.open("rb", 1 << 16) as file:
-        _check_format(path, file.peek(4096)[:4096])
+        _check_format(path, head := file.peek(4096)[:4096])
         try:
             for part in _decoded(blocks(), separator):
                 is_utf8 = is_utf8 or not part.isascii()
@@ -204,7 +205,7 @@ def texts(path: Path, separator: re.Pattern | None) -> Iterator[str]:
                 raise _no_text(path, min(at, before + found.start())) from None
             if len(after) >= SHORT and _controls(after) > len(after) * FEW_CONTROLS / 5:
                 raise _no_text(path, at) from None
-            advice = _mend_or_convert(error.object, is_utf8)
+            advice = _mend_or_convert(error.object, is_utf8, head)
             if file.tell() < SHORT and file.tell() % 2 == 0:
                 advice += "; or it is UTF-16, in so few bytes hard to tell: iconv -f utf-16-le -t utf-8"
             raise DataError(f"{path}: not UTF-8 at byte {at} (0x{error.object[error.start]:02x}); {advice}") from None
@@ -242,13 +243,19 @@ def _decoded(blocks: Iterable[bytes], separator: re.Pattern | None) -> Iterator[
     yield rest + decoder.decode(b"", final=True)
 
 
-def _mend_or_convert(content: bytes, is_utf8: bool = False) -> str:
-    """What to do with content that is not all UTF-8, and with `is_utf8` comes after some that is."""
+def _mend_or_convert(content: bytes, is_utf8: bool = False, head: bytes = b"") -> str:
+    """What to do with content that is not all UTF-8, and with `is_utf8` comes after some that is. The `head` of a file
+    may name its encoding.
+    """
     # In other encodings, few bytes happen to be UTF-8; Java and Oracle write halves of characters so
     text = HALF.sub("\u20ac".encode(), content).decode(errors="replace")
     wrong, beyond_ascii = text.count("\ufffd"), len(text) - len(text.encode("ascii", "ignore"))
     if is_utf8 or beyond_ascii > 2 * wrong:
         return "before that it is; mend these bytes, or leave such out with iconv -c -f utf-8 -t utf-8"
+    for name in (said.decode() for said in SAYS_ENCODING.findall(head)):
+        with contextlib.suppress(LookupError, UnicodeError):  # of what is none for text, as base64 in mails
+            if "a".encode(name) and not codecs.lookup(name).name.startswith("utf"):
+                return f"convert it from the encoding that it names, with iconv -f {name} -t utf-8"
     return (
         "convert it from the encoding that it is in, for example with iconv -f cp1252 -t utf-8, or cp1251 for Russian,"
         " gb18030 for Chinese, shift_jis for Japanese"

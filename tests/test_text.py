@@ -466,6 +466,15 @@ NO_TEXT = {  # what is not UTF-8, from its beginning or from some byte on
     ),
     "gb18030, some of it as UTF-8": (("学而时习之，不亦说乎？\n" * 9).encode("gb18030"), "convert it", "gb18030"),
     "cp1251": (("Все счастливые семьи похожи\n" * 9).encode("cp1251"), "byte 0 (0xc2); convert it", "cp1251"),
+    "what it says": (
+        ('<?xml version="1.0" encoding="windows-1251"?>\n' + "Все счастливые семьи похожи\n" * 9).encode("cp1251"),
+        "convert it from the encoding that it names, with iconv -f windows-1251 -t utf-8",
+    ),
+    "a mail": (
+        b"Content-Transfer-Encoding: base64\nX-Encoding: 8bit\nContent-Type: text/plain; charset=EUC-KR\n"
+        + ("안녕하세요 " * 20).encode("euc-kr"),
+        "with iconv -f EUC-KR -t utf-8",
+    ),
     "EBCDIC": (ASCII.decode().encode("cp500"), "not UTF-8 at byte"),
     "Korean in seven bits": (
         ("안녕하세요 " * 20).encode("iso2022_kr"),
