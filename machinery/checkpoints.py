@@ -351,7 +351,7 @@ def check_weights(path: Path, model: torch.nn.Module) -> None:
         name = next(n for n in sorted(expected | found) if expected.get(n) != found.get(n))
         raise CheckpointError(
             f"{path}: {name} is {found.get(name, 'missing')} there and {expected.get(name, 'missing')} in the model;"
-            " build the model from the run's config.json"
+            " build the model from the run's config.json, with the classes that it was trained with"
         )
 
 

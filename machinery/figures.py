@@ -185,9 +185,10 @@ def plot_runs(*folders: str | Path) -> Figure:
         if config := read_note(folder / "config.json"):
             fields = ("val_source" if config.get("val_source") else "source", "val_fraction", "text_column", "split_on")
             texts[label] = ", ".join(f"{field} {config[field]!r}" for field in fields if config.get(field))
-            if type(size := read_note(folder / "data.json").get("held_out_bytes")) is int:  # of two folders of one name
+            if type(size := read_note(folder / "data.json").get("held_out_bytes")) is int:
                 sizes[label] = f", {size:,} bytes"
-    if len(set(texts.values())) > 1 or len(set(sizes.values())) > 1:
+    of_all = sizes if len(sizes) == len(folders) else texts  # the same bytes may have come from elsewhere
+    if len(set(of_all.values())) > 1 or len(set(sizes.values())) > 1:
         told_apart = "; ".join(f"{label}: {text}{sizes.get(label, '')}" for label, text in texts.items())
         print(printable(f"scored on other held-out text, so their bits per byte do not compare: {told_apart}"))
     figure, axes = plt.subplots(figsize=(6, 3), layout="constrained")

@@ -1379,11 +1379,12 @@ def test_runs_on_folders_of_one_name_that_hold_other_text_are_told_apart(lm, set
         path.write_text(path.read_text("utf-8") + "and more", "utf-8")
     own, base = {"run_name": "own", "tokenizer": "bpe", "vocab_size": 300}, {"source": str(folder), "max_steps": 1}
     there = {"run_name": "there", "source": str(tmp_path / "other" / folder.name)}
-    for change in ({"run_name": "a"}, own, there):
+    moved = {"run_name": "moved", "source": str(shutil.copytree(folder, tmp_path / "of another name"))}
+    for change in ({"run_name": "a"}, own, there, moved):
         lm.train(settings(**base | change))
-    runs = [tmp_path / "runs" / name for name in ("a", "own", "there")]
+    runs = [tmp_path / "runs" / name for name in ("a", "own", "there", "moved")]
     capsys.readouterr()
-    plt.close(plot_runs(*runs[:2]))
+    plt.close(plot_runs(*runs[:2], runs[3]))
     assert not capsys.readouterr().out
     plt.close(plot_runs(runs[0], runs[2]))
     assert re.match(r"scored on other held-out text.* a: source .*, [\d,]+ bytes; there: ", capsys.readouterr().out)

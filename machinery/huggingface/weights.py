@@ -98,7 +98,8 @@ def _to_hf_model(config: dict, state: dict[str, Tensor]):
         model.tie_weights()
     except (KeyError, RuntimeError) as error:
         raise ExportError(
-            f"weights and config.json do not belong together: {str(error).strip().splitlines()[-1].strip()[:160]}"
+            "weights and config.json do not belong together, or are of a class of your own, which no family has:"
+            f" {str(error).strip().splitlines()[-1].strip()[:160]}"
         ) from None
     return model
 
