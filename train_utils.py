@@ -251,7 +251,7 @@ class Run:
         self._line |= at.scores
         numbers = f"step {at.step:7,} {at.tokens:15,} tokens {at.seconds:8,.0f} s"
         said = self._forecast.place(self.progress(), at.tokens, scores["val_bpb"]) if self._forecast else ""
-        self.screen.say(f"{numbers}   {scores['val_bpb']:.4f} bits per byte held out{said}")
+        self.screen.say(f"{numbers}   {scores['val_bpb']:.4f} bits per byte held out{', all of it' * is_last}{said}")
 
     def _epochs(self, tokens: int) -> float:
         """How often so many tokens are all windows of the text; 0 while that is not known."""
