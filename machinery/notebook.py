@@ -45,12 +45,19 @@ def load_definitions(notebook: str | Path = NOTEBOOK) -> types.ModuleType:
     if not defining:
         raise UserError(f"{path.name} has no cell tagged 'define': is this the LMHarness notebook?")
     module = types.ModuleType(path.stem)
+    module.defining_cells = defining
     sys.modules[module.__name__] = module  # dataclasses and torch.compile look classes up by module name
     for index, source in defining:
         name = f"{path.name}, cell {index}"
         linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)
         exec(compile(source, name, "exec", dont_inherit=True), module.__dict__)
     return module
+
+
+def definitions_in_use() -> types.ModuleType:
+    """Those that were loaded last, with what a script has put in their place; anew where the notebook has changed."""
+    module = sys.modules.get(NOTEBOOK.stem)
+    return module if getattr(module, "defining_cells", None) == defining_cells() else load_definitions()
 
 
 TRAIN = "import json, sys; from machinery import load_definitions; lm = load_definitions()"

@@ -61,14 +61,15 @@ class SavedRun:
             if torch.empty(0, device=torch.device(device)).is_meta:
                 raise ValueError("it holds shapes and no weights")
 
+        with torch.device("meta"):
+            outline = build()
+        tell_other_code(self._path.parent, model_code(outline))
+
         def load(checkpoint: Path) -> torch.nn.Module:
-            with torch.device("meta"):
-                check_weights(checkpoint, build())
+            check_weights(checkpoint, outline)
             model = build()
             load_weights(checkpoint, model)
             self.checkpoint = checkpoint
             return model
 
-        model = read_newest(self._path.parent, load, self._step)
-        tell_other_code(self._path.parent, model_code(model))
-        return model.to(device).eval()
+        return read_newest(self._path.parent, load, self._step).to(device).eval()

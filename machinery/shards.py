@@ -151,7 +151,8 @@ def report(manifest: dict) -> list[str]:
             f" is never used; set vocab_size to {enough:,}"
         )
     if (split_on := settings["split_on"]) and not manifest["is_split"]:
-        lines.append(f"split_on {split_on!r} stands nowhere in the texts; they are documents as they are")
+        hint = r"; a line end is written as such, in double quotes in YAML" if r"\n" in split_on else ""
+        lines.append(f"split_on {split_on!r} stands nowhere in the texts; they are documents as they are{hint}")
     return lines
 
 

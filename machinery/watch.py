@@ -14,7 +14,7 @@ import torch
 
 from machinery.budget import multiplying_and_flops
 from machinery.checkpoints import checkpoint_folders
-from machinery.errors import UserError
+from machinery.errors import UserError, told
 from machinery.files import free_bytes
 from machinery.forecast import Forecast, forecast
 from machinery.machine import Machine, measure_matmul_flops, time_between
@@ -60,6 +60,8 @@ def with_best(
     Only scores of the same text are compared. The last evaluation is mostly of more than those before it: then the best
     stays as it is, for a run that goes on. Where a part of another size is scored from here on, it begins anew.
     """
+    with told("evaluate", advice="it returns a dict of numbers, with val_loss and val_bpb"):
+        scores = {name: float(scores[name]) for name in ("val_loss", "val_bpb", *scores)}
     best = {name: value for name, value in last.items() if name.startswith("best_")}
     comparable = best.get("best_tokens") == tokens
     rise = scores["val_bpb"] - best["best_val_bpb"] if comparable else None

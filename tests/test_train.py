@@ -829,6 +829,16 @@ def test_an_evaluation_far_off_keeps_no_later_step_from_being_saved(lm, settings
     assert newest_checkpoint(folder_of(config)).name == "step_00000008"
 
 
+def test_an_evaluation_of_ones_own_gives_numbers(lm, settings, monkeypatch):
+    config, evaluate = settings(max_steps=1), lm.evaluate
+    monkeypatch.setattr(lm, "evaluate", lambda *arguments: evaluate(*arguments) | {"norm": torch.tensor(0.5)})
+    assert lm.train(config)["norm"] == 0.5
+    for number, wrong in enumerate(({"val_loss": 1.0}, {"val_loss": 1.0, "val_bpb": [2.0]}, None)):
+        monkeypatch.setattr(lm, "evaluate", lambda *_, wrong=wrong: wrong)
+        with pytest.raises(UserError, match="evaluate: .*a dict of numbers, with val_loss and val_bpb"):
+            lm.train(lm.replace(config, run_name=f"wrong{number}"))
+
+
 def test_a_preflight_reads_no_more_than_the_run_will(lm, settings, monkeypatch):
     """Its text may end there: more would have to be tokenized, or fetched."""
     read, furthest = TokenWindows.read, [0]

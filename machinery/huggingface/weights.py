@@ -31,7 +31,7 @@ from machinery.huggingface.families import (
     to_hf_config,
 )
 from machinery.huggingface.tokenizers import read_tokenizer, save_tokenizer
-from machinery.notebook import load_definitions
+from machinery.notebook import definitions_in_use
 from machinery.saved_run import tokenizer_of_run
 from machinery.tokenizers import END_OF_TEXT
 
@@ -145,10 +145,10 @@ def export_hf(run_dir: str | Path, out_dir: str | Path, step: int | None = None)
 
 @torch.no_grad()
 def _check_logits(run: Path, step: int, exported: Path) -> None:
-    """Raise `ExportError` unless transformers computes what this stack does, as the notebook defines it."""
+    """Raise `ExportError` unless transformers computes what this stack does, as it is defined here."""
     from transformers import AutoModelForCausalLM
 
-    ours = load_definitions().load_run(run, step=step)[1]  # tells of classes that the run was not trained with
+    ours = definitions_in_use().load_run(run, step=step)[1]  # tells of classes that the run was not trained with
     theirs = AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32)
     tokens = torch.arange(min(16, ours.max_length))[None] % theirs.config.vocab_size
     expected = ours(tokens)
@@ -156,7 +156,7 @@ def _check_logits(run: Path, step: int, exported: Path) -> None:
     if difference > 1e-3 * max(1, expected.abs().max().item()):
         raise ExportError(
             f"logits of {theirs.config.model_type} differ from this stack's by up to {difference:.2g}: a block, or"
-            " another class, computes otherwise in the notebook"
+            " another class, computes otherwise"
         )
 
 
