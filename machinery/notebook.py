@@ -9,6 +9,8 @@ nothing is written twice:
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import io
 import json
 import linecache
@@ -19,6 +21,7 @@ import sys
 import threading
 import tokenize
 import types
+from collections.abc import Iterator
 from pathlib import Path
 
 from machinery.errors import UserError
@@ -34,6 +37,22 @@ def defining_cells(notebook: str | Path = NOTEBOOK) -> list[tuple[int, str]]:
     return [(i, "".join(c["source"])) for i, c in enumerate(cells) if "define" in c["metadata"].get("tags", [])]
 
 
+def untagged_definitions(notebook: Path, defining: list[tuple[int, str]]) -> Iterator[tuple[int, str]]:
+    """Number of a cell without the tag, and name of what it defines anew."""
+    names = {name for _, source in defining for name in _defined(source)}
+    cells = json.loads(notebook.read_text("utf-8"))["cells"]
+    for index in sorted({i for i, cell in enumerate(cells) if cell["cell_type"] == "code"} - {i for i, _ in defining}):
+        yield from ((index, name) for name in _defined("".join(cells[index]["source"])) if name in names)
+
+
+def _defined(source: str) -> list[str]:
+    """The classes and functions of a cell; none of one with commands of IPython."""
+    with contextlib.suppress(SyntaxError):
+        kinds = (ast.ClassDef, ast.FunctionDef)
+        return [node.name for node in ast.parse(source).body if isinstance(node, kinds)]
+    return []
+
+
 def load_definitions(notebook: str | Path = NOTEBOOK) -> types.ModuleType:
     """Execute the cells of `notebook` tagged `define`, in order, in a fresh module and return it.
 
@@ -44,6 +63,8 @@ def load_definitions(notebook: str | Path = NOTEBOOK) -> types.ModuleType:
     defining = defining_cells(path)
     if not defining:
         raise UserError(f"{path.name} has no cell tagged 'define': is this the LMHarness notebook?")
+    for index, name in untagged_definitions(path, defining):
+        print(f"{path.name}, cell {index} defines {name} without the tag 'define': here it is that of a cell before")
     module = types.ModuleType(path.stem)
     module.defining_cells = defining
     sys.modules[module.__name__] = module  # dataclasses and torch.compile look classes up by module name

@@ -9,7 +9,7 @@ import tiktoken
 import torch
 
 from machinery.files import read_jsonl
-from machinery.notebook import NOTEBOOK, mark_executed, source_digest
+from machinery.notebook import NOTEBOOK, load_definitions, mark_executed, source_digest
 from machinery.tokenizers import tokenizer_to_dict
 
 nbformat, papermill = pytest.importorskip("nbformat"), pytest.importorskip("papermill")
@@ -239,3 +239,14 @@ def test_a_run_without_a_prompt_is_exported(lm, texts, tmp_path, capsys):
 def test_rotary_positions_are_shown_for_a_short_context_and_for_heads_of_one_channel(lm, values):
     names = {"config": lm.Config.from_preset("smoke", **values), "play": lambda draw, **_: draw()}
     exec(source_with("play(draw_rope"), vars(lm) | names)
+
+
+def test_a_class_that_is_defined_anew_without_the_tag_is_told(tmp_path, capsys):
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    load_definitions()
+    assert "without the tag" not in capsys.readouterr().out
+    notebook.cells += map(nbformat.v4.new_code_cell, ("class Block(Block):\n    pass", "%time class Block"))
+    nbformat.write(notebook, tmp_path / "Own.ipynb")
+    load_definitions(tmp_path / "Own.ipynb")
+    said = f"Own.ipynb, cell {len(notebook.cells) - 2} defines Block without the tag 'define'"
+    assert capsys.readouterr().out.count(said) == 1
