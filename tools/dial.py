@@ -40,7 +40,7 @@ BATCHES = {  # by size and tokens: the preset's, for about a minute, and the bes
     ((3, 192), 6_000_000): (2048, 4096, 8192),
 }
 UNMOVED = (1024, 8192)  # for the first, also tried with the rates of the preset
-SEEDS = (0, 1, 2)  # of the sizes; for nine minutes there is one
+SEEDS = (0, 1, 2)  # of the sizes that read their text no more than `MOST_EPOCHS` times
 PRESET = lm.PRESETS["demo"]
 
 
@@ -137,8 +137,13 @@ def main() -> None:
     options = parser_of_runs(__doc__).parse_args()
     results, forecasts = Results(RESULTS / "dial.jsonl"), Results(RESULTS / "forecast.jsonl")
     if not options.summary:
-        short = [run for at in product(KINDS, (1, 3), SEEDS) for run in of_minutes(*at)]
-        run_missing(forecasts, lambda: fitted() + unseen() + short, options.jobs)
+        sized = [
+            run
+            for source, minutes, seed in product(KINDS, MINUTES, SEEDS)
+            for run in of_minutes(source, minutes, seed)
+            if run.tokens <= MOST_EPOCHS * TEXT_TOKENS[source]
+        ]
+        run_missing(forecasts, lambda: fitted() + unseen() + sized, options.jobs)
         run_missing(results, by_batch, options.jobs)
     write_dial(results, forecasts)
 
