@@ -513,13 +513,9 @@ def test_what_all_documents_share_sets_little_aside(tmp_path):
 
 def test_what_stands_for_a_short_text_is_the_same_in_every_process():
     code = "from machinery.held_out import look_at; print([n for n in look_at(['a short text'])[0][1] if n < 0])"
-    said = {
-        subprocess.run(
-            [sys.executable, "-c", code], env=os.environ | {"PYTHONHASHSEED": seed}, capture_output=True, check=True
-        ).stdout
-        for seed in "123"
-    }
-    assert len(said) == 1
+    options = {"env": os.environ | {"PYTHONHASHSEED": "1"}, "capture_output": True, "text": True, "check": True}
+    said = subprocess.run([sys.executable, "-c", code], **options).stdout
+    assert json.loads(said) == [number for number in look_at(["a short text"])[0][1] if number < 0]
 
 
 def test_the_split_is_a_function_of_content_and_more_text_never_trains_on_what_was_held_out(tmp_path):
