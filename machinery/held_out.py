@@ -318,8 +318,8 @@ def _before_footer(text: str, common: Container[bytes | int]) -> int:
 
 def _is_mostly_common(line: bytes, common: Container[bytes | int]) -> bool:
     """Whether a line is that of other texts but for a name, an address or the like."""
-    shingles = _shingles([_lines_and_all(line)[1]])[0].tolist()
-    return len(shingles) >= LEAST and makes_copy(sum(each in common for each in shingles), len(shingles))
+    picked = [each for each in _shingles([_lines_and_all(line)[1]])[0].tolist() if each < PICKED]
+    return len(picked) >= LEAST and makes_copy(sum(each in common for each in picked), len(picked))
 
 
 class HeldOutLines:

@@ -357,13 +357,14 @@ HEADER = ["date: 2024-05-17 at nine", "draft: no, it is published", "author: the
 HEADER += ["alt: the sea, in the morning", "shown: with its reading time", "trail: that of all the others"]
 
 
-def test_a_footer_may_name_the_page_that_it_stands_on(tmp_path):
+@pytest.mark.parametrize("between", ["", "\n"])
+def test_a_footer_may_name_the_page_that_it_stands_on(tmp_path, between):
     menu, share = (
         "".join(
             f'<a class="{kind} {i}" href="https://{i}.example.org/{kind}?of={{0}}">the {kind} of {i}</a>{end}'
             for i in WORDS
         )
-        for kind, end in (("menu", "\n"), ("share", ""))
+        for kind, end in (("menu", "\n"), ("share", between))
     )
     pages = {f"t/{i}.md": menu + prose(i, 5) + share.format(f"page-{i}") + "\n" for i in range(100)}
     held_out = texts_of(prepare(tmp_path, write(tmp_path, pages), val_fraction=0.02), "val")
