@@ -22,6 +22,7 @@ from tools.forecast import (
     KINDS,
     MINUTES,
     MOST_EPOCHS,
+    MOST_TOKENS,
     TEXT_TOKENS,
     fit_law,
     fitted,
@@ -71,9 +72,9 @@ def sizes(results: Results, others: Results) -> tuple[list[dict], float]:
         unlike = [
             line for line in lines_of_law(results, others, source) if (line["multiplying"], line["tokens"]) not in tried
         ]
-        law, reach = fit_law(unlike), MOST_EPOCHS * TEXT_TOKENS[source]
+        law = fit_law(unlike)
         foretold = [expected(law, *size) for size in tried]
-        best = min(loss for loss, (_, tokens) in zip(foretold, tried) if tokens <= reach)
+        best = min(loss for loss, (_, tokens) in zip(foretold, tried) if tokens <= MOST_TOKENS[source])
         found = [[*results.losses(lambda seed, run=run: lm.replace(run, seed=seed), SEEDS).values()] for run in runs]
         came = [statistics.fmean(losses) for losses in found]
         most = max(most, came[foretold.index(best)] - min(came))
@@ -141,7 +142,7 @@ def main() -> None:
             run
             for source, minutes, seed in product(KINDS, MINUTES, SEEDS)
             for run in of_minutes(source, minutes, seed)
-            if run.tokens <= MOST_EPOCHS * TEXT_TOKENS[source]
+            if run.tokens <= MOST_TOKENS[source]
         ]
         run_missing(forecasts, lambda: fitted() + unseen() + sized, options.jobs)
         run_missing(results, by_batch, options.jobs)

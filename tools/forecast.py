@@ -53,6 +53,7 @@ MINUTES = {
 }
 TEXT_TOKENS = {"python": 3_160_000, "english": 2_520_000}  # that `demo` trains on, about
 MOST_EPOCHS = 4  # a run that reads its text more often is in no law: it gains less from text that repeats
+MOST_TOKENS = {source: MOST_EPOCHS * tokens for source, tokens in TEXT_TOKENS.items()}
 # Fields that a run may change and still be foretold by the law; of model, data and optimisation all others are fixed
 FREE = {
     "n_layer", "n_embd", "n_head", "n_kv_head", "n_ffn", "n_position", "batch_tokens", "micro_batch", "max_steps",
@@ -172,8 +173,7 @@ def longer_lines(results: Results, others: Results) -> Iterator[tuple[str, dict,
 def lines_of_law(results: Results, others: Results, source: str) -> list[dict]:
     """What all runs gave that the law of a source is fitted to: those that read it no more than `MOST_EPOCHS` times."""
     longer = [line for of, line, _ in longer_lines(results, others) if of == source]
-    most = MOST_EPOCHS * TEXT_TOKENS[source]
-    return short_lines(results, source) + [line for line in longer if line["tokens"] <= most]
+    return short_lines(results, source) + [line for line in longer if line["tokens"] <= MOST_TOKENS[source]]
 
 
 def short_law(lines: list[dict], recipe: dict) -> dict:
