@@ -281,6 +281,10 @@ class TokenWindows:
         """Windows in an epoch, or so far."""
         return int(self.counts.sum())
 
+    def epochs(self, tokens: int) -> float:
+        """How often so many tokens are all windows; 0 while that is not known."""
+        return tokens / (len(self) * self.block_size) if self.complete else 0.0
+
     def read(self, position: int, count: int) -> np.ndarray:
         """(count, block_size + 1) int64: the windows at `position`, `position + 1`, … of the endless order."""
         while not self.complete and position + count > len(self):  # the first epoch, ahead of the tokenization

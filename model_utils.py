@@ -188,6 +188,18 @@ def predict(
     }
 
 
+def check_optimizers(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> None:
+    """Tell which parameters none of these moves. Raises `UserError` where a group has no peak rate for the schedule."""
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    if not all("peak_lr" in group for group in groups):
+        raise UserError(
+            "build_optimizers: a group lacks its peak_lr; the schedule sets lr to a share of it at each step"
+        )
+    moved = {id(parameter) for group in groups for parameter in group["params"]}
+    if left := [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in moved]:
+        print(f"build_optimizers: no optimizer has {', '.join(left[:3])}{' and others' * (len(left) > 3)}: not trained")
+
+
 # ------------------------------------------------------------------------------------------------ loss
 
 

@@ -24,7 +24,7 @@ from machinery.run_folder import PLACES, RunFolder, describe_environment, model_
 from machinery.screen import Screen, keep_printing
 from machinery.tokenizers import tokenizer_to_dict
 from machinery.watch import Watch, is_lost, print_ending, print_preflight, refuse_too_large, time_parts, with_best
-from model_utils import choose_micro_batch, count_parameters, flops_per_token, predict
+from model_utils import check_optimizers, choose_micro_batch, count_parameters, flops_per_token, predict
 
 # ------------------------------------------------------------------------------------------- schedules
 # The factor on the peak learning rate (0 to 1), by the used fraction of the budget; so are `warmup` and `decay`.
@@ -74,7 +74,7 @@ class Run:
         self._line: dict[str, float | None] = {}  # of metrics.jsonl, for the present step
         self.predicted: dict[str, float] = {}
         self._between = 0.0  # seconds that evaluations and samples add to a step
-        self._repeats, self._rise, self._forecast = False, 0.0, None  # is text read again; loss over the best, at last
+        self._rise, self._forecast = 0.0, None  # held-out loss over the best, at last
 
     def __enter__(self) -> Run:
         keep_printing()
@@ -103,6 +103,7 @@ class Run:
         cannot be written or the memory does not hold one sequence. `model` and `optimizers` are shapes without memory.
         """
         config = self.config
+        check_optimizers(model, optimizers)
         self.machine.agree({n: v for n, v in config.to_dict().items() if n not in (*PLACES, "device")})
         measure_matmul_flops(self.machine)  # for the preflight; its matrices, up to a GB on a GPU, are not of the run
         self.machine.forget_peak()
@@ -134,6 +135,7 @@ class Run:
                     setattr(at, name, type(value)(saved[name]))
                 if saved.get("asked") != config.micro_batch:  # changed by hand
                     at.micro_batch = 0
+                self._watch.lr = saved.get("lr")
         elif config.init_from:
             from machinery.huggingface import begin_with
 
@@ -169,7 +171,7 @@ class Run:
         `gradient` makes that of so many micro-batches, `update` moves the weights by nothing, `evaluation` and `sample`
         are those of the run. All is left as it was; the folder changes last, when nothing else can fail any more.
         """
-        config, at = self.config, self.at
+        config, at, self._windows = self.config, self.at, batches.windows
         if self.progress() < 1:
             with left_as_it_was(self.model, *self.optimizers, self.scaler):
                 seconds = time_parts(self.model, batches, gradient, update, evaluation, sample, config.max_hours)
@@ -205,9 +207,8 @@ class Run:
         at_once = config.block_size * at.micro_batch * machine.processes  # the least that an evaluation computes
         parts = self.data.manifest["tokens"]["val"] / max(config.eval_tokens, at_once)
         p["last evaluation (s)"] = scoring * max(1.0, parts)  # of all held-out text, once the budget is used
-        epochs, left = self._epochs(at.tokens + p["tokens"]), budget_left(config, rate, spent)
+        epochs, left = self._windows.epochs(at.tokens + p["tokens"]), budget_left(config, rate, spent)
         self._forecast = print_preflight(p, config, machine, self.note, self.folder.path, epochs, left)
-        self._repeats = self._epochs(at.tokens) >= 1
         p |= {"tokens": at.tokens + p["tokens"], "seconds": at.seconds + p["seconds"]}  # of the whole run
         ends, self._band = (self._forecast.ends(), self._forecast.band()) if self._forecast else ({}, {})
         self.predicted = {name: value for name, value in p.items() if math.isfinite(value)} | ends
@@ -228,17 +229,16 @@ class Run:
 
     def stepped(self, loss: float, grad_norm: float, lr: float, since: float) -> None:
         """Note what a step gave that began when the clock stood at `since`."""
-        rate = self.config.batch_tokens / (time.perf_counter() - since)
-        peak, at = self.machine.peak_flops, self.at
+        size, peak, at = self.config.batch_tokens, self.machine.peak_flops, self.at
+        rate = size / (time.perf_counter() - since)
         mfu = flops_per_token(self.model, self.config) * rate / self.machine.processes / peak if peak else None
         self._line = {"train_loss": loss, "lr": lr, "grad_norm": grad_norm, "tokens_per_second": rate, "mfu": mfu}
-        if at.bad_steps:
-            self._line["skipped_window"] = (at.tokens - self.config.batch_tokens) // self.config.block_size
-            return
-        if not self._repeats and self._epochs(at.tokens) >= 1:
-            self._repeats = True
+        if self._windows.epochs(at.tokens - size) < 1 <= self._windows.epochs(at.tokens):
             self.screen.say(f"step {at.step:,}: the whole text was read; it repeats now")
-        self._line |= self._watch.note(loss, rate)
+        if at.bad_steps:
+            self._line["skipped_window"] = (at.tokens - size) // self.config.block_size
+            return
+        self._line |= self._watch.note(loss, rate, lr)
         for remark in self._watch.remarks:
             self.screen.say(f"step {at.step:,}: {remark}")
 
@@ -252,11 +252,6 @@ class Run:
         numbers = f"step {at.step:7,} {at.tokens:15,} tokens {at.seconds:8,.0f} s"
         said = self._forecast.place(self.progress(), at.tokens, scores["val_bpb"]) if self._forecast else ""
         self.screen.say(f"{numbers}   {scores['val_bpb']:.4f} bits per byte held out{', all of it' * is_last}{said}")
-
-    def _epochs(self, tokens: int) -> float:
-        """How often so many tokens are all windows of the text; 0 while that is not known."""
-        windows = self.data.windows("train", self.config.block_size)
-        return tokens / (len(windows) * windows.block_size) if windows.complete else 0.0
 
     def progress(self, more_steps: float = 0.0) -> float:
         """The used share of the budget, 0 to 1; with `more_steps`, after so many more, at most halfway from it to 1."""
@@ -292,7 +287,8 @@ class Run:
     def save(self) -> None:
         """Begin to write a checkpoint, beside training; the best one stays beside the newest."""
         at, config, self._saved_seconds = self.at, self.config, self.at.seconds
-        state = vars(at) | {"scaler": self.scaler.state_dict(), "asked": config.micro_batch, "origin": self._origin}
+        state = {"scaler": self.scaler.state_dict(), "asked": config.micro_batch, "origin": self._origin}
+        state |= vars(at) | {"lr": self._line.get("lr")}
         kept = config.keep_checkpoints, self.folder.writes, at.scores.get("best_step")
         self._saver.save(self.folder.path, self.model, self.optimizers, state, *kept)
 

@@ -22,7 +22,7 @@ import re
 import site
 import sysconfig
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from functools import cache, cached_property
 from pathlib import Path
@@ -163,16 +163,34 @@ class FileSource(Source):
 
     def documents(self, split: str = "train") -> Iterator[str]:
         self.passed_over[EMPTY_ROWS] = self.passed_over[BLANK_TEXTS] = 0  # counted anew however often it is read
-        stats = self._stats
-        for name, path in self.files.items():
-            with telling_os_errors(path):
-                self._check_unchanged(path, stats[name])  # a pipe, too, that took its place, which nobody may write to
-                rows = ROWS.get(path.suffix)  # the last part of a file of text may be empty
-                found = rows(path, self.text_column, self.separator) if rows else filter(None, self._texts(path))
-                for text in found:
-                    self.passed_over[EMPTY_ROWS if rows else BLANK_TEXTS] += is_blank(text)
-                    yield text
-                self._check_unchanged(path, stats[name])
+        for name in self.files:
+            try:
+                yield from self._read(name)
+            except DataError as error:
+                raise DataError(f"{error}{self._others_after(name)}") from None
+
+    def _read(self, name: str) -> Iterator[str]:
+        path, before = self.files[name], self._stats[name]
+        with telling_os_errors(path):
+            self._check_unchanged(path, before)  # a pipe, too, that took its place, which nobody may write to
+            rows = ROWS.get(path.suffix)  # the last part of a file of text may be empty
+            found = rows(path, self.text_column, self.separator) if rows else filter(None, self._texts(path))
+            for text in found:
+                self.passed_over[EMPTY_ROWS if rows else BLANK_TEXTS] += is_blank(text)
+                yield text
+            self._check_unchanged(path, before)
+
+    def _others_after(self, name: str) -> str:
+        """In words, what of a gigabyte of files after one cannot be read, either, for who mends them all at once."""
+        names, size, bad = [*self.files], 0, []
+        for other in names[names.index(name) + 1 :]:
+            size += self._stats[other].st_size
+            try:
+                deque(self._read(other) if size <= DIGEST_BYTES else (), maxlen=0)
+            except DataError:
+                bad.append(other)
+        few = f" ({', '.join(bad[:3])}{', …' * (len(bad) > 3)})"
+        return f"; {len(bad):,} more of its files cannot be read{few}" if bad else ""
 
     def _texts(self, path: Path) -> Iterator[str]:
         try:

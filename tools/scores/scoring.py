@@ -69,8 +69,13 @@ def simple_models(data: TokenData, block_size: int) -> dict[str, float]:
     seen, first = counts[place] * (pairs[place] == asked), known[:, :-1].flatten().bincount(minlength=V)[new[:, :-1]]
     bits = {"all tokens alike": torch.full(alone.shape, 1 / V), "by how often each occurs": alone}
     bits["by what followed the token before"] = (seen + 100 * alone) / (first + 100)
-    packed = 8 * len(lzma.compress(data.encoding.decode_bytes(text), preset=9))
+    packed = packed_bits(data.encoding.decode_bytes(text))
     return {name: -p.double().log2().sum().item() / size for name, p in bits.items()} | {"packed by xz": packed / size}
+
+
+def packed_bits(text: bytes) -> int:
+    """Bits of a text as the packer xz stores it, which has read no other."""
+    return 8 * len(lzma.compress(text, preset=9))
 
 
 def _check_block_size(model: nn.Module, block_size: int) -> None:
