@@ -67,8 +67,8 @@ def best_shape(config, machine: Machine | str, hours: float) -> dict[str, float]
     """Overrides of `config` for the depth (`shape_of`) that should be best after `hours` on a machine or a named card.
 
     Speed is taken to be half the rate of a large matrix product, or 40% of the card's datasheet; loss is that of the
-    law fitted to the source, or for text from the hub, `expected_loss`. Prints the candidates near the best. Raises
-    `UserError` where no law covers it.
+    law fitted to the source, or for text from the hub, `expected_loss`. Prints the candidates near the best, and where
+    sizes that the law does not cover may be better. Raises `UserError` where no law covers any.
     """
     sized, rows = replace(config, max_hours=hours, max_steps=0, max_tokens=0), []
     for depth in range(1, 65):
@@ -83,14 +83,14 @@ def best_shape(config, machine: Machine | str, hours: float) -> dict[str, float]
             unit = "nats per token" + (f", {known.low:.2f} to {known.high:.2f} bits per byte" if known else "")
             rows.append((expected_loss(parameters, tokens), unit, shape, parameters, tokens))
     best = min(rows, key=lambda row: row[0], default=None)
-    if not rows or best in (rows[0], rows[-1]):
+    if not rows:
         why = "laws are for 'demo' on 'python' or 'english', for some minutes, and for the hub"
-        if rows:
-            end, change = ("smallest", "more") if best == rows[0] else ("largest", "fewer")
-            if best[3] > laws().get(config.source, {"parameters": [math.inf]})["parameters"][0]:
-                change = "fewer"  # smaller ones would read the text too often
-            why = f"of the sizes that its law covers, the {end} is best; take that, {best[2]}, or try {change} hours"
         raise UserError(f"the best size for {sized.max_hours:g} hours of {config.source!r} is not known: {why}")
+    if best in (rows[0], rows[-1]):
+        end, change = ("smallest", "more") if best == rows[0] else ("largest", "fewer")
+        if best[3] > laws().get(config.source, {"parameters": [math.inf]})["parameters"][0]:
+            change = "fewer"  # smaller ones would read the text too often
+        print(f"the best is the {end} that the law covers, so another may be better; with {change} hours it is inside")
     for loss, unit, shape, parameters, tokens in rows[max(0, rows.index(best) - 2) : rows.index(best) + 3]:
         sizes = f"{shape['n_layer']:3d} × {shape['n_embd']:<5d}{parameters:14,.0f} weights {tokens:16,.0f} tokens"
         print(f"{sizes}  {loss:.3f} {unit}{'   <- best' if shape is best[2] else ''}")

@@ -14,7 +14,7 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
@@ -41,6 +41,7 @@ from machinery.processes import gather, shard_like
 
 T = TypeVar("T")
 FILES = ("model.safetensors", "training.pt")
+WEIGHTS = FILES[:1]  # all that a model needs, which is not trained further
 FRACTIONS = ("F16", "BF16", "F32", "F64")  # what weights may be made of
 MOVE_AWAY = "move that checkpoint away to go on from the one before it, or use a new run_name"
 NAME = re.compile(r"step_(\d{8,})(?:\.(\d+))?")  # .1, .2, …: moved out of the way of a newer one of the same step
@@ -174,19 +175,19 @@ def checkpoint_folders(run: Path) -> list[Path]:
     return sorted(ages, key=ages.get)
 
 
-def newest_checkpoint(run: Path) -> Path | None:
-    """The newest checkpoint of a run that is whole, None where there are none; what is not whole is told.
+def newest_checkpoint(run: Path, files: Sequence[str] = FILES) -> Path | None:
+    """The newest checkpoint of a run whose `files` are whole, None where there are none; what is not whole is told.
 
     Raises `CheckpointError` where there are some and none of them is whole.
     """
     folders = checkpoint_folders(run)
     for path in reversed(folders):
         try:
-            read_state(path)
+            read_state(path, files)
             return path
         except CheckpointError as error:
             if not os.path.lexists(path):  # its run goes on and has removed it, for a newer one
-                return newest_checkpoint(run)
+                return newest_checkpoint(run, files)
             print(f"{error}; trying the one before it")
     if folders:
         raise CheckpointError(
@@ -197,16 +198,16 @@ def newest_checkpoint(run: Path) -> Path | None:
 
 
 def read_newest(run: Path, read: Callable[[Path], T], step: int | None = None) -> T:
-    """What `read` gives of the newest checkpoint, or that of `step`; of the next one where the run goes on and removes
-    it meanwhile. Raises `CheckpointError` where there is none.
+    """What `read` gives of the weights of the newest checkpoint, or that of `step`; of the next one where the run goes
+    on and removes it meanwhile. Raises `CheckpointError` where there is none.
     """
     if step is not None:
         path, known = run / "checkpoints" / f"step_{step!s:0>8}", [folder.name for folder in checkpoint_folders(run)]
         if path.name not in known:
             raise CheckpointError(f"{path} is not there; there are {', '.join(known) or 'none'}")
-        read_state(path)  # verifies it
+        read_state(path, WEIGHTS)  # verifies it
         return read(path)
-    while path := newest_checkpoint(run):
+    while path := newest_checkpoint(run, WEIGHTS):
         try:
             return read(path)
         except CheckpointError:
@@ -215,10 +216,10 @@ def read_newest(run: Path, read: Callable[[Path], T], step: int | None = None) -
     raise CheckpointError(f"{run} has no checkpoint yet")
 
 
-def read_state(path: Path) -> dict:
-    """The contents of state.json. Raises `CheckpointError` unless all three files match their checksums."""
+def read_state(path: Path, needed: Sequence[str] = FILES) -> dict:
+    """The contents of state.json. Raises `CheckpointError` unless it and the `needed` files match their checksums."""
     with told(path, CheckpointError, "not a whole checkpoint"):
-        for part in (path, *(path / name for name in ("state.json", *FILES))):
+        for part in (path, *(path / name for name in ("state.json", *needed))):
             refuse_link(part)
             if not part.exists():
                 raise CheckpointError(f"{part}: is missing, so this is not a whole checkpoint; bring it back")
@@ -226,7 +227,7 @@ def read_state(path: Path) -> dict:
         expected, files = state.pop("sha256"), state["files"]
         if expected != json_digest(state) or set(files) != set(FILES):
             raise CheckpointError(f"{path / 'state.json'}: content does not match its checksum")
-        for name in FILES:
+        for name in needed:
             if sha256(path / name) != files[name]:
                 raise CheckpointError(f"{path / name}: content does not match its checksum")
         if (name := NAME.fullmatch(path.name)) and int(name[1]) != state["step"]:
@@ -250,7 +251,7 @@ def load_checkpoint(
     another architecture or optimizer, for a file that holds more than tensors and plain values, and where the
     checkpoint says that it is of a run of another `origin`.
     """
-    state = read_state(path)
+    state = read_state(path, FILES if optimizers else WEIGHTS)
     with told(path / "state.json", CheckpointError, "its origin is odd", MOVE_AWAY):
         there, here = state.get("origin", {}), origin or {}  # one of an earlier version says nothing
         for name in sorted(there.keys() & here.keys()):

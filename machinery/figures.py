@@ -24,6 +24,7 @@ from machinery.files import folder_path, read_jsonl, read_note
 from machinery.notebook import NOTEBOOK
 from machinery.run_folder import as_sample, run_state
 from machinery.screen import duration, in_notebook, keep_printing, shell
+from machinery.settings import one_of
 
 
 def show(*pictures) -> None:
@@ -162,8 +163,8 @@ def show_run(folder: str | Path) -> None:
     plt.show()
 
 
-def plot_runs(*folders: str | Path) -> Figure:
-    """Held-out bits per byte against training tokens, a line for each run folder; runs of other text are told.
+def plot_runs(*folders: str | Path, x: str = "tokens") -> Figure:
+    """Held-out bits per byte against tokens, seconds or steps, a line for each run folder; runs of other text are told.
 
     Raises `UserError` for a folder without an evaluation, and for none at all.
     """
@@ -171,11 +172,14 @@ def plot_runs(*folders: str | Path) -> Figure:
         raise UserError(
             "plot_runs draws a line for each folder that is named, and none is: plot_runs('runs/demo-123abc')"
         )
+    units = {"tokens": "training tokens (millions)", "seconds": "training time (s)", "step": "step"}
+    one_of("x", x, list(units))
     paths, curves, texts, sizes = [folder_path(folder) for folder in folders], [], {}, {}
     names = [path.absolute().name for path in paths]
     for folder, name in zip(paths, names):
         lines = [line for line in read_jsonl(folder / "metrics.jsonl") if line.get("val_bpb") is not None]
-        points = [(line["tokens"] / 1e6, line["val_bpb"]) for line in lines if "tokens" in line]
+        scale = 1e6 if x == "tokens" else 1
+        points = [(line[x] / scale, line["val_bpb"]) for line in lines if x in line]
         if not points:
             raise UserError(
                 f"{folder} has no evaluation in metrics.jsonl: give the folder of a run, like runs/demo-123abc"
@@ -194,7 +198,7 @@ def plot_runs(*folders: str | Path) -> Figure:
     figure, axes = plt.subplots(figsize=(6, 3), layout="constrained")
     styles = itertools.cycle(["o-", "x--"])  # so that two runs that agree are both seen
     drawn = [axes.plot(*curve, style, label=name)[0] for style, (name, curve) in zip(styles, curves)]
-    axes.set(xlabel="training tokens (millions)", ylabel="held-out bits per byte", title="Runs on held-out text")
+    axes.set(xlabel=units[x], ylabel="held-out bits per byte", title="Runs on held-out text")
     for label in axes.legend(drawn, [name for name, _ in curves]).get_texts():
         label.set_parse_math(False)
     return figure

@@ -168,7 +168,8 @@ class RunFolder:
         if read_json(self.path / "tokenizer.json", advice=COPY) != tokenizer:
             raise UserError(
                 f"run {name!r} was begun with another tokenizer, or one learned from other text (tokenizer"
-                f" {saved.get('tokenizer')!r}, source {saved.get('source')!r}); {advice}"
+                f" {saved.get('tokenizer')!r}, source {saved.get('source')!r}, which has to give"
+                f" the same text each time); {advice}"
             )
         if read_json(self.path / "data.json", advice=COPY).get("key") != key:
             raise UserError(

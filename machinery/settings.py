@@ -53,7 +53,7 @@ def one_of(name: str, value: str, known: Iterable[str]) -> None:
     near = near or difflib.get_close_matches(said, known, n=1, cutoff=0.5)
     meant = f"; did you mean {near[0]!r}?" if near else "."
     listed = f" There are: {', '.join(known)}." if len(known) < 12 or not near else ""
-    own = " For one of your own, see section 8." if is_table else ""
+    own = " Define one of your own first: section 8, docs/changing.md." if is_table else ""
     raise ConfigError(f"{name} {value!r} is not known{meant}{listed}{own}")
 
 

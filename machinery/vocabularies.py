@@ -45,7 +45,9 @@ def get_tokenizer(name: str, vocab_size: int, documents: Iterable[str] = ()) -> 
         encoding = tokenizer_from_dict(fields, path) if own else read_tokenizer(path.parent)
     else:
         names = ", ".join(built_in())
-        raise DataError(f"tokenizer {name!r} is not known; there are {names}, or the folder of a tokenizer.json")
+        raise DataError(
+            f"tokenizer {name!r} is not known; there are {names}, or the folder of a tokenizer.json, as each run is one"
+        )
     if encoding.n_vocab > vocab_size:
         raise DataError(
             f"vocab_size is {vocab_size} but tokenizer {name!r} has {encoding.n_vocab} tokens;"

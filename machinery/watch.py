@@ -167,6 +167,7 @@ def print_preflight(
     first, *others = sorted(left, key=left.get)
     rate = p["tokens"] / p["seconds"]  # with evaluations and samples
     later = ", ".join(f"{name} would be after {_clock(left[name] / rate)}" for name in others)
+    more = " more" * (p["tokens per parameter"] * p["parameters"] > p["tokens"] + 1)  # of a run that goes on
     loss, best = p["expected loss"], p["compute-optimal parameters"]  # nan where the law knows nothing
     expected = forecast(config, *multiplying_and_flops(config), p["tokens per parameter"] * p["parameters"])
     rows = {
@@ -176,8 +177,8 @@ def print_preflight(
         "disk": f"{p['checkpoint (GB)'] * (keep + 2):.2f} GB for {keep} checkpoints, the best and one being written,"
         f" {free_bytes(folder) / 1e9:.1f} GB free",
         "speed": f"{p['tokens per second']:,.0f} tokens/s, {flops / matmul_flops:.0%} of the matrix rate{mfu}",
-        "budget": f"{p['tokens']:,.0f} tokens in {length} with evaluations and samples, until {end:%Y-%m-%d %H:%M};"
-        f" then {_clock(p['last evaluation (s)'])} to score all held-out text",
+        "budget": f"{p['tokens']:,.0f} tokens{more} in {length} with evaluations and samples, until"
+        f" {end:%Y-%m-%d %H:%M}; then {_clock(p['last evaluation (s)'])} to score all held-out text",
         "limit": f"{first} is reached first; {later}" if later else "",
         "text": (f"read {_about(epochs)} times" if epochs else "read once or less, as far as is known")
         + (" (what repeats adds less from about 4 on)" if epochs > 4 else ""),

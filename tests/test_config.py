@@ -60,7 +60,7 @@ def test_wrong_input_is_one_line_with_the_numbers(lm, overrides, named):
 def test_unknown_preset_and_variant_name_the_nearest(lm):
     with pytest.raises(ConfigError, match="'demos' is not known; did you mean 'demo'"):
         lm.Config.from_preset("demos")
-    with pytest.raises(ConfigError, match="position 'ropes' is not known; did you mean 'rope'.*section 8"):
+    with pytest.raises(ConfigError, match="position 'ropes' is not known; did you mean 'rope'.*docs/changing.md"):
         lm.build_model(lm.Config.from_preset("smoke", position="ropes"))
 
 

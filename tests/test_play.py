@@ -105,13 +105,19 @@ def test_heads_are_joined_to_the_keys_they_share(lm):
 def test_runs_are_compared_in_one_figure_and_a_folder_that_is_no_run_is_named(tmp_path, capsys):
     for name, scores in (("one", [3.0, 2.0]), ("two", [3.0, 1.5])):
         (tmp_path / name).mkdir()
-        lines = [{"step": i, "tokens": i * 10**6, "val_bpb": score} for i, score in enumerate(scores)]
+        numbers = [{"step": i, "tokens": i * 10**6, "seconds": 7.0 * i} for i in range(len(scores))]
+        lines = [line | {"val_bpb": score} for line, score in zip(numbers, scores)]
         text = "".join(json.dumps(line) + "\n" for line in [*lines, {"step": 2, "train_loss": 1.0}])
         (tmp_path / name / "metrics.jsonl").write_text(text)
     figure = plot_runs(tmp_path / "one", str(tmp_path / "two"))
     assert [list(line.get_ydata()) for line in figure.axes[0].lines] == [[3.0, 2.0], [3.0, 1.5]]
     assert describe(figure).endswith("for one, two")
-    plt.close(figure)
+    figures = [plot_runs(tmp_path / "one", x=x) for x in ("tokens", "seconds", "step")]
+    assert [line.get_xdata()[1] for drawn in figures for line in drawn.axes[0].lines] == [1.0, 7.0, 1]
+    with pytest.raises(UserError, match="x 'second' is not known; did you mean 'seconds'"):
+        plot_runs(tmp_path / "one", x="second")
+    for drawn in [figure, *figures]:
+        plt.close(drawn)
     shutil.copytree(tmp_path / "one", tmp_path / "other" / "one")
     for folder, source in (("one", "python"), ("two", "python"), ("other/one", "english")):
         (tmp_path / folder / "config.json").write_text(json.dumps({"source": source, "val_source": ""}))

@@ -607,6 +607,20 @@ def test_a_run_that_goes_on_tells_when_its_learning_rate_rises_again(lm, setting
     assert [float(rate) for rate in told.groups()] == pytest.approx([first, last], rel=0.05)
 
 
+def test_a_run_without_the_states_of_its_optimizers_is_loaded_and_not_trained_further(lm, settings, tmp_path):
+    """Whoever has little disk keeps the weights alone, a third of a checkpoint."""
+    config = settings(max_steps=12)
+    lm.train(config)
+    run, before = folder_of(config), weights_of(lm, folder_of(config))
+    for path in run.glob("checkpoints/*/training.pt"):
+        path.unlink()
+    after = weights_of(lm, run)
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert list(export_hf(run, tmp_path / "export").glob("model*.safetensors"))
+    with pytest.raises(UserError, match="none of its .* checkpoints can be read"):
+        lm.train(replace(config, max_steps=20))
+
+
 def test_optimizers_of_ones_own_that_leave_something_out_are_told(lm, settings, monkeypatch, capsys):
     config, build = settings(max_steps=1), lm.build_optimizers
     with monkeypatch.context() as patch:

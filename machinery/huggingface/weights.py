@@ -17,7 +17,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from machinery.checkpoints import copy_weights, read_newest, read_state, read_weights
+from machinery.checkpoints import WEIGHTS, copy_weights, read_newest, read_state, read_weights
 from machinery.errors import printable, told
 from machinery.files import IS_IT_A_RUN, folder_path, publish, read_json, read_note, remove, sha256, write_json
 from machinery.huggingface.families import (
@@ -119,7 +119,9 @@ def export_hf(run_dir: str | Path, out_dir: str | Path, step: int | None = None)
     with told(run / "config.json", ExportError):
         family_of(config)
     with told(run, ExportError):
-        weights, state = read_newest(run, lambda checkpoint: (read_weights(checkpoint), read_state(checkpoint)), step)
+        weights, state = read_newest(
+            run, lambda checkpoint: (read_weights(checkpoint), read_state(checkpoint, WEIGHTS)), step
+        )
     with told(out_dir, ExportError, "not usable"):
         out = out_dir.resolve()  # through a link: its user means the folder there
         _check_target(out)
