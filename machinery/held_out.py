@@ -6,7 +6,8 @@ the ">" of a quoted line do not count, for shingles nor do capitals, accents, si
 document is that of its smallest line, by a hash: a function of its content alone, in which near-copies mostly agree,
 since two documents have the same smallest line as often as they have lines in common (MinHash; Broder 1997). What is
 then still copied on the other side (`HeldOutLines`) is set aside. A copy is not found that differs in every fifth word,
-nor a short one within a longer text, without a line in common.
+nor a row of some twenty letters where it is not equal, nor, without a line in common, a short text within a longer one
+or, after the first shard, one in pieces.
 """
 
 from __future__ import annotations
@@ -28,11 +29,11 @@ from machinery.text_files import in_parts
 PIECE = 1 << 18  # characters of a text that are encoded and looked at together; more at once is not faster
 LINE_ENDS = bytes.maketrans(b"\r\v\f\x1c\x1d\x1e\x1f", b"\n" * 6 + b" ")  # as `str.splitlines` sees them
 ODD_BLANKS = re.compile(
-    rb"\xc2[\x85\xa0\xad]|\xd8\x9c|\xe1(?:\x9a\x80|\xa0\x8e)|\xe2(?:\x80[\x80-\x8f\xa8-\xaf]|\x81[\x9f-\xaf])"
+    rb"\xc2[\x85\xa0\xad]|\xd8\x9c|\xd9\x80|\xe1(?:\x9a\x80|\xa0\x8e)|\xe2(?:\x80[\x80-\x8f\xa8-\xaf]|\x81[\x9f-\xaf])"
     rb"|\xe3\x80\x80|\xef(?:\xbb\xbf|\xb8[\x80-\x8f])"
 )
 ODD_LINE_ENDS = {end.encode() for end in "\x85\u2028\u2029"}  # among those blanks: U+00A0, U+2003, U+3000, …
-NO_WIDTH = {sign.encode() for sign in "\xad\u061c\u180e\u200b\u200c\u200d\u200e\u200f\ufeff"}
+NO_WIDTH = {sign.encode() for sign in "\xad\u061c\u0640\u180e\u200b\u200c\u200d\u200e\u200f\ufeff"}
 NO_WIDTH |= {chr(code).encode() for code in (*range(0x202A, 0x202F), *range(0x2060, 0x2070), *range(0xFE00, 0xFE10))}
 SMALL = bytes.maketrans(string.ascii_uppercase.encode(), string.ascii_lowercase.encode())
 SIGNS = bytes({*range(128)} - {*string.ascii_letters.encode(), *string.digits.encode()})
@@ -41,6 +42,7 @@ TIME = re.compile(  # in a log or a chat, without blanks
     rb"\d(?:\d{3}-\d\d-\d\dT?\d\d?|\d?[./-]\d\d?[./-](?:\d{4}|\d\d),?\d\d?|\d?)"
     rb":\d\d(?::\d\d(?:[.,]\d+)?)?(?:Z|[AaPp]\.?[Mm]\b\.?)?"
 )
+TERMINAL = re.compile(rb"\x1b\[[\d;]*[A-Za-z]|[^\n]\x08")  # colours, and what is struck over
 CUE = re.compile(rb"(?m)^(?:\d+\n+)?(?:\d+:)?\d\d:\d\d[,.]\d{3} *--> *(?:\d+:)?\d\d:\d\d[,.]\d{3}.*")  # of a subtitle
 LONG_LINE, SPACED_LINE = 16, 20  # characters of a line that tells one document from another, without and with blanks
 BEYOND_ASCII = bytes(range(0x80, 0x100))
@@ -51,12 +53,13 @@ REPLY = re.compile(rb"(?m)^>(?!>>)")  # which quotes once or twice, too, or most
 NO_LETTERS = re.compile(r"[^\w\s\x00-\x7f]{64}")  # if they are marks on one letter, putting n in order takes n² steps
 SHINGLE, EVERY, LEAST = 16, 16, 4  # bytes of one; one of so many is picked; with fewer, a text is not told by them
 LEADS = bytes(range(0xC2, 0xE2))  # first bytes of letters: without, most alphabets have one byte a letter
-SHORT, OFTEN = 256, 4  # of a text of fewer bytes, one of so many is picked
+SHORTER = {256: 4, 64: 2}  # of a text of fewer bytes, one of so many is picked
 FACTOR = 0x9E3779B97F4A7C15  # odd, and without a pattern: 2⁶⁴ over the golden ratio
 MOSTLY = 0.6  # of a text, without which times are what counts
 PICKED = 2**64 // EVERY - 2**63  # what is picked in any text has a hash below this
 FEW_LINES, PARAGRAPH, FEW = 8, 64, 0.33  # with fewer lines, one of so many bytes, or less of a text in longer ones: few
 NEAR_COPY = 0.5  # share of a document's longer lines, or shingles, that makes a near-copy
+ROW, ROW_COPY = 13, 0.7  # that of fewer shingles: short rows have half in common where a template made them
 FEW_HOLDERS = 64  # what more held-out documents hold tells none of them from another, and takes long to count
 MANY, TAIL = 20, 1000  # so many documents whose ends are shorter than so many bytes: some are held out whole
 FOOTER = 1 << 16  # characters at the end of a text among which what ends many texts is looked for
@@ -119,7 +122,7 @@ def look_at(texts: list[str]) -> list[tuple[int, array, bytes]]:
     for content, (lines, whole), some in zip(contents, looked_at, shingles):
         hashes = array("q", [*map(abs, map(hash, lines))])  # from a list, which is faster
         hashes.frombytes(some.tobytes())
-        if len(whole) < SHORT or not len(some):
+        if len(whole) < max(SHORTER) or not len(some):
             hashes.append(-1 - _number_of(whole) % -PICKED)  # all of it, whatever lines it is in; never picked
         found.append((len(content), hashes, _smallest(lines, whole, some)))
     return found
@@ -147,12 +150,12 @@ def _shingles(texts: list[bytes]) -> list[np.ndarray]:
         factor, span = factor * factor % 2**64, 2 * span
     within = (codes[: len(hashes)] != 0) & (codes[SHINGLE - 1 :] != 0)  # one text
     hashes *= np.uint64(FACTOR)
-    places = np.flatnonzero((hashes < np.uint64(2**64 // OFTEN)) & within)
+    places = np.flatnonzero((hashes < np.uint64(2**64 // min(SHORTER.values()))) & within)
     ends = np.cumsum([len(text) + SHINGLE for text in texts])
     found = np.split((hashes[places] | np.uint64(1 << 63)).view(np.int64), np.searchsorted(places, ends[:-1]))
     for number, text in enumerate(texts):
-        every = OFTEN if len(text) < SHORT else EVERY
-        some = found[number] if every == OFTEN else found[number][found[number] < PICKED]
+        every = min((each for size, each in SHORTER.items() if len(text) < size), default=EVERY)
+        some = found[number][found[number] < 2**64 // every - 2**63]
         # In a run of a few signs all stretches are alike
         found[number] = np.unique(some) if len(some) > 2 * len(text) // every else some
     return found
@@ -160,13 +163,18 @@ def _shingles(texts: list[bytes]) -> list[np.ndarray]:
 
 def makes_copy(alike: int, shingles: int) -> bool:
     """Whether so many of the shingles of a text, found in another, make that a near-copy."""
-    return alike >= max(NEAR_COPY * shingles, min(LEAST, shingles))
+    share = ROW_COPY if shingles < ROW else NEAR_COPY
+    return alike >= max(share * shingles, min(LEAST, shingles))
 
 
-def picked_anywhere(shingles: Collection[int]) -> list[int]:
-    """Of the hashes of shingles those that are picked in a text of any length; all where these are few."""
-    picked = [each for each in shingles if each < PICKED]
-    return picked if len(picked) >= LEAST else [*shingles]
+def as_picked(shingles: Iterable[int]) -> list[list[int]]:
+    """The hashes of the shingles of a text, and those of them that longer texts pick, too, unless these are few."""
+    found = [[*shingles]]
+    for every in sorted({*SHORTER.values(), EVERY}):
+        some = [each for each in found[0] if each < 2**64 // every - 2**63]
+        if LEAST <= len(some) < len(found[-1]):
+            found.append(some)
+    return found
 
 
 def without_common(hashes: Collection[int], common: Container[int]) -> list[int]:
@@ -182,6 +190,7 @@ def _plain(content: bytes) -> bytes:
         if not unicodedata.is_normalized("NFC", text) and not _has_many_marks(text):
             content = unicodedata.normalize("NFC", text).encode("utf-8", "surrogatepass")
         content = ODD_BLANKS.sub(lambda found: _plain_blank(found[0]), content)
+    content = TERMINAL.sub(b"", content) if b"\x1b" in content or b"\x08" in content else content
     content = content.translate(LINE_ENDS)
     content = CUE.sub(b"", content) if b"-->" in content else content
     mostly = 2 * content.count(b">") > (lines := content.count(b"\n")) and 2 * len(QUOTED.findall(content)) > lines
@@ -289,7 +298,7 @@ def cut_tail(text: str, fraction: float, common: Container[bytes | int] = ()) ->
     end = _before_footer(text, common) if common else len(text)
     size = max(1, int(end * fraction))
     cut = end - size
-    cut = text.rfind("\n", max(0, cut - size // 2), cut) + 1 or cut
+    cut = text.rfind("\n", cut - min(size, cut) // 2, cut) + 1 or cut
     return text[:cut] + text[end:], text[cut:end]
 
 
@@ -319,7 +328,7 @@ def _before_footer(text: str, common: Container[bytes | int]) -> int:
 def _is_mostly_common(line: bytes, common: Container[bytes | int]) -> bool:
     """Whether a line is that of other texts but for a name, an address or the like."""
     picked = [each for each in _shingles([_lines_and_all(line)[1]])[0].tolist() if each < PICKED]
-    return len(picked) >= LEAST and makes_copy(sum(each in common for each in picked), len(picked))
+    return sum(each in common for each in picked) >= max(LEAST, NEAR_COPY * len(picked))
 
 
 class HeldOutLines:
@@ -345,8 +354,7 @@ class HeldOutLines:
         for each in lines if met is None else (each for each in lines if each in met):
             self._documents.setdefault(each, []).append(number)
         self._allowed.append(math.ceil(NEAR_COPY * len(lines)) - 1)
-        picked = picked_anywhere(shingles)  # by which a short document is found in a long one
-        for some in [shingles] + [picked] * (len(picked) < len(shingles)):
+        for some in as_picked(shingles):  # a short document is found in a long one, too
             for each in some if met is None else (each for each in some if each in met):
                 self._shingles.setdefault(each, []).append(len(self._sets))
             self._sets.append((number, len(some)))

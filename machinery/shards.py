@@ -23,19 +23,19 @@ from machinery.held_out import (
     FEW_HOLDERS,
     PIECE,
     HeldOutLines,
+    as_picked,
     common_lines,
     cut_tail,
     falls_within,
     look_at,
     makes_copy,
-    picked_anywhere,
     without_common,
 )
 from machinery.sources import BLANK_TEXTS, EMPTY_ROWS, NOT_UTF8, Position, Source, named
 from machinery.text_files import in_parts
 from machinery.tokenizers import tokenizer_from_dict, tokenizer_hash
 
-MANIFEST_VERSION = 22  # part of the settings: shards of an earlier way are not mistaken for those of this one
+MANIFEST_VERSION = 23  # part of the settings: shards of an earlier way are not mistaken for those of this one
 FEW_BYTES = 10_000  # of held-out text, about 3,000 tokens
 FEWEST, MOST = 0.25, 2.0  # of the wanted held-out text: with less or more, ends of documents are held out instead
 LEAST_END = 64  # bytes of an end that says something
@@ -269,7 +269,7 @@ class Collected:
             held_out.train(some, always=True)
         rare = {each for each, count in holders.items() if count <= min(PASSAGES, RARE * len(ends))}
         for number, document in enumerate(self):
-            shingles = picked_anywhere({each for each in document.lines if each < 0})
+            shingles = as_picked({each for each in document.lines if each < 0})[-1]
             if makes_copy(len(rare.intersection(shingles)), len(shingles)):
                 held_out.copied.add(number)
         return held_out.copied, common

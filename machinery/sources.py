@@ -215,7 +215,7 @@ class FileSource(Source):
 
     def stamp(self) -> str:
         found = self._stats.items()
-        return json_digest([(name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for name, stat in found])
+        return json_digest([(name, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for name, s in found])
 
     def digest(self) -> str:
         """Of content, in its order: whole up to `DIGEST_BYTES` together, beyond that of samples of every file."""

@@ -102,6 +102,7 @@ CONTROLS = bytes(byte for byte in range(32) if byte not in b"\b\t\n\v\f\r\x1b") 
 FEW_CONTROLS = 0.1  # share of them, beyond which a file is no text; a fifth of it where the file is not UTF-8
 HALF = re.compile(rb"\xed[\xa0-\xbf][\x80-\xbf]")  # of a surrogate pair, as if it were a character in UTF-8
 SAYS_ENCODING = re.compile(rb"(?i)(?:coding|charset)\s*[=:]\s*[\"']?([\w-]+)")  # as XML, mails, .po files and Python do
+SEVEN_BITS = re.compile(rb"\x1b\$(?:\)([ACG])|[@AB()])")
 NO_TEXT = re.compile(rb"[%b](?:[^%b]?[%b]){15}" % ((re.escape(CONTROLS),) * 3))  # as binary data has it, or UTF-16
 
 
@@ -122,14 +123,20 @@ def _check_format(path: Path, head: bytes, expected: str = "UTF-8 text") -> None
         maybe_wide = not is_utf8 or (beyond_ascii < len(head) / 10 and (many or b"\0" in head))
         if maybe_wide and (wide := _wide_encoding(head)):
             name, advice = wide.upper(), f"convert it, for example with iconv -f {wide} -t utf-8"
-        elif seven_bits := re.search(rb"\x1b\$(?:\)([ACG])|[@AB()])", head):  # Japanese, Korean or Chinese in them
-            country = {b"C": "kr", b"A": "cn", b"G": "cn"}.get(seven_bits[1], "jp")
-            name, advice = "ISO-2022", f"convert it, for example with iconv -f iso-2022-{country} -t utf-8"
+        elif seven_bits := _of_seven_bits(head):
+            name, advice = "ISO-2022", seven_bits
         elif many and len(head) >= 64:
             name = f"binary data ({found} control characters in its first {len(head)} bytes)"
             advice = r"remove it, or put line ends for the NULs with tr '\0' '\n'"
     if name:
         raise DataError(f"{path}: holds {name}, not {expected}; {advice}")
+
+
+def _of_seven_bits(content: bytes) -> str | None:
+    """How to convert Japanese, Korean or Chinese in ISO-2022; None for other content."""
+    found = SEVEN_BITS.search(content) if b"\x1b$" in content else None
+    country = found and {b"C": "kr", b"A": "cn", b"G": "cn"}.get(found[1], "jp")
+    return f"convert it, for example with iconv -f iso-2022-{country} -t utf-8" if found else None
 
 
 def _is_plain(head: bytes) -> bool:
@@ -188,6 +195,8 @@ def texts(path: Path, separator: re.Pattern | None) -> Iterator[str]:
     def blocks() -> Iterator[bytes]:
         for block in _blocks(file):
             yield block  # which is decoded before it is looked at
+            if advice := _of_seven_bits(block):
+                raise DataError(f"{path}: holds ISO-2022, not UTF-8 text; {advice}")
             if found := _controls(block) >= 16 and NO_TEXT.search(block):  # counting is six times as fast
                 raise _no_text(path, file.tell() - len(block) + found.start())
 

@@ -145,6 +145,20 @@ def test_each_real_file_once_whatever_links_lead_to_it(tmp_path, pattern):
     assert sorted(iter_documents(f"{root}{pattern}")) == list("abcd")
 
 
+def test_a_link_that_leads_to_another_file_is_read_anew(tmp_path):
+    """Also where an archive gave both files one size and one date."""
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.txt").write_text(f"version {name}\n" * 200)
+    for name in ("one", "two"):
+        os.utime(tmp_path / f"{name}.txt", (1e9, 1e9))
+    link, found = tmp_path / "current.txt", []
+    for name in ("one", "two"):
+        link.unlink(missing_ok=True)
+        link.symlink_to(f"{name}.txt")
+        found.append(open_source(str(link)).stamp())
+    assert found[0] != found[1]
+
+
 def test_a_link_without_a_suffix_is_read_as_the_file_that_it_leads_to(tmp_path):
     write(tmp_path / "store", {"a.txt": "a", "b.jsonl": [{"text": "b"}], "c.html": "no"})
     (tmp_path / "links").mkdir()
@@ -481,6 +495,10 @@ NO_TEXT = {  # what is not UTF-8, from its beginning or from some byte on
         "ISO-2022, not UTF-8 text; convert it, for example with iconv -f iso-2022-kr",
     ),
     "Japanese in seven bits": (("吾輩は猫である。\n" * 9).encode("iso2022_jp"), "holds ISO-2022, not UTF-8"),
+    "the same after a long head": (
+        ("Received: by a\n" * 500 + "吾輩は猫である。\n").encode("iso2022_jp"),
+        "holds ISO-2022",
+    ),
     "packed, unknown": (bytes((i * i * 7 + i // 3) % 256 for i in range(4096)), "holds binary data ("),
     "latin1, of an even length": ("it jumps über the lazy dog\n".encode("latin1") * 50, "byte 9 (0xfc)"),
     "cp1252": ("smart “quotes”\n".encode("cp1252"), "not UTF-8 at byte 6 (0x93)"),

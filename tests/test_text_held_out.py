@@ -241,6 +241,9 @@ IN_OTHER_SIGNS = {  # what is done to each line of a copy, or to the whole of it
     "another word in ten": lambda text: re.sub(r"\w+((?:\W+\w+){9})", r"another\1", text),
     "another letter in fifty": lambda text: re.sub(r"(?s)(.{49})\w", r"\1x", text),
     "links": lambda text: re.sub(r"((?:\w+\W+){9})", r"\1(https://a.org/b) ", text),
+    "colours of a terminal": lambda text: re.sub(r"(\w+)", "\x1b[1;32m\\1\x1b[0m", text),
+    "struck over, as manuals are": lambda text: re.sub(r"([a-z])", "\\1\x08\\1", text),
+    "stretched, as in Arabic": lambda text: re.sub(r"(\w{4})(\w)", "\\1\u0640\\2", text),
     "HTML": lambda text: re.sub("(?m)^(.*)$", r'<span class="line">\1</span>', text),
     "what grep prints": lambda text: "\n".join(f"notes.txt:{n}:{line}" for n, line in enumerate(text.split("\n"))),
 }
@@ -260,8 +263,8 @@ def test_a_copy_may_be_written_with_other_signs(tmp_path, kind):
     assert data.manifest["grouped"] == sum(other.get(text) in held_out for text in held_out) / 2
 
 
-@pytest.mark.parametrize("size", [60, 100, 140])
-@pytest.mark.parametrize("kind", ["RT @user7: {}", "{} https://t.co/5b7d", "{}…"])
+@pytest.mark.parametrize("size", [45, 60, 100, 140])
+@pytest.mark.parametrize("kind", ["RT @user7: {}", "{} https://t.co/5b7d", "{}…", "12. {}", "{} (1985)"])
 def test_a_short_row_with_something_before_or_after_it_is_a_copy(tmp_path, size, kind):
     chance = random.Random(size)
     words = [f"{word}{chance.choice(['', 's', 'ly', 'er'])}" for word in WORDS for _ in range(8)]
