@@ -62,15 +62,27 @@ def assert_same(quoted: list[str], measured: list[float], where: str) -> None:
 
 # A text and its sentence, a source and the passage there, and what to multiply by
 QUOTES = [
-    (README, "from # bits per byte of held-out text", OUTPUTS, "demo-* from step 0 step 0 0 tokens 0 s # bits per", 1),
-    (README, "bits per byte of held-out text down to # in", DEMO, '| `"python"`, the run of the picture | 0 | # |', 1),
-    (README, "of held-out text down to * in # seconds", OUTPUTS, "finished: * tokens in # s,", 1),
+    (README, "held-out loss falls from # to", OUTPUTS, "demo-* from step 0 step 0 0 tokens 0 s # bits per", 1),
+    (
+        README,
+        "held-out loss falls from * to # bits per byte",
+        DEMO,
+        '| `"python"`, the run of the picture | 0 | # |',
+        1,
+    ),
+    (README, "falls from * to * bits per byte in # seconds", OUTPUTS, "finished: * tokens in # s,", 1),
     (README, "counting pairs of tokens gives #, `xz`", OUTPUTS, "by what followed the token before # bits", 1),
     (README, "counting pairs of tokens gives *, `xz` #. Slower", OUTPUTS, "packed by xz # bits per byte", 1),
-    (TEXT, "Counting pairs of tokens gives #, the", OUTPUTS, "by what followed the token before # bits", 1),
-    (TEXT, "the packer `xz`, on that text alone, # (5.3)", OUTPUTS, "packed by xz # bits per byte", 1),
-    (TEXT, "`demo` falls from # to * bits per byte", OUTPUTS, "all tokens alike # bits per byte", 1),
-    (TEXT, "`demo` falls from * to # bits per byte", OUTPUTS, "when last evaluated: * nats per token, # bits", 1),
+    (TEXT, "Counting token pairs gives #; the", OUTPUTS, "by what followed the token before # bits", 1),
+    (TEXT, "the compressor `xz`, on that text alone, gives # (5.3)", OUTPUTS, "packed by xz # bits per byte", 1),
+    (TEXT, "`demo`'s loss falls from # to * bits per byte", OUTPUTS, "all tokens alike # bits per byte", 1),
+    (
+        TEXT,
+        "`demo`'s loss falls from * to # bits per byte",
+        OUTPUTS,
+        "when last evaluated: * nats per token, # bits",
+        1,
+    ),
     (TEXT, "Here, the best size grows as compute to the power #.", EXPERIMENTS, "as compute to the power # ±", 1),
     (TEXT, "Here, heads formed in # of # runs", EXPERIMENTS, "formed in # of # runs", 1),
     (DEMO, '`"python"`, the committed notebook | 0 | # |', OUTPUTS, "nats per token, # bits per byte a sample", 1),
@@ -109,7 +121,13 @@ QUOTES = [
     (TEXT, "loss is # bits per byte (5.3) lower on Python and *", f"{RECIPE}#python", AFTER_A_MILLION, 1),
     (TEXT, "loss is * bits per byte (5.3) lower on Python and # on", f"{RECIPE}#english", AFTER_A_MILLION, 1),
     (README, "# bits per byte higher after a million tokens of Python", f"{RECIPE}#python", AFTER_A_MILLION, 1),
-    (DOCS, "Muon, # ms where nanoGPT's recipe, with AdamW, takes # (", RECIPE, "the default # ms, * nanoGPT # ms", 1),
+    (
+        DOCS,
+        "Muon: a step takes # ms, one of nanoGPT's recipe, with AdamW, # (",
+        RECIPE,
+        "the default # ms, * nanoGPT # ms",
+        1,
+    ),
     (DOCS, "on a 4090 # GB, where", REHEARSAL, "RTX 4090 | 1 | {} | bfloat16 | compiled | 16 | * | # |", 1),
     (DOCS, "the preflight predicted #.", REHEARSAL, "RTX 4090 | 1 | {} | bfloat16 | compiled | 16 | # |", 1),
 ]
@@ -188,9 +206,17 @@ CLAIMS = [
     ("its `lr` was the best of three", "lr × 0.5", "worse"),
     ("its `lr` was the best of three", "lr × 2", "worse"),
     ("in our small models, the MLP did better on average", "MLP", "better"),
-    ("A cosine, and a decay over 20 or 80% of the budget, did worse", "cosine", "worse"),
-    ("A cosine, and a decay over 20 or 80% of the budget, did worse", "wsd, decay 0.2", "worse"),
-    ("A cosine, and a decay over 20 or 80% of the budget, did worse", "wsd, decay 0.8", "worse"),
+    ("In `demo`, a cosine and a decay over 20 or 80% of the budget did worse than one over half", "cosine", "worse"),
+    (
+        "In `demo`, a cosine and a decay over 20 or 80% of the budget did worse than one over half",
+        "wsd, decay 0.2",
+        "worse",
+    ),
+    (
+        "In `demo`, a cosine and a decay over 20 or 80% of the budget did worse than one over half",
+        "wsd, decay 0.8",
+        "worse",
+    ),
 ]
 
 
