@@ -211,7 +211,9 @@ def print_ending(
         print(f"forecast {expected.low:.3f} to {expected.high:.3f}, came {scores['val_bpb']:.3f} bits per byte", end="")
         now = expected.with_tokens(tokens)
         more = tokens / (expected.tokens or tokens)
-        print("" if 0.9 < more < 1.1 else f"; with {more:.2f} of the tokens foretold, {now.low:.3f} to {now.high:.3f}")
+        print(
+            "" if 0.9 < more < 1.1 else f"; with {more:.2f} times the tokens foretold, {now.low:.3f} to {now.high:.3f}"
+        )
     if rise > 0.005 and scores["val_bpb"] > scores["best_val_bpb"]:
         lower = f"{rise:.4f} bits per byte lower than when the same text was last scored"
         print(f"held-out loss was best at step {scores['best_step']:,}, {lower}")

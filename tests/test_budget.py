@@ -143,7 +143,7 @@ def test_a_run_that_came_to_more_tokens_is_held_against_the_law_for_these(capsys
     print_ending(best | {"val_bpb": 1.8}, 0.1, False)  # of all held-out text: lower than the best of a part of it
     print_ending(best | {"val_bpb": 2.1}, 0.1, False)
     assert capsys.readouterr().out.splitlines() == [
-        "forecast 1.800 to 2.200, came 1.500 bits per byte; with 2.00 of the tokens foretold, 1.300 to 1.700",
+        "forecast 1.800 to 2.200, came 1.500 bits per byte; with 2.00 times the tokens foretold, 1.300 to 1.700",
         "forecast 1.800 to 2.200, came 2.000 bits per byte",
         "held-out loss was best at step 0, 0.1000 bits per byte lower than when the same text was last scored",
     ]
