@@ -6,8 +6,7 @@ the ">" of a quoted line do not count, for shingles nor do capitals, accents, si
 document is that of its smallest line, by a hash: a function of its content alone, in which near-copies mostly agree,
 since two documents have the same smallest line as often as they have lines in common (MinHash; Broder 1997). What is
 then still copied on the other side (`HeldOutLines`) is set aside. A copy is not found that differs in every fifth word,
-nor a row of some twenty letters where it is not equal, nor, without a line in common, a short text within a longer one
-or, after the first shard, one in pieces.
+nor a row of some twenty letters where it is not equal, nor, without a line in common, a short text within a longer one.
 """
 
 from __future__ import annotations
@@ -345,6 +344,7 @@ class HeldOutLines:
         self._shingles: dict[int, list[int]] = {}  # hash of a shingle to the numbers of the sets that hold it
         self._sets: list[tuple[int, int]] = []  # of each the document, and how many shingles
         self.copied: set[int] = set()  # documents
+        self.common: set[int] = set()  # shingles that many training documents hold, as of a licence
 
     def add(self, hashes: Iterable[int], met: Container[int] | None = None) -> None:
         """Take in a document by the hashes of its lines and shingles; only what will be `met`, where that is known."""
@@ -365,18 +365,28 @@ class HeldOutLines:
         """
         new = (self._documents.keys() & hashes) - self._trained
         counts = Counter(number for line in new for number in self._documents[line])
-        holders = (self._shingles[shingle] for shingle in self._shingles.keys() & hashes)
-        alike = Counter(number for numbers in holders if len(numbers) <= FEW_HOLDERS for number in numbers)
+        alike = self._alike(hashes)
         copied = {number for number, count in counts.items() if count > self._allowed[number]}
         copied |= {self._sets[some][0] for some, count in alike.items() if makes_copy(count, self._sets[some][1])}
         return copied, counts
 
+    def _alike(self, hashes: Iterable[int]) -> Counter[int]:
+        """How many of these shingles each set holds."""
+        holders = (self._shingles[shingle] for shingle in self._shingles.keys() & hashes)
+        return Counter(number for numbers in holders if len(numbers) <= FEW_HOLDERS for number in numbers)
+
+    def _holds(self, hashes: Iterable[int]) -> bool:
+        """Whether a text with these shingles is, for the most part, a piece of a held-out document."""
+        own = as_picked({each for each in hashes if each < 0})[-1]
+        alike = self._alike(set(own) - self.common)
+        return bool(alike) and makes_copy(max(alike.values()), len(own))
+
     def train(self, hashes: Iterable[int], always: bool = False) -> bool:
         """Note a document with these lines and shingles as trained on, and return True; unless a held-out one would be
-        copied then. `always` is for what cannot be left out: then that is noted in `copied`.
+        copied then, or a piece of one. `always` is for what cannot be left out: then that is noted in `copied`.
         """
         copied, counts = self.copies(hashes)
-        if copied and not always:
+        if not always and (copied or self._holds(hashes)):
             return False
         for number, count in counts.items():
             self._allowed[number] -= count

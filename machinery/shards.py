@@ -293,6 +293,7 @@ class HeldOut:
         self.lines, self.training, self.ends = HeldOutLines(), array("q"), array("q")
         self._known: set[int] = set()
         self.is_open, common = not manifest["shards"]["val"], {*manifest["common"]}
+        self.lines.common = common
         for shard in manifest["shards"]["val"]:
             path = folder / shard["name"]
             with told(path, DataError, "cannot be read", "remove the folder to tokenize again"):
@@ -365,7 +366,7 @@ class HeldOut:
             if not self.manifest["complete"]:  # more text is to come
                 self._know(lines)
         if not self.manifest["complete"]:
-            self.manifest["common"] = sorted(common)
+            self.manifest["common"], self.lines.common = sorted(common), common
             training = np.frombuffer(self.training, np.int64)
             self.lines.train(training[training >= 0].tolist(), always=True)
         self.training = self.ends = array("q")

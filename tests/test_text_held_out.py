@@ -537,7 +537,7 @@ def test_the_split_is_a_function_of_content_and_more_text_never_trains_on_what_w
     assert not held_out & set(texts_of(four, "train")) and leaked(four) == 0
 
 
-@pytest.mark.parametrize("pieces", [False, True])
+@pytest.mark.parametrize("pieces", ["", "in its lines", "in one line"])
 def test_later_text_that_copies_what_is_held_out_is_set_aside(tmp_path, monkeypatch, pieces):
     """In one pass: the held-out documents are fixed when the first shard is full. Interrupted or not."""
     monkeypatch.setattr(data_utils, "SHARD_TOKENS", 150_000)
@@ -545,9 +545,13 @@ def test_later_text_that_copies_what_is_held_out_is_set_aside(tmp_path, monkeypa
     copies = [VARIANTS["a third changed"](text, i) for i, text in enumerate(texts)]
     if pieces:  # each holds a third of a text
         copies = ["".join(text.splitlines(True)[k : k + 20]) for k in (0, 20, 40) for text in texts]
+    if pieces == "in one line":
+        copies = [" ".join(copy.split()) for copy in copies]
     root = write(tmp_path, {"texts/rows.jsonl": [{"text": text} for text in texts + copies]})
     data = prepare(tmp_path / "whole", root)
     assert leaked(data) == 0 and data.manifest["set_aside"]["documents"] > 0
+    known = set().union(*(stretches(text) for text in texts_of(data, "train")))
+    assert not [some for some in map(stretches, texts_of(data, "val")) if len(some & known) > 0.6 * len(some)]
     part = prepare(tmp_path / "part", root, max_tokens=1000)
     assert not part.manifest["complete"] and leaked(part) == 0
     assert texts_of(part, "val") == texts_of(data, "val")
