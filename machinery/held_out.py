@@ -377,9 +377,11 @@ class HeldOutLines:
 
     def _holds(self, hashes: Iterable[int]) -> bool:
         """Whether a text with these shingles is, for the most part, a piece of a held-out document."""
+        if self._shingles.keys().isdisjoint(hashes):  # as of most
+            return False
         own = as_picked({each for each in hashes if each < 0})[-1]
         alike = self._alike(set(own) - self.common)
-        return bool(alike) and makes_copy(max(alike.values()), len(own))
+        return makes_copy(max(alike.values(), default=0), len(own))
 
     def train(self, hashes: Iterable[int], always: bool = False) -> bool:
         """Note a document with these lines and shingles as trained on, and return True; unless a held-out one would be
