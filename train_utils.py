@@ -100,7 +100,7 @@ class Run:
 
     def check(self, model: torch.nn.Module, optimizers: list) -> None:
         """Raise `UserError` before anything is made or changed, where the newest checkpoint is of another model, a file
-        cannot be written or the memory does not hold one sequence. `model` and `optimizers` are shapes without memory.
+        cannot be written or the memory does not hold the step. `model` and `optimizers` are shapes without memory.
         """
         config = self.config
         check_optimizers(model, optimizers)
@@ -114,8 +114,10 @@ class Run:
             self.folder.compare(config.to_dict(), config.fixed)
             check_weights(self.checkpoint, model)
             self.folder.rehearse()
-        needed = predict(model, optimizers, replace(config, micro_batch=1), self.machine, 1.0, self._in_use)
-        refuse_too_large(needed, self.machine, self.folder.path)
+        asked = [config.micro_batch] * (self.machine.device.type == "cpu" and config.micro_batch != "auto")
+        for size in (1, *asked):  # where a CPU has no memory, nothing is raised that could be mended
+            needed = predict(model, optimizers, replace(config, micro_batch=size), self.machine, 1.0, self._in_use)
+            refuse_too_large(needed, self.machine, self.folder.path)
 
     def resume(self, at, data: TokenData, model: torch.nn.Module, optimizers: list, scaler):
         """Bring all to where the run of this name stopped; returns `at`. Without a checkpoint its files are set aside.

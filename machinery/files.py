@@ -22,7 +22,7 @@ CANNOT_FLUSH = {
     errno.EROFS, errno.EACCES, errno.EPERM,
 }  # fmt: skip
 
-IS_IT_A_RUN = "is it the folder of a run?"  # what to ask of one without its config.json
+IS_IT_A_RUN = "is it the folder of a run that has begun to train?"  # what to ask of one without its config.json
 
 
 def folder_path(value: object, what: str = "the folder of a run") -> Path:

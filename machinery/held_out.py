@@ -5,7 +5,7 @@ content picks some, wherever they stand, whatever lines they are in. Blank space
 the ">" of a quoted line do not count, for shingles nor do capitals, accents, signs and times of lines. The side of a
 document is that of its smallest line, by a hash: a function of its content alone, in which near-copies mostly agree,
 since two documents have the same smallest line as often as they have lines in common (MinHash; Broder 1997). What is
-then still copied on the other side (`HeldOutLines`) is set aside. A copy is not found that differs in one word of eight,
+then still copied on the other side (`HeldOutLines`) is set aside. A copy is not found that differs in a word of eight,
 nor a row of some twenty letters where it is not equal, nor, without a line in common, a short text within a longer one.
 """
 

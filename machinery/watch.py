@@ -105,12 +105,15 @@ def announce(config) -> None:
 
 
 def refuse_too_large(prediction: dict, machine: Machine, folder: Path) -> None:
-    """Raise `UserError` where the device cannot hold one sequence at a time, or the disk one checkpoint."""
+    """Raise `UserError` where the device cannot hold the predicted step, or the disk one checkpoint."""
     p, free, memory = prediction, free_bytes(folder) / 1e9, machine.memory / 1e9
-    if p["micro-batch"] == 1 and p["peak memory (GB)"] > memory:
+    if p["peak memory (GB)"] > memory:
+        size, advice = "one sequence at a time", "a smaller n_layer, n_embd, n_ffn, vocab_size or block_size"
+        if p["micro-batch"] > 1:
+            size, advice = f"micro_batch {p['micro-batch']:,}", "a smaller one, or 'auto'"
         raise UserError(
-            f"no go: one sequence at a time is predicted to take {p['peak memory (GB)']:.1f} GB and the device has"
-            f" {memory:.1f} GB; use a smaller n_layer, n_embd, vocab_size or block_size"
+            f"no go: {size} is predicted to take {p['peak memory (GB)']:.1f} GB and the device has {memory:.1f} GB; use"
+            f" {advice}"
         )
     if p["checkpoint (GB)"] > free:
         raise UserError(
@@ -158,7 +161,8 @@ def print_preflight(
     """A table of what the rest of a run takes; `note` says how the model runs, `epochs` how often the text is read,
     `left` the tokens until each limit of the budget. Returns the forecast of held-out loss, where there is one.
     """
-    p, keep, matmul_flops = prediction, config.keep_checkpoints, measure_matmul_flops(machine)
+    p, matmul_flops = prediction, measure_matmul_flops(machine)
+    keep = min(config.keep_checkpoints, math.ceil(p["tokens"] / config.batch_tokens))  # of as many steps
     flops = p["tokens per second"] * p["FLOPs per token"] / machine.processes
     each = f"{machine.processes} × " if machine.processes > 1 else ""
     mfu = f", MFU {flops / machine.peak_flops:.0%}" if machine.peak_flops else ""

@@ -1115,6 +1115,8 @@ def test_preflight_says_no_before_anything_is_made(lm, settings, tmp_path, capsy
         lm.train(settings(n_layer=64, n_embd=1 << 16, n_head=16, n_kv_head=16, n_ffn=1 << 18))
     with pytest.raises(UserError, match="no go: one sequence"):  # whatever micro_batch is
         lm.train(settings(n_ffn=1 << 22, n_layer=64, micro_batch=4))
+    with pytest.raises(UserError, match="no go: micro_batch 32,768 .* or 'auto'"):  # the system would end the process
+        lm.train(settings(block_size=1024, batch_tokens=1 << 25, micro_batch=1 << 15))
     with monkeypatch.context() as patch, pytest.raises(UserError, match="no go: one sequence .* n_layer"):
         patch.setitem(lm.train.__globals__, "build_model", None)  # by arithmetic: outlining so many takes minutes
         lm.train(settings(n_layer=4096, n_embd=1 << 13, n_ffn=1 << 15))
