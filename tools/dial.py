@@ -75,7 +75,7 @@ def sizes(results: Results, others: Results) -> tuple[list[dict], float]:
         law = fit_law(unlike)
         foretold = [expected(law, *size) for size in tried]
         best = min(loss for loss, (_, tokens) in zip(foretold, tried) if tokens <= MOST_TOKENS[source])
-        found = [[*results.losses(lambda seed, run=run: lm.replace(run, seed=seed), SEEDS).values()] for run in runs]
+        found = [[*results.losses(run, SEEDS).values()] for run in runs]
         came = [statistics.fmean(losses) for losses in found]
         most = max(most, came[foretold.index(best)] - min(came))
         rows += [

@@ -12,7 +12,7 @@ import statistics
 import tempfile
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import date
 from functools import cached_property
 from pathlib import Path
@@ -50,7 +50,7 @@ class Run:
             sample_tokens=1, checkpoint_every=never, runs_dir=runs_dir, data_dir=str(DATA),
         )  # fmt: skip
         steps = self.tokens / config.batch_tokens
-        return lm.replace(config, eval_every=never if self.scores == 1 else max(1, round(steps / self.scores)))
+        return replace(config, eval_every=never if self.scores == 1 else max(1, round(steps / self.scores)))
 
     @cached_property
     def key(self) -> str:
@@ -98,9 +98,9 @@ class Results:
         line = self.lines.get(run.key)
         return line and line.get("val_bpb", math.inf)
 
-    def losses(self, make: Callable[[int], Run], seeds: Iterable[int]) -> dict[int, float]:
-        """Bits per byte of the seeds there are."""
-        return {seed: loss for seed in seeds if (loss := self.loss(make(seed))) is not None}
+    def losses(self, run: Run, seeds: Iterable[int]) -> dict[int, float]:
+        """Bits per byte of a run with each of the seeds there are."""
+        return {seed: loss for seed in seeds if (loss := self.loss(replace(run, seed=seed))) is not None}
 
 
 def parser_of_runs(doc: str) -> argparse.ArgumentParser:

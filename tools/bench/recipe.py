@@ -154,9 +154,9 @@ def contest_rows(results: Results, text: str) -> list[dict]:
     """A row per contender and budget: mean, standard error, and its paired difference to the default."""
     rows = []
     for tokens in BUDGETS:
-        base = results.losses(lambda seed, tokens=tokens: ours(seed, tokens, text), SEEDS)
+        base = results.losses(ours(0, tokens, text), SEEDS)
         for number, run in enumerate(contest(results, text, 0, tokens)):  # each at this budget
-            losses = results.losses(lambda seed, run=run: lm.replace(run, seed=seed), SEEDS)
+            losses = results.losses(run, SEEDS)
             if not losses:
                 continue
             mean, error = mean_and_error(losses.values())
@@ -176,8 +176,8 @@ def _known(error: float) -> float | None:
 
 def effect_of(results: Results, name: str, tokens: int, seeds: tuple[int, ...]) -> dict:
     """The paired difference of a choice to the default; empty where it has no result."""
-    base = results.losses(lambda seed: ours(seed, tokens, "python"), seeds)
-    losses = results.losses(lambda seed: choice(name, seed, tokens), seeds)
+    base = results.losses(ours(0, tokens, "python"), seeds)
+    losses = results.losses(choice(name, 0, tokens), seeds)
     if not (shared := sorted(losses.keys() & base.keys())):
         return {}
     effect, error, count = paired_effect(losses, base)
