@@ -53,9 +53,10 @@ NO_LETTERS = re.compile(r"[^\w\s\x00-\x7f]{64}")  # if they are marks on one let
 SHINGLE, EVERY, LEAST = 16, 16, 4  # bytes of one; one of so many is picked; with fewer, a text is not told by them
 LEADS = bytes(range(0xC2, 0xE2))  # first bytes of letters: without, most alphabets have one byte a letter
 SHORTER = {256: 4, 64: 2}  # of a text of fewer bytes, one of so many is picked
+BELOW = {every: 2**64 // every - 2**63 for every in (*SHORTER.values(), EVERY)}  # what is picked has a hash below this
+PICKED = BELOW[EVERY]  # what is picked in any text has one below this
 FACTOR = 0x9E3779B97F4A7C15  # odd, and without a pattern: 2⁶⁴ over the golden ratio
 MOSTLY = 0.6  # of a text, without which times are what counts
-PICKED = 2**64 // EVERY - 2**63  # what is picked in any text has a hash below this
 FEW_LINES, PARAGRAPH, FEW = 8, 64, 0.33  # with fewer lines, one of so many bytes, or less of a text in longer ones: few
 NEAR_COPY = 0.5  # share of a document's longer lines, or shingles, that makes a near-copy
 ROW, ROW_COPY = 13, 0.7  # that of fewer shingles: short rows have half in common where a template made them
@@ -142,6 +143,7 @@ def _shingles(texts: list[bytes]) -> list[np.ndarray]:
     A hash is a polynomial of the bytes, modulo 2⁶⁴, put together from those of halves of the stretch.
     """
     texts = [text.translate(None, LEADS) for text in texts]
+    every = [min((each for size, each in SHORTER.items() if len(text) < size), default=EVERY) for text in texts]
     codes = np.frombuffer(b"".join(text + bytes(SHINGLE) for text in texts), np.uint8)
     hashes, factor, span = codes.astype(np.uint64), FACTOR, 1
     while span < SHINGLE:
@@ -149,15 +151,15 @@ def _shingles(texts: list[bytes]) -> list[np.ndarray]:
         factor, span = factor * factor % 2**64, 2 * span
     within = (codes[: len(hashes)] != 0) & (codes[SHINGLE - 1 :] != 0)  # one text
     hashes *= np.uint64(FACTOR)
-    places = np.flatnonzero((hashes < np.uint64(2**64 // min(SHORTER.values()))) & within)
-    ends = np.cumsum([len(text) + SHINGLE for text in texts])
+    sizes = [len(text) + SHINGLE for text in texts]
+    below = np.repeat(np.array([BELOW[each] + 2**63 for each in every], np.uint64), sizes)[: len(hashes)]
+    places = np.flatnonzero((hashes < below) & within)
+    ends = np.cumsum(sizes)
     found = np.split((hashes[places] | np.uint64(1 << 63)).view(np.int64), np.searchsorted(places, ends[:-1]))
-    for number, text in enumerate(texts):
-        every = min((each for size, each in SHORTER.items() if len(text) < size), default=EVERY)
-        some = found[number][found[number] < 2**64 // every - 2**63]
-        # In a run of a few signs all stretches are alike
-        found[number] = np.unique(some) if len(some) > 2 * len(text) // every else some
-    return found
+    # In a run of a few signs all stretches are alike
+    return [
+        np.unique(some) if len(some) > 2 * len(text) // each else some for some, text, each in zip(found, texts, every)
+    ]
 
 
 def makes_copy(alike: int, shingles: int) -> bool:
@@ -169,8 +171,8 @@ def makes_copy(alike: int, shingles: int) -> bool:
 def as_picked(shingles: Iterable[int]) -> list[list[int]]:
     """The hashes of the shingles of a text, and those of them that longer texts pick, too, unless these are few."""
     found = [[*shingles]]
-    for every in sorted({*SHORTER.values(), EVERY}):
-        some = [each for each in found[0] if each < 2**64 // every - 2**63]
+    for below in sorted(BELOW.values(), reverse=True):
+        some = [each for each in found[0] if each < below]
         if LEAST <= len(some) < len(found[-1]):
             found.append(some)
     return found
