@@ -83,7 +83,7 @@ def fuzz(folder: Path, times: int) -> Result:
     same = outside == {path: path.stat().st_mtime_ns for path in folder.parent.iterdir() if path != folder}
     note = "nothing written elsewhere" if same else "WROTE OUTSIDE"
     survived = times - len(unclear) if same else 0
-    return Result("fuzzed input", times, survived, None, None, "; ".join([note, *unclear[:3]]))
+    return Result("fuzzed input", times, survived, note="; ".join([note, *unclear[:3]]))
 
 
 def mutate(value, chance: random.Random) -> None:

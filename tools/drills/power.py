@@ -84,7 +84,7 @@ def power_cuts(folder: Path, times: int) -> Result:
         f"after each of {len(cuts)} of {len(operations)} operations that strace recorded; {resumed} states trained on"
     )
     note, survived = "; ".join([note, *failures[:3]]), len(seen) - len(failures)
-    return Result("power cut", len(seen), survived, None, same == resumed if resumed else None, note)
+    return Result("power cut", len(seen), survived, identical=same == resumed if resumed else None, note=note)
 
 
 # ------------------------------------------------------------------------------------------- the record
@@ -233,11 +233,11 @@ def rebuild(
 
 
 def read_tree(folder: Path) -> dict[str, bytes]:
-    found = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*")}
-    return {
-        f"{name}/" if path.is_dir() else name: b"" if path.is_dir() else path.read_bytes()
-        for name, path in found.items()
-    }
+    tree = {}
+    for path in folder.rglob("*"):
+        name = path.relative_to(folder).as_posix()
+        tree |= {f"{name}/": b""} if path.is_dir() else {name: path.read_bytes()}
+    return tree
 
 
 def write_tree(folder: Path, tree: dict[str, bytes]) -> None:

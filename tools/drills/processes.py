@@ -86,7 +86,8 @@ def kill_tokenization(folder: Path, times: int) -> Result:
         process.wait()
     subprocess.run(commands[1], **quiet, check=True)
     files = [{p.name: p.read_bytes() for p in (folder / name).glob("*/*.bin")} for name in ("one", "many times")]
-    return Result("SIGKILL while tokenizing", struck, struck, None, files[0] == files[1], f"{len(files[0])} shards")
+    same, note = files[0] == files[1], f"{len(files[0])} shards"
+    return Result("SIGKILL while tokenizing", struck, struck, identical=same, note=note)
 
 
 def interrupt_kernel(folder: Path, times: int) -> Result:

@@ -50,7 +50,7 @@ def bad_network(folder: Path, times: int) -> Result:
             )
         faults += len(struck)
         survived += len(struck) * (result.returncode == 0 and json.loads(result.stdout.splitlines()[-1]) == documents)
-    return Result("network: refused, stalled, dropped", faults, survived, None, None, "every document arrived once")
+    return Result("network: refused, stalled, dropped", faults, survived, note="every document arrived once")
 
 
 def bad_wandb(folder: Path, times: int) -> Result:
@@ -74,4 +74,4 @@ def bad_wandb(folder: Path, times: int) -> Result:
             process.kill()
             ended = -1
         survived += ended == 0 and run_state(run)["status"] == "finished"
-    return Result("W&B killed at start, middle, end", times, survived, None, None, "the run finished, files complete")
+    return Result("W&B killed at start, middle, end", times, survived, note="the run finished, files complete")

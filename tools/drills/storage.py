@@ -52,7 +52,7 @@ def full_disk(folder: Path, times: int) -> Result:
             if mounted:
                 subprocess.run(["umount", disk], check=True)
     note = "a tmpfs of 6 MB, filled while training" if mounted else "a limit on file sizes"
-    return Result("full disk", times, survived, None, identical, note)
+    return Result("full disk", times, survived, identical=identical, note=note)
 
 
 def limit_file_size() -> None:
@@ -101,7 +101,7 @@ def corrupt_checkpoints(folder: Path, times: int) -> Result:
         for path, content in contents.items():
             path.write_bytes(content)
     sound = quietly(newest_checkpoint, run) == newest
-    return Result("corrupted checkpoint", times, survived if sound else 0, None, None, "named, and the one before used")
+    return Result("corrupted checkpoint", times, survived if sound else 0, note="named, and the one before used")
 
 
 def corrupt_shards(folder: Path, times: int) -> Result:
@@ -119,4 +119,4 @@ def corrupt_shards(folder: Path, times: int) -> Result:
             survived += 1
     path.write_bytes(content)
     data.windows("train", config.block_size, 0).read(0, 1)
-    return Result("corrupted shard", times, survived, None, None, "refused before a token was used")
+    return Result("corrupted shard", times, survived, note="refused before a token was used")
