@@ -74,7 +74,7 @@ class Run:
         self._line: dict[str, float | None] = {}  # of metrics.jsonl, for the present step
         self.predicted: dict[str, float] = {}
         self._between = 0.0  # seconds that evaluations and samples add to a step
-        self._rise, self._forecast = 0.0, None  # held-out loss over the best, at last
+        self._repeats, self._rise, self._forecast = False, 0.0, None  # is text read again; loss over the best, at last
 
     def __enter__(self) -> Run:
         keep_printing()
@@ -137,7 +137,7 @@ class Run:
                     setattr(at, name, type(value)(saved[name]))
                 if saved.get("asked") != config.micro_batch:  # changed by hand
                     at.micro_batch = 0
-                self._watch.lr = saved.get("lr")
+                self._watch.lr, self._watch.rises = saved.get("lr", 0.0), self.progress() < saved.get("progress", 0.0)
         elif config.init_from:
             from machinery.huggingface import begin_with
 
@@ -209,7 +209,9 @@ class Run:
         at_once = config.block_size * at.micro_batch * machine.processes  # the least that an evaluation computes
         parts = self.data.manifest["tokens"]["val"] / max(config.eval_tokens, at_once)
         p["last evaluation (s)"] = scoring * max(1.0, parts)  # of all held-out text, once the budget is used
-        epochs, left = self._windows.epochs(at.tokens + p["tokens"]), budget_left(config, rate, spent)
+        windows = self.data.windows("train", config.block_size)  # as they are now
+        epochs, left = windows.epochs(at.tokens + p["tokens"]), budget_left(config, rate, spent)
+        self._repeats = windows.epochs(at.tokens) >= 1
         self._forecast = print_preflight(p, config, machine, self.note, self.folder.path, epochs, left)
         p |= {"tokens": at.tokens + p["tokens"], "seconds": at.seconds + p["seconds"]}  # of the whole run
         ends, self._band = (self._forecast.ends(), self._forecast.band()) if self._forecast else ({}, {})
@@ -220,9 +222,7 @@ class Run:
         return time.perf_counter() - self._started, self._stop.requested
 
     def has_news(self) -> bool:
-        """Whether this step's reports are not on disk yet; a resumed run begins with those of its first step there, but
-        for the evaluation of all held-out text, where its budget is smaller now.
-        """
+        """Whether reports of this step are due: of its first, a resumed run has all but, perhaps, a last evaluation."""
         at = self.at
         if at.step > self._begun_at or at.step == 0:
             return True
@@ -235,7 +235,8 @@ class Run:
         rate = size / (time.perf_counter() - since)
         mfu = flops_per_token(self.model, self.config) * rate / self.machine.processes / peak if peak else None
         self._line = {"train_loss": loss, "lr": lr, "grad_norm": grad_norm, "tokens_per_second": rate, "mfu": mfu}
-        if self._windows.epochs(at.tokens - size) < 1 <= self._windows.epochs(at.tokens):
+        if not self._repeats and self._windows.epochs(at.tokens) >= 1:
+            self._repeats = True
             self.screen.say(f"step {at.step:,}: the whole text was read; it repeats now")
         if at.bad_steps:
             self._line["skipped_window"] = (at.tokens - size) // self.config.block_size
@@ -290,7 +291,7 @@ class Run:
         """Begin to write a checkpoint, beside training; the best one stays beside the newest."""
         at, config, self._saved_seconds = self.at, self.config, self.at.seconds
         state = {"scaler": self.scaler.state_dict(), "asked": config.micro_batch, "origin": self._origin}
-        state |= vars(at) | {"lr": self._line.get("lr")}
+        state |= vars(at) | {"lr": self._watch.lr, "progress": self.progress()}
         kept = config.keep_checkpoints, self.folder.writes, at.scores.get("best_step")
         self._saver.save(self.folder.path, self.model, self.optimizers, state, *kept)
 

@@ -41,7 +41,9 @@ TIME = re.compile(  # in a log or a chat, without blanks
     rb"\d(?:\d{3}-\d\d-\d\dT?\d\d?|\d?[./-]\d\d?[./-](?:\d{4}|\d\d),?\d\d?|\d?)"
     rb":\d\d(?::\d\d(?:[.,]\d+)?)?(?:Z|[AaPp]\.?[Mm]\b\.?)?"
 )
-TERMINAL = re.compile(rb"\x1b\[[\d;]*[A-Za-z]|[^\n]\x08")  # colours, and what is struck over
+TERMINAL = re.compile(  # colours, and what is struck over
+    rb"\x1b\[[\d;]*[A-Za-z]|(?:[\x00-\x09\x0b-\x7f]|[\xc2-\xf4][\x80-\xbf]+)\x08"
+)
 CUE = re.compile(rb"(?m)^(?:\d+\n+)?(?:\d+:)?\d\d:\d\d[,.]\d{3} *--> *(?:\d+:)?\d\d:\d\d[,.]\d{3}.*")  # of a subtitle
 LONG_LINE, SPACED_LINE = 16, 20  # characters of a line that tells one document from another, without and with blanks
 BEYOND_ASCII = bytes(range(0x80, 0x100))
@@ -123,7 +125,7 @@ def look_at(texts: list[str]) -> list[tuple[int, array, bytes]]:
         hashes = array("q", [*map(abs, map(hash, lines))])  # from a list, which is faster
         hashes.frombytes(some.tobytes())
         if len(whole) < max(SHORTER) or not len(some):
-            hashes.append(-1 - _number_of(whole) % -PICKED)  # all of it, whatever lines it is in; never picked
+            hashes.append(-1 - _number_of(whole) % 2**62)  # all of it, whatever lines it is in; in no longer text
         found.append((len(content), hashes, _smallest(lines, whole, some)))
     return found
 
@@ -173,7 +175,7 @@ def as_picked(shingles: Iterable[int]) -> list[list[int]]:
     found = [[*shingles]]
     for below in sorted(BELOW.values(), reverse=True):
         some = [each for each in found[0] if each < below]
-        if LEAST <= len(some) < len(found[-1]):
+        if LEAST <= len(some) < len(found[-1]) - 1:  # by more than that of all of it
             found.append(some)
     return found
 
@@ -375,7 +377,13 @@ class HeldOutLines:
     def _alike(self, hashes: Iterable[int]) -> Counter[int]:
         """How many of these shingles each set holds."""
         holders = (self._shingles[shingle] for shingle in self._shingles.keys() & hashes)
-        return Counter(number for numbers in holders if len(numbers) <= FEW_HOLDERS for number in numbers)
+        return Counter(number for numbers in holders if self._are_few(numbers) for number in numbers)
+
+    def _are_few(self, sets: list[int]) -> bool:
+        """Whether these are the sets of few documents, which have up to three each."""
+        return len(sets) <= FEW_HOLDERS or (
+            len(sets) <= 3 * FEW_HOLDERS and len({self._sets[number][0] for number in sets}) <= FEW_HOLDERS
+        )
 
     def _holds(self, hashes: Iterable[int]) -> bool:
         """Whether a text with these shingles is, for the most part, a piece of a held-out document."""

@@ -215,7 +215,8 @@ class FileSource(Source):
 
     def stamp(self) -> str:
         found = self._stats.items()
-        return json_digest([(name, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for name, s in found])
+        ends = {name: os.path.realpath(self.files[name]).split(os.sep)[-2:] for name in self.files}  # of links
+        return json_digest([(name, ends[name], s.st_size, s.st_mtime_ns, s.st_ctime_ns) for name, s in found])
 
     def digest(self) -> str:
         """Of content, in its order: whole up to `DIGEST_BYTES` together, beyond that of samples of every file."""

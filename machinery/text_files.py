@@ -134,7 +134,7 @@ def _check_format(path: Path, head: bytes, expected: str = "UTF-8 text") -> None
 
 def _of_seven_bits(content: bytes) -> str | None:
     """How to convert Japanese, Korean or Chinese in ISO-2022; None for other content."""
-    found = SEVEN_BITS.search(content) if b"\x1b$" in content else None
+    found = SEVEN_BITS.search(content) if b"\x1b$" in content and content.isascii() else None
     country = found and {b"C": "kr", b"A": "cn", b"G": "cn"}.get(found[1], "jp")
     return f"convert it, for example with iconv -f iso-2022-{country} -t utf-8" if found else None
 

@@ -29,7 +29,8 @@ class Watch:
         self.rates: deque[float] = deque(maxlen=20)
         self.expected_rate = 0.0  # tokens per second; half of it is told once, until it halves again
         self.remarks: list[str] = []
-        self.lr: float | None = None  # of the last step before a run was resumed
+        self.lr = 0.0  # of the last step
+        self.rises = False  # whether a run goes on with a larger budget, at an earlier place of its schedule
 
     def rate(self) -> float:
         """Tokens per second of late; before the first step, as expected."""
@@ -38,9 +39,9 @@ class Watch:
     def note(self, loss: float, tokens_per_second: float, lr: float) -> dict[str, float]:
         """Take a step in, and put what there is to say in `remarks`; {"spike": …} for a loss far above the last."""
         self.remarks, spike = [], {}
-        if self.lr is not None and lr > 1.5 * self.lr:
+        if self.rises and lr > 1.5 * self.lr:
             self.remarks.append(f"the learning rate is up to {lr:.2g} from {self.lr:.2g}: less of the budget is used")
-        self.lr = None
+        self.lr, self.rises = lr, False
         if len(self.losses) == self.losses.maxlen:
             mean, spread = statistics.fmean(self.losses), statistics.stdev(self.losses)
             if loss > mean + 6 * spread:

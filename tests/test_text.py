@@ -145,6 +145,11 @@ def test_each_real_file_once_whatever_links_lead_to_it(tmp_path, pattern):
     assert sorted(iter_documents(f"{root}{pattern}")) == list("abcd")
 
 
+def test_a_log_in_utf8_may_hold_an_escape_of_another_encoding(tmp_path):
+    source = write(tmp_path, {"a.txt": "größe\n" * 2000 + "\x1b$B\n"})
+    assert "".join(iter_documents(source)).endswith("größe\n\x1b$B\n")
+
+
 def test_a_link_that_leads_to_another_file_is_read_anew(tmp_path):
     """Also where an archive gave both files one size and one date."""
     for name in ("one", "two"):

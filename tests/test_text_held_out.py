@@ -242,7 +242,9 @@ IN_OTHER_SIGNS = {  # what is done to each line of a copy, or to the whole of it
     "another letter in fifty": lambda text: re.sub(r"(?s)(.{49})\w", r"\1x", text),
     "links": lambda text: re.sub(r"((?:\w+\W+){9})", r"\1(https://a.org/b) ", text),
     "colours of a terminal": lambda text: re.sub(r"(\w+)", "\x1b[1;32m\\1\x1b[0m", text),
-    "struck over, as manuals are": lambda text: re.sub(r"([a-z])", "\\1\x08\\1", text),
+    "struck over, as manuals are": lambda text: re.sub(
+        r"([a-zäö])", "\\1\x08\\1", text.replace("e", "ä").replace("o", "ö")
+    ),
     "stretched, as in Arabic": lambda text: re.sub(r"(\w{4})(\w)", "\\1\u0640\\2", text),
     "HTML": lambda text: re.sub("(?m)^(.*)$", r'<span class="line">\1</span>', text),
     "what grep prints": lambda text: "\n".join(f"notes.txt:{n}:{line}" for n, line in enumerate(text.split("\n"))),
@@ -250,6 +252,7 @@ IN_OTHER_SIGNS = {  # what is done to each line of a copy, or to the whole of it
 IN_THESE_LETTERS = {  # what is done to the text itself
     "Cyrillic capitals": lambda text: text.translate(CYRILLIC),
     "no accents": lambda text: text.replace("e", "é").replace("o", "ö"),
+    "struck over, as manuals are": lambda text: text.replace("e", "ä").replace("o", "ö"),
 }
 
 

@@ -593,12 +593,13 @@ def test_a_finished_run_is_not_trained_further(lm, settings, capsys):
 
 def test_a_run_that_goes_on_tells_when_its_learning_rate_rises_again(lm, settings, monkeypatch, capsys):
     """With a larger budget, less of it is used; a resumed run whose budget is the same has nothing to say."""
-    config = settings(max_steps=12, schedule="linear", warmup=0.0)
-    with monkeypatch.context() as patch:
-        patch.setattr(Run, "clock", lambda self: (1.0, self.at.step == 7))
+    for warmup, stopped in ((0.5, 2), (0.0, 7)):
+        config = settings(max_steps=12, schedule="linear", warmup=warmup, run_name=f"run{stopped}")
+        with monkeypatch.context() as patch:
+            patch.setattr(Run, "clock", lambda self, stopped=stopped: (1.0, self.at.step == stopped))
+            lm.train(config)
         lm.train(config)
-    lm.train(config)
-    assert "learning rate" not in capsys.readouterr().out
+        assert "the learning rate is" not in capsys.readouterr().out
     lm.train(replace(config, max_steps=24))
     told = re.search(
         r"step 13: the learning rate is up to (\S+) from (\S+): less of the budget is used", capsys.readouterr().out
