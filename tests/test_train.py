@@ -609,7 +609,7 @@ def test_a_run_that_goes_on_tells_when_its_learning_rate_rises_again(lm, setting
 
 
 def test_a_run_without_the_states_of_its_optimizers_is_loaded_and_not_trained_further(lm, settings, tmp_path):
-    """Whoever has little disk keeps the weights alone, a third of a checkpoint."""
+    """Whoever has little disk keeps the weights alone, less than half of a checkpoint."""
     config = settings(max_steps=12)
     lm.train(config)
     run, before = folder_of(config), weights_of(lm, folder_of(config))
