@@ -90,7 +90,7 @@ def best_shape(config, machine: Machine | str, hours: float) -> dict[str, float]
         end, change = ("smallest", "more") if best == rows[0] else ("largest", "fewer")
         if best[3] > laws().get(config.source, {"parameters": [math.inf]})["parameters"][0]:
             change = "fewer"  # smaller ones would read the text too often
-        print(f"the best is the {end} that the law covers, so another may be better; with {change} hours it is inside")
+        print(f"the best is the {end} that the law covers, so one beyond may be better; or try {change} hours")
     for loss, unit, shape, parameters, tokens in rows[max(0, rows.index(best) - 2) : rows.index(best) + 3]:
         sizes = f"{shape['n_layer']:3d} × {shape['n_embd']:<5d}{parameters:14,.0f} weights {tokens:16,.0f} tokens"
         print(f"{sizes}  {loss:.3f} {unit}{'   <- best' if shape is best[2] else ''}")

@@ -192,7 +192,7 @@ def test_the_best_shape_is_inside_of_what_was_tried_or_not_known(lm, monkeypatch
     ]:  # fmt: skip
         at_the_end = best_shape(config, CPU, hours=hours)
         printed, size = capsys.readouterr().out, f"{at_the_end['n_layer']} × {at_the_end['n_embd']} "
-        assert f"the best is the {end} that the law covers" in printed and f"with {change} hours" in printed
+        assert f"the best is the {end} that the law covers" in printed and f"or try {change} hours" in printed
         assert [size in line for line in printed.splitlines() if "<- best" in line] == [True]
     assert best_shape(day, CPU, hours="24") == shape
     small, large = (best_shape(day, card, hours=8)["n_layer"] for card in ("RTX 3090", "H100"))
