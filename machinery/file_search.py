@@ -17,7 +17,8 @@ from machinery.errors import DataError
 
 SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".parquet")
 WITHOUT = "without a suffix"
-TABLES = (".csv", ".tsv", ".json", ".ndjson", ".jsonl", ".parquet")  # in capitals, too: no text, even where named
+# In capitals, too, no text, even where they are named
+TABLES = {".csv", ".tsv", ".tab", ".psv", ".json", ".ndjson", ".jsonl", ".jsonlines", ".ldjson", ".jl", ".parquet"}
 
 
 def find_files(name: str, apart: Iterable[Path], passed_over: Counter[str]) -> dict[str, Path]:
@@ -38,7 +39,8 @@ def find_files(name: str, apart: Iterable[Path], passed_over: Counter[str]) -> d
 def _walk(root: Path, parts: list[str], apart: Iterable[Path], passed_over: Counter[str]) -> dict[str, Path]:
     """The files under `root` that fit a pattern, once each, whatever links lead to them."""
     set_apart = {found for folder in apart if (found := identity(folder))}
-    parts, end, seen = [_composed(part) for part in parts], len(parts), set()
+    parts = [each for part in parts for each in _parts(composed(part))]
+    end, seen = len(parts), set()
     named = {_suffix(choice) for choice in _choices(parts[-1])} if parts[-1] != "**" else set()
     # Of each folder, the parts of the pattern that may come next, by number: those before are matched, at `end` all
     reaching = {str(root): _skipping({0}, parts)}
@@ -120,11 +122,12 @@ def _entry(folder: Path, name: str) -> str | None:
     if os.path.exists(folder / name):
         return name
     with contextlib.suppress(OSError, ValueError):
-        alike = (entry for entry in os.listdir(folder) if _composed(entry) == _composed(name))
+        alike = (entry for entry in os.listdir(folder) if composed(entry) == composed(name))
         return next((entry for entry in alike if os.path.exists(folder / entry)), None)
 
 
-def _composed(name: str) -> str:
+def composed(name: str) -> str:
+    """A name with its accents composed, however a disk keeps them."""
     return unicodedata.normalize("NFC", name)
 
 
@@ -139,9 +142,15 @@ def _after(name: str, reached: frozenset[int], parts: list[str]) -> frozenset[in
             continue
         if parts[number] == "**":
             found.add(number)
-        elif any(fnmatch.fnmatchcase(_composed(name), choice) for choice in _choices(parts[number])):
+        elif any(fnmatch.fnmatchcase(composed(name), choice) for choice in _choices(parts[number])):
             found.add(number + 1)
     return _skipping(found, parts)
+
+
+def _parts(part: str) -> list[str]:
+    """A part of a pattern as fnmatch reads it: "[^a]" is "[!a]"; and "**.txt" is "**/*.txt"."""
+    part = part.replace("[^", "[!")
+    return ["**", part[1:]] if part.startswith("**") and part != "**" else [part]
 
 
 @cache

@@ -2,16 +2,18 @@
 
 Documents are compared by their longer lines, and by *shingles*: stretches of letters and digits, of which their own
 content picks some, wherever they stand, whatever lines they are in. Blank space, line ends, ways to write an accent and
-the ">" of a quoted line do not count, for shingles nor do capitals, accents, signs and times of lines. The side of a
-document is that of its smallest line, by a hash: a function of its content alone, in which near-copies mostly agree,
-since two documents have the same smallest line as often as they have lines in common (MinHash; Broder 1997). What is
-then still copied on the other side (`HeldOutLines`) is set aside. A copy is not found that differs in a word of eight,
-nor a row of some twenty letters where it is not equal, nor, without a line in common, a short text within a longer one.
+the ">" of a quoted line do not count, for shingles nor do capitals, accents, signs, tags of HTML, and times and numbers
+of lines. The side of a document is that of its smallest line, by a hash: a function of its content alone, in which
+near-copies mostly agree, since two documents have the same smallest line as often as they have lines in common
+(MinHash; Broder 1997). What is then still copied on the other side (`HeldOutLines`) is set aside. A copy is not found
+that differs in a word of eight, nor a row of some twenty letters where it is not equal, nor, without a line in common,
+a short text within a longer one.
 """
 
 from __future__ import annotations
 
 import hashlib
+import html
 import math
 import re
 import string
@@ -20,6 +22,7 @@ import zlib
 from array import array
 from collections import Counter
 from collections.abc import Collection, Container, Iterable, Iterator, Sequence
+from itertools import pairwise
 
 import numpy as np
 
@@ -37,10 +40,23 @@ NO_WIDTH |= {chr(code).encode() for code in (*range(0x202A, 0x202F), *range(0x20
 SMALL = bytes.maketrans(string.ascii_uppercase.encode(), string.ascii_lowercase.encode())
 SIGNS = bytes({*range(128)} - {*string.ascii_letters.encode(), *string.digits.encode()})
 LETTERS = re.compile(r"[^\W_]+")  # and digits; no signs, and no marks on letters
+MARKED = str.maketrans("ıłŁøØđĐħĦ", "ilLoOdDhH")  # letters whose marks Unicode does not take for marks
+MONTH = rb"(?:Jan|Feb|Mar|Apr|May|Jun|Jul|Aug|Sep|Oct|Nov|Dec)[a-z]*\.?"
 TIME = re.compile(  # in a log or a chat, without blanks
-    rb"\d(?:\d{3}-\d\d-\d\dT?\d\d?|\d?[./-]\d\d?[./-](?:\d{4}|\d\d),?\d\d?|\d?)"
-    rb":\d\d(?::\d\d(?:[.,]\d+)?)?(?:Z|[AaPp]\.?[Mm]\b\.?)?"
+    rb"(?:\d{4}-\d\d-\d\dT?|\d?\d[./-]\d\d?[./-](?:\d{4}|\d\d),?|\d?\d[/-]?%b[/-]?(?:\d{4}|\d\d)?[:,]?|%b\d?\d(?:,\d{4},?)?)?"
+    rb"\d?\d:\d\d(?::\d\d)?(?:[.,]\d+)?(?:Z|[AaPp]\.?[Mm]\b\.?)?" % (MONTH, MONTH)
 )
+CLOCK = re.compile(rb"\d:\d\d")
+NUMBER = re.compile(rb"(?m)^[ \t]*(\d{1,13})(?=[ \t:|]|$)")  # of a line, or a time in seconds or thousandths
+NUMBERED, MOST = 8, 0.9  # lines that such numbers begin, at least; share of them that follow the one before
+ESCAPED = re.compile(rb"\\[nrt]")  # line ends and tabs, as in JSON
+BY_CODE, ENTITY = re.compile(rb"\\u([\dA-Fa-f]{4})"), re.compile(rb"&#?\w{1,31};")  # characters in JSON and in HTML
+TAG = re.compile(
+    rb"(?i)</?(?:a|abbr|article|aside|b|blockquote|body|br|button|center|cite|code|dd|div|dl|dt|em|figcaption|figure|font"
+    rb"|footer|h[1-6]|head|header|hr|html|i|img|label|li|link|main|mark|meta|nav|ol|p|pre|q|s|section|small|span|strike"
+    rb"|strong|sub|sup|table|tbody|td|tfoot|th|thead|tr|tt|u|ul)(?:\s+[\w:-]+(?:\s*=\s*(?:\"[^\"<>]*\"|'[^'<>]*'|[^\s\"'<>]+))?)*\s*/?>"
+)
+BARE = 0.1  # of a page, without which its tags are what counts
 TERMINAL = re.compile(  # colours, and what is struck over
     rb"\x1b\[[\d;]*[A-Za-z]|(?:[\x00-\x09\x0b-\x7f]|[\xc2-\xf4][\x80-\xbf]+)\x08"
 )
@@ -74,42 +90,66 @@ def long_lines(content: bytes) -> list[bytes]:
     return _lines_and_all(content)[0]
 
 
-def _lines_and_all(content: bytes) -> tuple[list[bytes], bytes]:
-    """The longer lines of a text, without blank space; and all of it as one, in small letters, without signs, blanks
-    and the times of its lines.
+def _lines_and_all(content: bytes, keep_tags: bool = False) -> tuple[list[bytes], bytes]:
+    """The longer lines of a text, without blank space; and all of it as one, in small letters, without signs, blanks,
+    the times and numbers of its lines and, unless they are to be kept, tags of HTML.
     """
     plain = _plain(content)
     dense = plain.translate(None, b" \t")
     surely = LONG_LINE if plain.isascii() else 4 * LONG_LINE  # bytes of so many characters
+    dense_lines = dense.split(b"\n")
     found = [
         line
-        for line, whole in zip(dense.split(b"\n"), plain.split(b"\n"))
+        for line, whole in zip(dense_lines, plain.split(b"\n"))
         if len(line) >= surely or (len(line) > SPACED_LINE // 2 and _is_long(line, whole))
     ]
-    whole = b"\n" + dense.replace(b"\\n", b"")  # a line end may be escaped
-    whole = _without_times(whole).translate(SMALL, SIGNS)
+    whole = BY_CODE.sub(_character, plain) if b"\\u" in plain else plain
+    whole = ENTITY.sub(_character, whole) if b"&" in whole else whole
+    whole = ESCAPED.sub(b"", whole) if b"\\" in whole else whole
+    if b"</" in whole and not keep_tags and len(bare := TAG.sub(b"", whole)) > BARE * len(whole):
+        whole = bare
+    whole = _without_numbers(whole, dense_lines)
+    whole = dense if whole is plain else whole.translate(None, b" \t")
+    size = _length(whole)
+    whole = _without_times(whole, dense_lines).translate(SMALL, SIGNS)
     ascii_alone = whole.translate(None, BEYOND_ASCII)
     if len(ascii_alone) >= NEARLY_ASCII * len(whole):
         whole = ascii_alone
     else:
         text = whole.decode("utf-8", "surrogatepass")
         apart = text if _has_many_marks(text) else unicodedata.normalize("NFKD", text)
-        text = unicodedata.normalize("NFC", "".join(LETTERS.findall(apart)).casefold())
+        text = unicodedata.normalize("NFC", "".join(LETTERS.findall(apart)).translate(MARKED).casefold())
         whole = text.encode("utf-8", "surrogatepass")
-    if _length(whole) < FEW * _length(dense):  # of numbers, or signs
+    if _length(whole) < FEW * size:  # of numbers, or signs
         whole = dense.translate(None, b"\n")
     return found or [dense.translate(None, b"\n>")], whole
 
 
-def _without_times(dense: bytes) -> bytes:
-    """A text without the times that half of its lines hold."""
-    lines = dense.count(b"\n")
-    half = max(1, (lines - 1) / 2)  # one stands before the first line
-    if dense.count(b":") >= half:
-        rest, times = TIME.subn(b"", dense)
-        if times >= half and len(rest) > MOSTLY * len(dense):  # of a timetable, times say what it is
-            dense = rest
-    return dense
+def _character(found: re.Match[bytes]) -> bytes:
+    text = html.unescape(found[0].decode()) if found[0].startswith(b"&") else chr(int(found[1], 16))
+    return text.encode("utf-8", "surrogatepass")
+
+
+def _without_times(dense: bytes, lines: list[bytes]) -> bytes:
+    """A text without the times that a third of its lines hold, as the first lines of messages do."""
+    if not CLOCK.search(dense[:2048]):
+        return dense
+    rest, times = TIME.subn(b"", dense)
+    few = max(1, sum(map(bool, lines)) / 3)
+    return rest if times >= few and len(rest) > MOSTLY * len(dense) else dense  # of a timetable, times say what it is
+
+
+def _without_numbers(text: bytes, lines: list[bytes]) -> bytes:
+    """A text without the numbers that its lines begin with, where these count them, or are times in seconds."""
+    if len(lines) < NUMBERED or sum(line[:1].isdigit() for line in lines[:64]) < NUMBERED:
+        return text
+    numbers = [int(number) for number in NUMBER.findall(text)]
+    counted = sum(after == before + 1 for before, after in pairwise(numbers))
+    times = sum(10**9 <= number < 2 * 10**9 or 10**12 <= number < 2 * 10**12 for number in numbers)
+    if max(counted, times) < MOST * len(numbers) or 2 * len(numbers) < sum(map(bool, lines)):
+        return text
+    rest = NUMBER.sub(b"", text)
+    return rest if len(rest) > MOSTLY * len(text) else text
 
 
 def look_at(texts: list[str]) -> list[tuple[int, array, bytes]]:
@@ -202,7 +242,7 @@ def _plain(content: bytes) -> bytes:
 
 
 def _has_many_marks(text: str) -> bool:
-    return any(all(map(unicodedata.combining, some)) for some in NO_LETTERS.findall(text))
+    return any(all(unicodedata.category(sign)[0] == "M" for sign in some) for some in NO_LETTERS.findall(text))
 
 
 def _length(content: bytes) -> int:
@@ -285,7 +325,7 @@ def common_lines(texts: Iterable[str]) -> set[bytes | int]:
     """
     counts, documents, left = Counter(), 0, 16 << 20
     for text in texts:
-        lines, whole = _lines_and_all(text[-FOOTER:].encode("utf-8", "surrogatepass"))
+        lines, whole = _lines_and_all(text[-FOOTER:].encode("utf-8", "surrogatepass"), keep_tags=True)
         counts.update({*lines, *_shingles([whole])[0].tolist()})
         documents, left = documents + 1, left - len(text)
         if left <= 0:
@@ -330,7 +370,7 @@ def _before_footer(text: str, common: Container[bytes | int]) -> int:
 
 def _is_mostly_common(line: bytes, common: Container[bytes | int]) -> bool:
     """Whether a line is that of other texts but for a name, an address or the like."""
-    picked = [each for each in _shingles([_lines_and_all(line)[1]])[0].tolist() if each < PICKED]
+    picked = [each for each in _shingles([_lines_and_all(line, keep_tags=True)[1]])[0].tolist() if each < PICKED]
     return sum(each in common for each in picked) >= max(LEAST, NEAR_COPY * len(picked))
 
 

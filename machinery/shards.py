@@ -35,7 +35,7 @@ from machinery.sources import BLANK_TEXTS, EMPTY_ROWS, NOT_UTF8, Position, Sourc
 from machinery.text_files import in_parts
 from machinery.tokenizers import tokenizer_from_dict, tokenizer_hash
 
-MANIFEST_VERSION = 23  # part of the settings: shards of an earlier way are not mistaken for those of this one
+MANIFEST_VERSION = 24  # part of the settings: shards of an earlier way are not mistaken for those of this one
 FEW_BYTES = 10_000  # of held-out text, about 3,000 tokens
 FEWEST, MOST = 0.25, 2.0  # of the wanted held-out text: with less or more, ends of documents are held out instead
 LEAST_END = 64  # bytes of an end that says something
@@ -263,16 +263,22 @@ class Collected:
         holders = Counter(each for some in training_documents() for each in some if each < 0)
         met = set(hashes).intersection(self.lines)
         common = {each for each in met if holders[each] > MANY_HOLDERS}
+        firsts: dict[int, int] = {}  # of documents that are equal, the first is enough to find a copy by
+        first_of = array("q")
         for document in self:
-            held_out.add(without_common(document.lines, common), met)
+            lines, known = without_common(document.lines, common), len(firsts)
+            first_of.append(firsts.setdefault(hash(tuple(lines)), known))
+            if first_of[-1] == known:
+                held_out.add(lines, met)
         for some in training_documents():
             held_out.train(some, always=True)
+        copied = {number for number, first in enumerate(first_of) if first in held_out.copied}
         rare = {each for each, count in holders.items() if count <= min(PASSAGES, RARE * len(ends))}
         for number, document in enumerate(self):
             shingles = as_picked({each for each in document.lines if each < 0})[-1]
             if makes_copy(len(rare.intersection(shingles)), len(shingles)):
-                held_out.copied.add(number)
-        return held_out.copied, common
+                copied.add(number)
+        return copied, common
 
 
 class UnevenSides(Exception):

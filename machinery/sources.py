@@ -29,13 +29,14 @@ from pathlib import Path
 from types import ModuleType
 
 from machinery.errors import DataError, first_line, printable
-from machinery.file_search import SUFFIXES, WITHOUT, existing_part, find_files, identity
+from machinery.file_search import SUFFIXES, WITHOUT, composed, existing_part, find_files, identity
 from machinery.files import json_digest
 from machinery.text_files import (
     MAX_DOCUMENT_BYTES,
     MAX_LINE_BYTES,
     array_texts,
     file_digest,
+    holds_rows,
     in_parts,
     json_text,
     jsonl_texts,
@@ -58,8 +59,8 @@ Position = int | dict  # where reading a source goes on: a count of documents, o
 
 
 def is_blank(text: str) -> bool:
-    """Whether a text holds nothing but blank space."""
-    return not text or text.isspace()
+    """Whether a text holds nothing but blank space, or so many NULs that it is binary data, or UTF-16 in a row."""
+    return not text or text.isspace() or ("\0" in text and text.count("\0") > 0.4 * len(text))
 
 
 class Source:
@@ -144,8 +145,12 @@ class FileSource(Source):
     def __init__(self, *arguments, **options) -> None:
         super().__init__(*arguments, **options)
         # Ordering by a hash of the name mixes the folders and is the same on every machine
-        found = sorted(self.find().items(), key=lambda item: hashlib.sha256(item[0].encode(errors="replace")).digest())
-        self.files, self._not_utf8 = dict(found), set()
+        files = self.find()
+        names = {name: hashlib.sha256(composed(name).encode(errors="replace")).digest() for name in files}
+        self.files, self._not_utf8 = (
+            {name: files[name] for name in sorted(files, key=lambda name: (names[name], name))},
+            set(),
+        )
 
     def find(self) -> dict[str, Path]:
         """Name to path of every file; names are relative to the folder that is searched."""
@@ -173,8 +178,8 @@ class FileSource(Source):
         path, before = self.files[name], self._stats[name]
         with telling_os_errors(path):
             self._check_unchanged(path, before)  # a pipe, too, that took its place, which nobody may write to
-            rows = ROWS.get(path.suffix)  # the last part of a file of text may be empty
-            found = rows(path, self.text_column, self.separator) if rows else filter(None, self._texts(path))
+            rows = ROWS.get(path.suffix)
+            found = rows(path, self.text_column, self.separator) if rows else self._texts(path)
             for text in found:
                 self.passed_over[EMPTY_ROWS if rows else BLANK_TEXTS] += is_blank(text)
                 yield text
@@ -194,7 +199,13 @@ class FileSource(Source):
 
     def _texts(self, path: Path) -> Iterator[str]:
         try:
-            yield from texts(path, self.separator)
+            for number, text in enumerate(filter(None, texts(path, self.separator))):  # the last may be empty
+                if number == 0 and not self.lenient and holds_rows(text, self.text_column):
+                    raise DataError(
+                        f"{path}: holds JSON lines with the column {self.text_column!r}; give it the suffix .jsonl,"
+                        " or, to read it as it is, set text_column to another name"
+                    )
+                yield text
         except DataError:
             if not self.lenient:
                 raise

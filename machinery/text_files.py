@@ -80,6 +80,7 @@ FORMATS = {  # first bytes, what they are of, and how to get at the text
     b"/annex/objects/": ("a pointer of git-annex and not the file itself", "fetch it with git annex get"),
     b"PAR1": ("Parquet", "give it the suffix .parquet"),
     b"ARROW1": ("Arrow", "convert it to Parquet"),
+    b"\xff\xff\xff\xff": ("Arrow", "convert it to Parquet, with datasets.load_from_disk(…).to_parquet(…)"),
     b"Obj\x01": ("Avro", "convert it to Parquet"),
     **dict.fromkeys((b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"), ("a Python pickle", "export its text")),
     b"\x93NUMPY": ("a NumPy array", "export its text"),
@@ -293,6 +294,14 @@ def json_text(line: str | bytes, text_column: str, where: str, is_utf8: bool = F
     if not isinstance(row, dict):
         raise DataError(f"{where}: holds {_type_of(row)}, not an object; {ROW}")
     return row_text(row, text_column, where)
+
+
+def holds_rows(text: str, text_column: str) -> bool:
+    """Whether a text begins with rows of JSON lines, the first of which has this column."""
+    line, _, rest = text.lstrip("\ufeff \r\n\t").partition("\n")
+    with contextlib.suppress(ValueError, RecursionError):
+        return line[:1] == "{" and text_column in DECODER.decode(line) and rest.lstrip()[:1] in ("", "{")
+    return False
 
 
 def array_texts(content: str, text_column: str, where: str) -> list[str]:

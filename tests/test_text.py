@@ -115,6 +115,8 @@ PATTERNS = {
     "**/deep/**/*.txt": "d",
     "sub/": "c d",
     "sub/../a.txt": "a",
+    "[^b].txt": "a",
+    "**.txt": "a b c d",
 }
 
 
@@ -215,6 +217,12 @@ def test_the_order_does_not_depend_on_where_the_folder_lies(tmp_path):
     files = {f"{i}/{i}.txt": str(i) for i in range(30)}
     one, two = (list(iter_documents(write(tmp_path / name, files))) for name in ("one", "two/deeper"))
     assert one == two != sorted(one)
+    names = [f"Übung é {i}.txt" for i in range(30)]
+    composed, apart = (
+        list(iter_documents(write(tmp_path / form, {unicodedata.normalize(form, name): name for name in names})))
+        for form in ("NFC", "NFD")
+    )
+    assert composed == apart
 
 
 def test_runs_and_shards_inside_the_source_are_not_text(tmp_path):
@@ -267,6 +275,9 @@ def test_rows_without_text_are_counted_and_too_little_text_is_told_with_what_the
     root = os.path.join(write(tmp_path, {"texts/a.jsonl": "\n".join(rows)}), "texts")
     assert prepare(tmp_path, root).manifest["passed_over"]["rows without text"] == 18
     assert "rows without text (18)" in capsys.readouterr().out
+    wide = [json.dumps({"text": "some words".encode(code).decode("latin1")}) for code in ("utf-16-le", "utf-32-be")]
+    write(tmp_path, {"texts/a.jsonl": "\n".join([*rows, *wide, '{"text": "one\\u0000 in a text of some words"}'])})
+    assert prepare(tmp_path, root).manifest["passed_over"]["rows without text"] == 20
     write(tmp_path, {"texts/a.jsonl": "\n".join(rows[50:])})
     with pytest.raises(DataError, match="holds no text to train on .*: none of 18 rows has any in column 'text'"):
         prepare(tmp_path, root)
@@ -375,7 +386,7 @@ def test_a_file_that_vanishes_is_named_and_the_system_is_not_blamed_on_the_text(
 @pytest.mark.parametrize("rows", [1, 2, 3])
 @pytest.mark.parametrize("of", ["this", "a later one"])
 def test_a_file_that_is_written_to_while_the_text_is_read_is_named(tmp_path, suffix, rows, of):
-    row = '{"text": "one"}\n'
+    row = '{"text": "one"}\n' if suffix == "jsonl" else "a text of: one.\n"
     texts = iter_documents(write(tmp_path, {f"{name}.{suffix}": row * 2 for name in "ab"}))
     next(texts)
     name = f"{'ba'[of == 'this']}.{suffix}"  # "a.jsonl" and "a.txt" are read first
@@ -479,6 +490,8 @@ NO_TEXT = {  # what is not UTF-8, from its beginning or from some byte on
     ),
     "UTF-16 with a mark": (ASCII + RUSSIAN.decode().encode("utf-16"), "binary data or UTF-16 from byte 6993 on"),
     "a packed end": (ASCII + b"\xfd" + gzip.compress(RUSSIAN * 9), "binary data or UTF-16 from byte 6993 on"),
+    "rows of JSON": (b'{"id": 7, "text": "a"}\n' * 9, "holds JSON lines with the column 'text'; give it the suffix"),
+    "a stream of Arrow": (b"\xff\xff\xff\xff\x98\0\0\0\x10\0\0\0", "holds Arrow, not UTF-8 text; convert it"),
     "a tape archive": (
         b"a.txt".ljust(257, b"\0") + b"ustar" + b"\0" * 250 + ASCII,
         "holds tar, not UTF-8 text; unpack",

@@ -230,9 +230,25 @@ IN_OTHER_SIGNS = {  # what is done to each line of a copy, or to the whole of it
         f"[17/05/24, 1:{n:02}:07 PM] {row}" for n, row in enumerate(text.split("\n"))
     ),
     "times between": lambda text: "\n".join(f"0:{n:02}\n{row}" for n, row in enumerate(textwrap.wrap(text, 40))),
+    "a song": lambda text: "\n".join(f"[00:{n:02}.{n:02}]{row}" for n, row in enumerate(textwrap.wrap(text, 40))),
+    "without a point": lambda text: text.replace("i", "ı"),
+    "messages": lambda text: "\n\n".join(
+        f"Apr {n % 28 + 1:02}, 2024 12:{n:02} AM\nAnna\n{row}" for n, row in enumerate(textwrap.wrap(text, 50))
+    ),
+    "months": lambda text: "\n".join(
+        f"[{n + 1}-Mar-24 10:{n:02}] {row}" for n, row in enumerate(textwrap.wrap(text, 40))
+    ),
+    "times in seconds": lambda text: "\n".join(
+        f"{1617235200 + 61 * n} {row}" for n, row in enumerate(textwrap.wrap(text, 30))
+    ),
+    "short numbered lines": lambda text: "\n".join(f"{n:6}\t{row}" for n, row in enumerate(textwrap.wrap(text, 28), 1)),
     "capitals": str.upper,
     "emphasis": lambda text: re.sub(r"\b(\w{5,})\b", r"**\1**", text),
     "escaped": lambda text: json.dumps(text),
+    "escaped tabs": lambda text: json.dumps(text.replace(" ", "\t")),
+    "escaped letters": lambda text: json.dumps(text.translate(CYRILLIC)),
+    "letters by number": lambda text: re.sub(r"[^\W_]", lambda found: f"&#{ord(found[0])};", text.translate(CYRILLIC)),
+    "tags": lambda text: re.sub(r"(\w{4,})", r'<a href="/wiki/\1" title="\1">\1</a>', text),
     "marks on letters": lambda text: text.replace("e", "e\u0316").replace("o", "o\u0316"),
     "other full stops": lambda text: text.replace(".", "。").replace(" ", "、"),
     "full width": lambda text: text.translate({code: code + 0xFEE0 for code in range(0x21, 0x7F)}),
@@ -250,7 +266,9 @@ IN_OTHER_SIGNS = {  # what is done to each line of a copy, or to the whole of it
     "what grep prints": lambda text: "\n".join(f"notes.txt:{n}:{line}" for n, line in enumerate(text.split("\n"))),
 }
 IN_THESE_LETTERS = {  # what is done to the text itself
-    "Cyrillic capitals": lambda text: text.translate(CYRILLIC),
+    **dict.fromkeys(
+        ["Cyrillic capitals", "escaped letters", "letters by number"], lambda text: text.translate(CYRILLIC)
+    ),
     "no accents": lambda text: text.replace("e", "é").replace("o", "ö"),
     "struck over, as manuals are": lambda text: text.replace("e", "ä").replace("o", "ö"),
 }
@@ -449,13 +467,23 @@ def test_what_many_held_out_rows_hold_takes_no_time_to_count(tmp_path, own):
     assert own or data.manifest["grouped"] == len(rows) - 1
 
 
+def test_copies_of_a_text_that_is_held_out_often_are_found(tmp_path):
+    """In other lines, and so with another side."""
+    notice = next(text for text in (" ".join(paragraphs(i, 3)) for i in range(999)) if is_held_out(text, (0, 0.1)))
+    rows = [notice] * 80 + [textwrap.fill(notice, width) for width in range(30, 70)]
+    rows += [" ".join(paragraphs(i, 4)) for i in range(1000, 2000)]
+    data = prepare(tmp_path, write(tmp_path, {"t/rows.jsonl": [{"text": text} for text in rows]}), val_fraction=0.1)
+    trained, held_out = ({" ".join(text.split()) for text in texts_of(data, side)} for side in ("train", "val"))
+    assert data.manifest["held_out"] in ("documents", "ranked") and not trained & held_out
+
+
 def test_later_copies_of_a_row_that_is_held_out_often_take_no_time_to_find(tmp_path, monkeypatch):
     monkeypatch.setattr(data_utils, "SHARD_TOKENS", 1_000_000)
     row = next(text for text in map("[deleted {}]".format, range(999)) if is_held_out(text, (0, 0.2)))
     rows = [text for i in range(40_000) for text in (row, f"{i} is the number of this row")]
     start = time.process_time()
     data = prepare(tmp_path, write(tmp_path, {"t/rows.jsonl": [{"text": text} for text in rows]}), val_fraction=0.2)
-    assert time.process_time() - start < 15 and data.manifest["set_aside"]["documents"] > 5000
+    assert time.process_time() - start < 30 and data.manifest["set_aside"]["documents"] > 5000
     assert row not in texts_of(data, "train") and texts_of(data, "val").count(row) > 5000
 
 
