@@ -294,8 +294,7 @@ def check_generation(
 def attention_maps(model: nn.Module, tokens: Tensor) -> Tensor:
     """(n_layer, H, T, T): where every head of every layer looks, for one sequence of tokens (T,); rows are queries.
 
-    `attend` takes weighted means of values, so with the rows of a unit matrix as values, as many columns at a time as
-    values have, it gives the weights.
+    `attend` takes means of values: of a unit matrix, as many columns at a time as values have, it gives the weights.
     """
     check_tokens(model, tokens, "T")
     maps, layers = [], [block.attention for block in model.blocks if hasattr(block.attention, "attend")]
@@ -316,4 +315,6 @@ def attention_maps(model: nn.Module, tokens: Tensor) -> Tensor:
             del layer.attend
     if len(maps) != len(model.blocks):
         raise UserError(f"{len(maps)} attention maps for {len(model.blocks)} layers: each is to call its `attend` once")
-    return torch.cat(maps)
+    if ((found := torch.cat(maps)).sum(dim=-1) - 1).abs().max() > 0.1:  # of a gate or a norm in it
+        print("rows of these attention maps do not sum to 1: `attend` does more than take means of values")
+    return found

@@ -215,7 +215,8 @@ class RunFolder:
         if again > 0:
             print(f"{again:,} steps that were logged after the last checkpoint are taken again")
         summary, advice = self.path / "summary.json", "remove it, or check the permissions"
-        self._files = {"config": portable(config), "code": self.code, **files}
+        code = (at_step and read_note(self.path / "code.json")) or self.code  # what was trained first counts
+        self._files = {"config": portable(config), "code": code, **files}
         self._write_files()
         for log, lines in zip(logs, kept):
             write_atomic(log, lines)

@@ -17,7 +17,7 @@ from machinery.checkpoints import checkpoint_folders
 from machinery.errors import UserError, told
 from machinery.files import free_bytes
 from machinery.forecast import Forecast, forecast
-from machinery.machine import Machine, measure_matmul_flops, time_between
+from machinery.machine import Machine, evaluation_mode, measure_matmul_flops, time_between
 from machinery.sources import source_kind
 
 
@@ -132,7 +132,9 @@ def time_parts(
     sample: Callable,
     hours: float,
 ) -> tuple[float, float, float]:
-    """Seconds of a step, an evaluation and a sample of a run of so many `hours`, 0 where they do not limit it."""
+    """Seconds of a step, an evaluation and a sample of a run of so many `hours`, 0 where they do not limit it. Prints
+    what is wrong with how the model reads.
+    """
 
     def step(micro_steps: int) -> None:
         batches.seek()  # the text may end with the run
@@ -142,8 +144,45 @@ def time_parts(
     others = [lambda: batches.retry(model, evaluation), sample, lambda: step(2)]
     least = min(1.0, 18 * hours)  # seconds, a two-hundredth of a run by the clock
     one, scoring, sampling, two = time_between(lambda: step(1), others, batches.machine, least)
+    for remark in remarks_on_reading(model, sample, batches.machine):
+        print(remark)
     batches.seek()
     return one + (batches.micro_steps - 1) * max(0.0, two - one), scoring, sampling
+
+
+@torch.no_grad()
+def remarks_on_reading(model: torch.nn.Module, sample: Callable, machine: Machine) -> list[str]:
+    """Whether a model, as classes of one's own may, reads later tokens, or writes as if there were fewer earlier ones.
+
+    Of the tokens that `sample` reads one by one, the logits have to be those of a pass over all of them, in which the
+    last one changes nothing before it.
+    """
+    passes: list[tuple[torch.Tensor, torch.Tensor]] = []  # tokens (1, T) of each, and its last logits (1, V)
+
+    def note(_, arguments: tuple, logits: torch.Tensor) -> None:
+        if arguments and len(passes) < 9:
+            passes.append((arguments[0][:1], logits[:1, -1].float()))
+
+    with model.register_forward_hook(note):
+        sample()
+    by_token = passes and all(read.size(1) == 1 for read, _ in passes[1:])  # else it has no cache
+    tokens = torch.cat([read for read, _ in passes], dim=1) if by_token else torch.empty(1, 0)
+    if not 1 < tokens.size(1) <= min(model.max_length, 256):  # logits of more take memory
+        return []
+    changed = tokens.clone()
+    changed[:, -1] = (tokens[:, -1] + 1) % model.embedding.num_embeddings
+    with evaluation_mode(model), machine.autocast(decoding=True):
+        whole, other = model(torch.cat((tokens, changed))).float()  # (T, V) each
+    written, expected = torch.cat([last for _, last in passes]), whole[-len(passes) :, :]
+    expected, size = expected[:, : written.size(1)], whole.std()
+    remarks = []
+    if (whole - other)[:-1].abs().max() > 0.01 * size:
+        remarks.append("the model reads later tokens, so its loss says nothing: a layer may read earlier ones alone")
+    elif (written - expected).square().mean().sqrt() > 0.1 * size:
+        remarks.append(
+            "the model writes text as if there were fewer tokens: a layer that reads others keeps them in `cache`"
+        )
+    return remarks
 
 
 def _clock(seconds: float) -> datetime.timedelta:

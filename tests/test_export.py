@@ -563,6 +563,10 @@ def test_a_config_that_does_not_fit_its_checkpoint_is_one_line(lm, tiny, tmp_pat
     values |= {"runs_dir": str(tmp_path / "runs"), "data_dir": str(tmp_path / "data")}
     with pytest.raises(ExportError, match=named):
         lm.train(lm.Config.from_preset("smoke", **values | change))
+    (out / "tokenizer.json").unlink()
+    if change == {"tokenizer": "bpe"}:
+        with pytest.raises(ExportError, match="has no tokenizer.json, and ids of a 'bpe'"):
+            lm.train(lm.Config.from_preset("smoke", **values | change))
 
 
 @pytest.mark.parametrize(

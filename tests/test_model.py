@@ -403,7 +403,7 @@ def test_models_that_cannot_hold_an_induction_head_begin_without(lm, overrides):
     assert all(p.isfinite().all() for p in model.parameters())
 
 
-def test_maps_of_attention_by_hand_and_of_a_difference_of_two(lm, tiny, monkeypatch):
+def test_maps_of_attention_by_hand_and_of_a_difference_of_two(lm, tiny, monkeypatch, capsys):
     class ByHand(lm.MultiHeadAttention):
         def attend(self, q, k, v):
             assert v.shape == k.shape  # as the docstring of `attend` has it
@@ -420,7 +420,10 @@ def test_maps_of_attention_by_hand_and_of_a_difference_of_two(lm, tiny, monkeypa
     assert torch.allclose(attention_maps(hand, tokens), attention_maps(kernel, tokens), atol=1e-6)
     maps = attention_maps(difference, tokens)
     assert torch.allclose(maps.sum(-1), torch.ones(maps.shape[:-1]), atol=1e-5) and maps.min() < 0
-    assert "attend" not in vars(difference.blocks[0].attention)
+    assert "attend" not in vars(difference.blocks[0].attention) and not capsys.readouterr().out
+    ByHand.attend = lambda self, q, k, v: torch.tanh(lm.attention_by_hand(q, k, v)[0])
+    attention_maps(hand, tokens)
+    assert "do not sum to 1" in capsys.readouterr().out
 
 
 def test_maps_of_attention_without_an_attend_are_one_line(lm, tiny, monkeypatch):

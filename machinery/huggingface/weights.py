@@ -387,7 +387,12 @@ def begin_with(checkpoint: str | Path, model: torch.nn.Module, config: dict, enc
                 f"tokenizer {encoding.name!r} ({encoding.n_vocab} tokens) is not that of init_from {str(checkpoint)!r}"
                 f" ({theirs.n_vocab} tokens); set tokenizer to that folder"
             )
+    elif config["tokenizer"] == "bpe":
+        raise ExportError(
+            f"init_from {str(checkpoint)!r} has no tokenizer.json, and ids of a 'bpe' that is learned from the source"
+            " stand for other text: set tokenizer to that of the checkpoint, as tokenizer.json or one of tiktoken"
+        )
     if other := sorted(weights.keys() ^ model.state_dict().keys()):  # of a class of one's own
         where = f"init_from {str(checkpoint)!r}" if other[0] in weights else "the model"
-        raise ExportError(f"{other[0]} is only in {where}; for classes with other weights, leave init_from empty")
+        raise ExportError(f"{other[0]} is only in {where}; for classes with other weights: docs/huggingface.md")
     copy_weights(weights, model)

@@ -250,7 +250,8 @@ def plot_sweep(table: pd.DataFrame, y="val_bpb", x="tokens", ax=None, **style) -
         ax.fill_between(points[x], low, high, color=look["color"], alpha=0.2, linewidth=0)
     value = f": {table[x].iloc[0]:,.6g}" if at_one_place else ""
     ax.set(xlabel=NAMES.get(x, x) + value, ylabel=NAMES.get(y, y))
-    ax.legend(fontsize=8)
+    several = table.groupby("label")["seed"].nunique().max() > 1
+    ax.legend(fontsize=8, title="mean ± standard deviation of seeds" if several else None, title_fontsize=8)
     return ax.figure
 
 
