@@ -73,9 +73,9 @@ QUOTES = [
     (README, "falls from * to * bits per byte in # seconds", OUTPUTS, "finished: * tokens in # s,", 1),
     (README, "counting pairs of tokens gives #, `xz`", OUTPUTS, "by what followed the token before # bits", 1),
     (README, "counting pairs of tokens gives *, `xz` #. Slower", OUTPUTS, "packed by xz # bits per byte", 1),
-    (TEXT, "Counting token pairs gives #; the", OUTPUTS, "by what followed the token before # bits", 1),
-    (TEXT, "the compressor `xz`, on that text alone, gives # (5.3)", OUTPUTS, "packed by xz # bits per byte", 1),
-    (TEXT, "lines with the training text, `demo` has #, too (6)", OUTPUTS, "0% to 5% of longer lines: * # bits", 1),
+    (TEXT, "Counting token pairs gives #, the", OUTPUTS, "by what followed the token before # bits", 1),
+    (TEXT, "2.0, the compressor `xz` # (5.3)", OUTPUTS, "packed by xz # bits per byte", 1),
+    (TEXT, "lines with the training text, `demo` too has # (6)", OUTPUTS, "0% to 5% of longer lines: * # bits", 1),
     (TEXT, "`demo`'s loss falls from # to * bits per byte", OUTPUTS, "all tokens alike # bits per byte", 1),
     (
         TEXT,
