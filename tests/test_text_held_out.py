@@ -334,6 +334,25 @@ def test_tables_that_begin_with_numbers_or_times_are_compared_by_them(tmp_path):
         assert len(held_out) > 3 and not {*held_out} & {*trained} and data.manifest["set_aside"]["documents"] < 20, i
 
 
+def test_what_differs_by_its_numbers_or_attributes_is_no_copy(tmp_path):
+    chance = random.Random(0)
+    kinds = {
+        "sorted numbers": lambda: "".join(
+            f"{n} {WORDS[n % 9]} is in stock\n" for n in sorted(chance.sample(range(9999), 60))
+        ),
+        "years": lambda: "".join(
+            f"{year}\t{chance.randrange(999)} people were counted\n" for year in range(1950, 2000)
+        ),
+        "XML": lambda: "".join(f'<m t="{chance.random():.4f}"><name>Room {i} of it</name></m>\n' for i in range(60)),
+        "code": lambda: "// </a>\n" + "".join(f"if (i <n && {chance.random():.6f}) p->next();\n" for _ in range(60)),
+    }
+    for kind, make in kinds.items():
+        texts = [{"text": make()} for _ in range(100)]
+        data = prepare(tmp_path, write(tmp_path / kind, {"rows.jsonl": texts}))
+        assert data.manifest["held_out"] == "documents", kind
+        assert data.manifest["grouped"] + data.manifest["set_aside"]["documents"] < 5, kind
+
+
 def test_many_marks_on_a_letter_take_no_time():
     for marks in ("\u0301\u0316", "\u05b0\u05c1", "\u064b\u0650", "\u0f71\u0f74"):
         start = time.perf_counter()
