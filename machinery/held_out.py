@@ -43,7 +43,8 @@ LETTERS = re.compile(r"[^\W_]+")  # and digits; no signs, and no marks on letter
 MARKED = str.maketrans("ıłŁøØđĐħĦ", "ilLoOdDhH")  # letters whose marks Unicode does not take for marks
 MONTH = rb"(?:Jan|Feb|Mar|Apr|May|Jun|Jul|Aug|Sep|Oct|Nov|Dec)[a-z]*\.?"
 TIME = re.compile(  # in a log or a chat, without blanks
-    rb"(?:\d{4}-\d\d-\d\dT?|\d?\d[./-]\d\d?[./-](?:\d{4}|\d\d),?|\d?\d[/-]?%b[/-]?(?:\d{4}|\d\d)?[:,]?|%b\d?\d(?:,\d{4},?)?)?"
+    rb"(?:\d{4}-\d\d-\d\dT?|\d?\d[./-]\d\d?[./-](?:\d{4}|\d\d),?"
+    rb"|\d?\d[/-]?%b[/-]?(?:\d{4}|\d\d)?[:,]?|%b\d?\d(?:,\d{4},?)?)?"
     rb"\d?\d:\d\d(?::\d\d)?(?:[.,]\d+)?(?:Z|[AaPp]\.?[Mm]\b\.?)?" % (MONTH, MONTH)
 )
 CLOCK = re.compile(rb"\d:\d\d")
@@ -54,7 +55,8 @@ BY_CODE, ENTITY = re.compile(rb"\\u([\dA-Fa-f]{4})"), re.compile(rb"&#?\w{1,31};
 TAG = re.compile(
     rb"(?i)</?(?:a|abbr|article|aside|b|blockquote|body|br|button|center|cite|code|dd|div|dl|dt|em|figcaption|figure|font"
     rb"|footer|h[1-6]|head|header|hr|html|i|img|label|li|link|main|mark|meta|nav|ol|p|pre|q|s|section|small|span|strike"
-    rb"|strong|sub|sup|table|tbody|td|tfoot|th|thead|tr|tt|u|ul)(?:\s+[\w:-]+(?:\s*=\s*(?:\"[^\"<>]*\"|'[^'<>]*'|[^\s\"'<>]+))?)*\s*/?>"
+    rb"|strong|sub|sup|table|tbody|td|tfoot|th|thead|tr|tt|u|ul)"
+    rb"(?:\s+[\w:-]+(?:\s*=\s*(?:\"[^\"<>]*\"|'[^'<>]*'|[^\s\"'<>]+))?)*\s*/?>"
 )
 BARE = 0.1  # of a page, without which its tags are what counts
 TERMINAL = re.compile(  # colours, and what is struck over

@@ -147,10 +147,8 @@ class FileSource(Source):
         # Ordering by a hash of the name mixes the folders and is the same on every machine
         files = self.find()
         names = {name: hashlib.sha256(composed(name).encode(errors="replace")).digest() for name in files}
-        self.files, self._not_utf8 = (
-            {name: files[name] for name in sorted(files, key=lambda name: (names[name], name))},
-            set(),
-        )
+        self.files = {name: files[name] for name in sorted(files, key=lambda name: (names[name], name))}
+        self._not_utf8: set[Path] = set()
 
     def find(self) -> dict[str, Path]:
         """Name to path of every file; names are relative to the folder that is searched."""
