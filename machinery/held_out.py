@@ -384,6 +384,7 @@ class HeldOutLines:
     """
 
     def __init__(self) -> None:
+        self._numbers: dict[int, int] = {}  # of documents, by all their hashes
         self._documents: dict[int, list[int]] = {}  # hash of a line to the numbers of the documents that hold it
         self._allowed: list[int] = []  # how many more lines of each may stand in the training text
         self._trained: set[int] = set()  # of the lines
@@ -392,9 +393,14 @@ class HeldOutLines:
         self.copied: set[int] = set()  # documents
         self.common: set[int] = set()  # shingles that many training documents hold, as of a licence
 
-    def add(self, hashes: Iterable[int], met: Container[int] | None = None) -> None:
-        """Take in a document by the hashes of its lines and shingles; only what will be `met`, where that is known."""
-        number, lines, shingles = len(self._allowed), [], []
+    def add(self, hashes: Iterable[int], met: Container[int] | None = None) -> int:
+        """Take in a document by the hashes of its lines and shingles; only what will be `met`, where that is known.
+
+        Returns its number; that of the first of several that are equal, which is enough to know a copy by.
+        """
+        hashes, number, lines, shingles = tuple(hashes), len(self._allowed), [], []
+        if (known := self._numbers.setdefault(hash(hashes), number)) < number:
+            return known
         for each in dict.fromkeys(hashes):
             (lines if each >= 0 else shingles).append(each)
         for each in lines if met is None else (each for each in lines if each in met):
@@ -404,6 +410,7 @@ class HeldOutLines:
             for each in some if met is None else (each for each in some if each in met):
                 self._shingles.setdefault(each, []).append(len(self._sets))
             self._sets.append((number, len(some)))
+        return number
 
     def copies(self, hashes: Iterable[int]) -> tuple[set[int], Counter[int]]:
         """The documents that a text with these lines and shingles copies, with what was trained on before; and how many

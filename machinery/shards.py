@@ -263,16 +263,10 @@ class Collected:
         holders = Counter(each for some in training_documents() for each in some if each < 0)
         met = set(hashes).intersection(self.lines)
         common = {each for each in met if holders[each] > MANY_HOLDERS}
-        firsts: dict[int, int] = {}  # of documents that are equal, the first is enough to find a copy by
-        first_of = array("q")
-        for document in self:
-            lines, known = without_common(document.lines, common), len(firsts)
-            first_of.append(firsts.setdefault(hash(tuple(lines)), known))
-            if first_of[-1] == known:
-                held_out.add(lines, met)
+        added = [held_out.add(without_common(document.lines, common), met) for document in self]
         for some in training_documents():
             held_out.train(some, always=True)
-        copied = {number for number, first in enumerate(first_of) if first in held_out.copied}
+        copied = {number for number, first in enumerate(added) if first in held_out.copied}
         rare = {each for each, count in holders.items() if count <= min(PASSAGES, RARE * len(ends))}
         for number, document in enumerate(self):
             shingles = as_picked({each for each in document.lines if each < 0})[-1]
@@ -297,7 +291,6 @@ class HeldOut:
         self.manifest, self.writer = manifest, ShardWriter(folder, "val", manifest)
         self.documents = Collected(self.writer.dtype)
         self.lines, self.training, self.ends = HeldOutLines(), array("q"), array("q")
-        self._known: set[int] = set()
         self.is_open, common = not manifest["shards"]["val"], {*manifest["common"]}
         self.lines.common = common
         for shard in manifest["shards"]["val"]:
@@ -310,14 +303,8 @@ class HeldOut:
                 text, lines = encoding.decode_bytes(document.tolist()).decode(), array("q")
                 for piece in in_parts(text, PIECE):
                     lines.extend(look_at([piece])[0][1])
-                self._know(without_common(lines, common))
+                self.lines.add(without_common(lines, common))
         self.lines.trained = manifest["trained_lines"]
-
-    def _know(self, lines: list[int]) -> None:
-        """Take in a held-out document; of many that are equal, the first is enough to know a copy by."""
-        if (found := hash(tuple(lines))) not in self._known:
-            self._known.add(found)
-            self.lines.add(lines)
 
     def takes_apart(self, document: Encoded) -> bool:
         """Whether a training document is set aside, as a near-copy of a held-out one. While the first shard fills, none
@@ -370,7 +357,7 @@ class HeldOut:
                 holders.update(some)
             self.writer.add(document)
             if not self.manifest["complete"]:  # more text is to come
-                self._know(lines)
+                self.lines.add(lines)
         if not self.manifest["complete"]:
             self.manifest["common"], self.lines.common = sorted(common), common
             training = np.frombuffer(self.training, np.int64)
