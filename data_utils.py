@@ -76,15 +76,14 @@ def prepare_data(config) -> TokenData:
             refuse_overlap(source, val_source)
         with told(data.folder, DataError, "cannot be written", ADVICE):
             data.folder.mkdir(parents=True, exist_ok=True)
-        size = source.size()
-        is_large = size is None or size > LEARNING_BYTES
-        if is_large and config.tokenizer == "bpe" and not (data.folder / "tokenizer.json").exists():
+        learns = config.tokenizer == "bpe" and not (data.folder / "tokenizer.json").exists()
+        if learns and source.size() > LEARNING_BYTES:
             print(
-                "first a vocabulary is learned, from up to 256 MB of the text, which can take minutes; then the"
+                "first a vocabulary is learned, from up to 268 million characters, which can take minutes; then the"
                 " tokenization begins",
                 flush=True,
             )
-        if is_known(settings) and (size is None or size > BACKGROUND_BYTES):
+        if is_known(settings) and source.size() > BACKGROUND_BYTES:
             data.start_background()
             data.wait(progress=True)
         else:
@@ -108,7 +107,6 @@ class TokenData:
 
     def __init__(self, folder: Path, task: dict, block_size: int) -> None:
         self.folder, self.task, self.settings, self.block_size = folder, task, task["settings"], block_size
-        self._byte_counts: torch.Tensor | None = None
         self._has_manifest = False  # or had
 
     @property
@@ -172,9 +170,7 @@ class TokenData:
 
     def bytes_of(self, targets: torch.Tensor) -> int:
         """UTF-8 bytes of the text that targets stand for; an end-of-text token has none."""
-        if self._byte_counts is None:
-            self._byte_counts = token_byte_counts(self.encoding)
-        return int(self._byte_counts[targets[targets >= 0].cpu()].sum())
+        return int(token_byte_counts(self.encoding)[targets[targets >= 0].cpu()].sum())
 
     def documents(self, split: str) -> Iterator[np.ndarray]:
         """The token ids of each document of one split, as far as it is on disk, without its end-of-text token."""
@@ -321,7 +317,6 @@ class TokenWindows:
                 if sha256(path) != entry["sha256"]:
                     raise DataError(f"{path}: content does not match the manifest's checksum; {advice}")
                 self._verified.add(shard)
-                self._tokens(shard)
             tokens = np.fromfile(path, self.dtype, count, offset=start * self.dtype.itemsize)
         wanted = count if count >= 0 else entry["tokens"]
         if len(tokens) != wanted:

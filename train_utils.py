@@ -32,13 +32,14 @@ from model_utils import check_optimizers, choose_micro_batch, count_parameters, 
 
 def wsd(progress: float, warmup: float, decay: float) -> float:
     """Warm up, stay, decay linearly to zero (Hu et al. 2024, MiniCPM; Hägele et al. 2024)."""
-    return min(_warm(progress, warmup), (1 - progress) / decay if decay else 1.0)
+    rise = progress / warmup if warmup else 1.0
+    return min(1.0, rise, (1 - progress) / decay if decay else 1.0)
 
 
 def cosine(progress: float, warmup: float, decay: float) -> float:
     """Warm up, then half a cosine down to zero (Loshchilov & Hutter 2017). `decay` is not used."""
     if progress < warmup:
-        return _warm(progress, warmup)
+        return progress / warmup
     return 0.5 * (1 + math.cos(math.pi * (progress - warmup) / max(1 - warmup, 1e-9)))
 
 
@@ -49,11 +50,7 @@ def linear(progress: float, warmup: float, decay: float) -> float:
 
 def constant(progress: float, warmup: float, decay: float) -> float:
     """Warm up and stay: for runs without a known end. `decay` is not used."""
-    return _warm(progress, warmup)
-
-
-def _warm(progress: float, warmup: float) -> float:
-    return min(1.0, progress / warmup) if warmup else 1.0
+    return wsd(progress, warmup, 0.0)
 
 
 SCHEDULES = {"wsd": wsd, "cosine": cosine, "linear": linear, "constant": constant}
@@ -222,7 +219,7 @@ class Run:
         return time.perf_counter() - self._started, self._stop.requested
 
     def has_news(self) -> bool:
-        """Whether reports of this step are due: of its first, a resumed run has all but, perhaps, a last evaluation."""
+        """Whether reports of this step are due. A resumed run has those of its first step, but perhaps a last score."""
         at = self.at
         if at.step > self._begun_at or at.step == 0:
             return True

@@ -19,7 +19,7 @@ def short_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Causal attention in two plain products: q (B, H, T, D) and k, v (B, K, T, D) give (B, H, T, D).
 
     Query heads that share keys stand below one another as rows, so that no key is copied. Compiled for a CPU, it
-    takes a third of the kernel's time at T = 256 in bfloat16 (`python -m tools.bench.bench --parts attention`). It
+    takes three fifths of the kernel's time at T = 256 in bfloat16 (`python -m tools.bench.bench --parts attention`). It
     keeps (T, T) weights for backward. In bfloat16 scores and weights are rounded, which the kernel does not do.
     """
     B, H, T, D = q.shape

@@ -56,8 +56,8 @@ class Machine:
     def find(cls, device: str = "auto", dtype: str = "auto") -> Machine:
         """Choose by capability: CUDA before CPU; bfloat16 where the device multiplies it, float16 on older GPUs.
 
-        GPUs multiply bfloat16 from compute capability 8.0, CPUs with the instructions AVX512-BF16; others get
-        float32. A process that torchrun started takes the CUDA device of its own number and joins the others.
+        GPUs multiply bfloat16 from compute capability 8.0, CPUs with the instructions AVX512-BF16; other
+        CPUs get float32. A process that torchrun started takes the CUDA device of its own number and joins the others.
         Raises `UserError` for a device or precision that is not there.
         """
         if device == "auto":
@@ -93,7 +93,7 @@ class Machine:
             # TF32: 8 times the float32 rate, 10 bits of mantissa; of a GPU alone, where "high" also rounds a CPU's
             torch.backends.cuda.matmul.allow_tf32 = True
         else:
-            place, name, memory = torch.device(kind), cpu_name(), psutil.virtual_memory().total
+            place, name, memory = torch.device(kind), cpu_name(), _memory_to_have()
             capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # older versions of PyTorch do not tell
             best = "bfloat16" if kind == "cpu" and capabilities.get("avx512_bf16") else "float32"
             _keep_freed_memory()
@@ -129,7 +129,7 @@ class Machine:
         if self.device.type == "cuda":
             unused = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
             return torch.cuda.mem_get_info(self.device)[0] + unused
-        return min(self.memory, psutil.virtual_memory().available)
+        return min(self.memory - self.used_memory(), psutil.virtual_memory().available)
 
     def release_memory(self) -> None:
         """Give freed memory back to the device or the system, once a request has failed."""
@@ -151,12 +151,13 @@ class Machine:
             return torch.cuda.max_memory_allocated(self.device)
         if sys.platform == "win32":
             return psutil.Process().memory_info().peak_wset
-        if sys.platform == "linux":  # ru_maxrss would begin with what the process had that started this one
-            (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-            return int(line.split()[1]) * 1024
+        status = Path("/proc/self/status")  # of Linux; ru_maxrss begins with what the process had that started this one
+        if status.exists() and (found := re.search(r"VmHWM:\s*(\d+)", status.read_text())):
+            return int(found[1]) * 1024
         import resource  # only where there is Unix
 
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
+        unit = 1 if sys.platform == "darwin" else 1024  # some sandboxes of Linux have no VmHWM
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
     # Over all processes of a run; where there is one, they give back what they are given.
 
@@ -216,6 +217,14 @@ def cpu_name() -> str:
         if found := re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text()):
             return found[1]
     return platform.processor() or platform.machine()
+
+
+def _memory_to_have() -> int:
+    """Bytes of memory of this computer, or of the container that this process runs in."""
+    total = psutil.virtual_memory().total
+    with contextlib.suppress(OSError, ValueError):  # there is no such file, or it says "max"
+        return min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return total
 
 
 def _keep_freed_memory() -> None:

@@ -236,7 +236,7 @@ class RunFolder:
         if self._is_held() and all(map(os.path.lexists, files)):
             return
         make_folder(self.path)
-        self.unlock()
+        self._lock.release()  # the folder may hold nothing else, and stays
         self.lock()
         self._write_files()
         print(
@@ -441,15 +441,11 @@ def _is_locked(path: Path) -> bool:
         with path.open() as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except ImportError:  # Windows
-        try:
-            with FileLock(path, timeout=0):
-                return False
-        except (Timeout, OSError):
-            return True
-    except BlockingIOError:
+        with contextlib.suppress(OSError), FileLock(path, timeout=0):  # its `Timeout` is one
+            return False
         return True
-    except OSError:  # there is none
-        return False
+    except OSError as error:
+        return isinstance(error, BlockingIOError)  # else there is none
     return False
 
 

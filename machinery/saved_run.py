@@ -31,18 +31,16 @@ def tokenizer_of_run(folder: Path, config: dict) -> tiktoken.Encoding:
 
 
 class SavedRun:
-    """The files of a run: `config` as a dictionary, `encoding`, and `checkpoint`, the newest whole one or of `step`.
+    """The files of a run: `config` as a dictionary, `encoding`, and the model of its newest checkpoint, or of `step`.
 
-    Raises `UserError` for a folder that is no run, or has no checkpoint.
+    Raises `UserError` for a folder that is no run.
     """
 
     def __init__(self, folder: str | Path, step: int | None = None) -> None:
         folder = folder_path(folder)
-        self._path = folder / "config.json"
+        self._path, self._step = folder / "config.json", step
         self.config = read_json(self._path, advice=IS_IT_A_RUN)
         self.encoding = tokenizer_of_run(folder, self.config)
-        self.checkpoint = read_newest(folder, lambda path: path, step)
-        self._step = step
 
     def settings(self, kind: type[Settings]) -> Settings:
         """The config as a `kind` of settings. Raises `UserError` for fields and values that it does not have."""
@@ -55,7 +53,7 @@ class SavedRun:
     def model(self, build: Callable[[], torch.nn.Module], device: str | torch.device = "cpu") -> torch.nn.Module:
         """The model that `build()` makes, with the weights of the checkpoint, on a device and in evaluation mode.
 
-        Names and shapes are compared before memory is taken. Raises `UserError`.
+        Names and shapes are compared before memory is taken. Raises `UserError`, also where there is no checkpoint.
         """
         with told(f"device {device!r}", advice="'cpu' and Machine.find().device are there"):
             if torch.empty(0, device=torch.device(device)).is_meta:
@@ -69,7 +67,6 @@ class SavedRun:
             check_weights(checkpoint, outline)
             model = build()
             load_weights(checkpoint, model)
-            self.checkpoint = checkpoint
             return model
 
         return read_newest(self._path.parent, load, self._step).to(device).eval()

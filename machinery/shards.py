@@ -37,7 +37,7 @@ from machinery.tokenizers import tokenizer_from_dict, tokenizer_hash
 
 MANIFEST_VERSION = 24  # part of the settings: shards of an earlier way are not mistaken for those of this one
 FEW_BYTES = 10_000  # of held-out text, about 3,000 tokens
-FEWEST, MOST = 0.25, 2.0  # of the wanted held-out text: with less or more, ends of documents are held out instead
+FEWEST, MOST = 0.25, 2.0  # of the wanted held-out text: with less or more, it is chosen otherwise
 LEAST_END = 64  # bytes of an end that says something
 MANY_HOLDERS = 16  # training documents with a shingle that tells no copy of a short text
 PASSAGES, RARE = 4, 0.04  # training documents, and share of them, that hold a stretch of which they are passages

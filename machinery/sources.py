@@ -17,6 +17,7 @@ import atexit
 import hashlib
 import importlib.util
 import json
+import math
 import os
 import re
 import site
@@ -29,7 +30,7 @@ from pathlib import Path
 from types import ModuleType
 
 from machinery.errors import DataError, first_line, printable
-from machinery.file_search import SUFFIXES, WITHOUT, composed, existing_part, find_files, identity
+from machinery.file_search import SUFFIXES, WITHOUT, composed, existing_part, find_files
 from machinery.files import json_digest
 from machinery.text_files import (
     MAX_DOCUMENT_BYTES,
@@ -49,6 +50,7 @@ from machinery.text_files import (
 )
 
 TEST_FOLDERS = {"test", "tests", "idle_test"}  # the standard library's own test suites
+PACKAGES = {"site-packages", "dist-packages"}
 DIGEST_BYTES = 1 << 30  # files that hold more together are told apart by samples of their content
 EMPTY_ROWS, BLANK_TEXTS = "rows without text", "texts of blank space alone"
 NOT_UTF8 = "files that are not UTF-8 text"  # as Python files may be, which can declare another encoding
@@ -72,8 +74,6 @@ class Source:
         """`split_on` is what stands between documents within a text; files in the folders `apart` are no text."""
         self.name, self.text_column, self.apart = name, text_column, tuple(apart)
         self.separator = separator_pattern(split_on)
-        lines = split_on if split_on.strip("\r\n") else ""
-        self.line_ends = ["\n" * (end in ("\r", "\n")) for end in (lines[:1], lines[-1:])]  # around whole lines
         self.passed_over: Counter[str] = Counter()  # what lies beside the text, and how often
         self.is_split = False  # whether `split_on` was found
 
@@ -94,12 +94,7 @@ class Source:
         Byte order marks are no text; files that were put together have several.
         """
         text = text.lstrip("\ufeff")
-        documents = [text]
-        if self.separator:  # which may be the first or the last line of the text, too
-            before, after = self.line_ends
-            documents = self.separator.split(before + text + after)
-            documents[0] = documents[0].removeprefix(before)
-            documents[-1] = documents[-1].removesuffix(after)
+        documents = self.separator.split(text) if self.separator else [text]
         if "\ufeff" in text:
             documents = [document.replace("\n\ufeff", "\n").lstrip("\ufeff") for document in documents]
         self.is_split |= len(documents) > 1
@@ -108,9 +103,9 @@ class Source:
             return (part for document in documents for part in in_parts(document, longest))
         return documents
 
-    def size(self) -> int | None:
-        """Bytes on disk; None where that is not known."""
-        return None
+    def size(self) -> float:
+        """Bytes on disk; infinite where that is not known."""
+        return math.inf
 
     def stamp(self) -> str:
         """Changes when the text may have changed; cheap. Here: of the first 64 MB of text."""
@@ -263,7 +258,7 @@ class PythonSource(FileSource):
 
     def find(self) -> dict[str, Path]:
         stdlib = Path(sysconfig.get_paths()["stdlib"]).resolve()
-        return _find_python(stdlib, TEST_FOLDERS | {"site-packages", "dist-packages"})
+        return _find_python(stdlib, TEST_FOLDERS | PACKAGES)
 
 
 class PythonAndPackagesSource(PythonSource):
@@ -271,8 +266,9 @@ class PythonAndPackagesSource(PythonSource):
 
     def find(self) -> dict[str, Path]:
         files, paths = super().find(), sysconfig.get_paths()
-        for root in {Path(p).resolve() for p in [paths["purelib"], paths["platlib"], *site.getsitepackages()]}:
-            files |= {f"site/{name}": path for name, path in _find_python(root).items()}
+        roots = [Path(path).resolve() for path in (paths["purelib"], paths["platlib"], *site.getsitepackages())]
+        for root in dict.fromkeys(root for root in roots if root.name in PACKAGES):  # Windows names Python's own, too
+            files = {f"site/{name}": path for name, path in _find_python(root).items()} | files  # the first is imported
         return files
 
 
@@ -335,7 +331,7 @@ class HubSource(Source):
                         failures, reached = 0, True
                         if not is_blank(text):
                             yield text, position
-                    taken = 0
+                    taken = 0 if documents else taken  # a blank line has none
                 return
             except DataError:
                 raise
@@ -476,18 +472,15 @@ def refuse_overlap(source: Source, held_out: Source) -> None:
         if split == "train":
             raise _same_text(held_out, source, "it has no validation or test split")
     if isinstance(source, FileSource) and isinstance(held_out, FileSource):
-        by_identity = {identity(path): path for path in source.files.values()}
         by_size: dict[int, list[Path]] = {}
         for name, stat in source._stats.items():
             by_size.setdefault(stat.st_size, []).append(source.files[name])
         digest = cache(file_digest)
         for name, stat in held_out._stats.items():
             path = held_out.files[name]
-            if same := by_identity.get(identity(path)):
-                raise _same_text(held_out, source, f"{path} is {same}")
             for other in by_size.get(stat.st_size, []) if stat.st_size else []:
                 if digest(path) == digest(other):
-                    raise _same_text(held_out, source, f"{path} is a copy of {other}")
+                    raise _same_text(held_out, source, f"{path} has the content of {other}")
 
 
 def _same_text(held_out: Source, source: Source, reason: str) -> DataError:

@@ -120,13 +120,13 @@ def _check_format(path: Path, head: bytes, expected: str = "UTF-8 text") -> None
     elif name is None:
         found, beyond_ascii = _controls(head), len(head) - len(head.translate(None, bytes(range(128, 256))))
         is_utf8 = head.decode(errors="replace").count("\ufffd") <= 1 + beyond_ascii // 10  # but for a few wrong bytes
-        many = found > len(head) * FEW_CONTROLS / (1 if is_utf8 else 5)
+        many = found > max(is_utf8, len(head) * FEW_CONTROLS / (1 if is_utf8 else 5))
         maybe_wide = not is_utf8 or (beyond_ascii < len(head) / 10 and (many or b"\0" in head))
         if maybe_wide and (wide := _wide_encoding(head)):
             name, advice = wide.upper(), f"convert it, for example with iconv -f {wide} -t utf-8"
         elif seven_bits := _of_seven_bits(head):
             name, advice = "ISO-2022", seven_bits
-        elif many and len(head) >= 64:
+        elif many and len(head) >= SHORT:
             name = f"binary data ({found} control characters in its first {len(head)} bytes)"
             advice = r"remove it, or put line ends for the NULs with tr '\0' '\n'"
     if name:
@@ -179,15 +179,20 @@ def _wide_encoding(head: bytes) -> str | None:
 
 
 def separator_pattern(split_on: str) -> re.Pattern | None:
-    """What is looked for between documents: line ends in it stand for those of any system. None for nothing."""
-    lines = re.sub(r"\r\n|\r", "\n", split_on)
-    body = lines.lstrip("\n")
-    first, last = len(lines) - len(body), len(body) - len(body.rstrip("\n"))  # line ends at its two ends
-    end = r"(?>\r\n|\n|\r)"  # as one: else "\r\n" would also be two, as in "\n\n"
-    again, once = (end.join(map(re.escape, part.split("\n"))) for part in (body, lines))
+    """What is looked for between documents: line ends in it stand for those of any system, and the outermost
+    also for the start and the end of a text. None for nothing.
+    """
+    lines = re.sub(r"\r\n?", "\n", split_on)
+    body = lines.strip("\n")
+    end, start, stop = (rf"(?:\r\n?+|\n{edge})" for edge in ("", r"|\A", r"|\Z"))  # "\r\n" is one, never two
+    if not body:
+        return re.compile(end * len(lines)) if lines else None
+    first, last = len(lines) - len(lines.lstrip("\n")), len(lines) - len(lines.rstrip("\n"))
+    again = end.join(map(re.escape, body.split("\n"))) + (end * (last - 1) + stop if last else "")
+    once = (start + end * (first - 1) if first else "") + again
     if first and last:  # of several that follow one another, each may begin with line ends of the one before
         once += f"(?:{end}{{{max(0, first - last)},{first}}}{again})*"
-    return re.compile(once) if split_on else None
+    return re.compile(once)
 
 
 def texts(path: Path, separator: re.Pattern | None) -> Iterator[str]:
@@ -290,10 +295,7 @@ def json_text(line: str | bytes, text_column: str, where: str, is_utf8: bool = F
 
     With `is_utf8`, rows before it hold more than ASCII.
     """
-    row = _decode_json(line, text_column, where, f"{ROW}, as from jq -c .", is_utf8)
-    if not isinstance(row, dict):
-        raise DataError(f"{where}: holds {_type_of(row)}, not an object; {ROW}")
-    return row_text(row, text_column, where)
+    return row_text(_decode_json(line, text_column, where, f"{ROW}, as from jq -c .", is_utf8), text_column, where)
 
 
 def holds_rows(text: str, text_column: str) -> bool:
@@ -307,9 +309,6 @@ def holds_rows(text: str, text_column: str) -> bool:
 def array_texts(content: str, text_column: str, where: str) -> list[str]:
     """The texts of the rows of a JSON array, which has to be read as a whole."""
     rows = _decode_json(content.removeprefix("\ufeff"), text_column, where, "a file is one array of objects")
-    for number, row in enumerate(rows, 1):
-        if not isinstance(row, dict):
-            raise DataError(f"{where}, row {number}: holds {_type_of(row)}, not an object")
     return [row_text(row, text_column, f"{where}, row {number}") for number, row in enumerate(rows, 1)]
 
 
@@ -368,8 +367,10 @@ def in_parts(text: str, size: int) -> Iterator[str]:
         start = end
 
 
-def row_text(row: dict, text_column: str, where: str) -> str:
+def row_text(row: object, text_column: str, where: str) -> str:
     """The text of a row; "" for null. Raises `DataError` for anything else."""
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: holds {_type_of(row)}, not an object; mend or remove it")
     if text_column not in row:
         raise no_column(where, text_column, row)
     text = row[text_column]

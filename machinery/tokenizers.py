@@ -9,6 +9,7 @@ import binascii
 import itertools
 import re
 from collections.abc import Iterable
+from functools import lru_cache
 
 import regex
 import tiktoken
@@ -90,6 +91,7 @@ def tokenizer_hash(encoding: tiktoken.Encoding) -> str:
     return json_digest(tokenizer_to_dict(encoding))
 
 
+@lru_cache(maxsize=2)
 def token_byte_counts(encoding: tiktoken.Encoding) -> torch.Tensor:
     """(n_vocab,) int64: how many UTF-8 bytes each token stands for; 0 for special and unused ids."""
     counts, ranks = torch.zeros(encoding.n_vocab, dtype=torch.int64), encoding._mergeable_ranks

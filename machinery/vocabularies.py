@@ -14,7 +14,7 @@ from machinery.text_files import in_parts
 from machinery.tokenizers import BYTES_PATTERN, END_OF_TEXT, SPLIT_PATTERN, tokenizer_from_dict
 
 BPE_TRAINING_PART = 900_000  # characters of a text at a time
-BPE_TRAINING_BYTES = 256 << 20  # text a BPE vocabulary is learned from; more changes it very little
+BPE_TRAINING_TEXT = 256 << 20  # characters that a BPE vocabulary is learned from; more change it very little
 
 
 def get_tokenizer(name: str, vocab_size: int, documents: Iterable[str] = ()) -> tiktoken.Encoding:
@@ -85,7 +85,7 @@ def _train_bpe(documents: Iterable[str], vocab_size: int) -> tiktoken.Encoding:
         raise DataError(f"vocab_size is {vocab_size} but BPE needs at least 257: 256 bytes and end-of-text")
 
     def sample() -> Iterator[str]:
-        left = BPE_TRAINING_BYTES
+        left = BPE_TRAINING_TEXT
         for text in documents:
             yield from in_parts(text, BPE_TRAINING_PART)  # the pattern fails on longer runs of blanks
             left -= len(text)

@@ -189,6 +189,7 @@ def test_a_run_is_trained_and_a_failure_is_a_line(texts, tmp_path, monkeypatch):
     line = runs.train_run(run)
     assert line["status"] == "finished" and 0 < line["val_bpb"] < 9 and line["key"] == run.key
     assert [share for share, _ in line["curve"]] == [0.0, 0.5, 1.0]
+    monkeypatch.setattr(runs, "train_apart", lambda config, threads: f"DataError: source {config.source!r}")
     line = runs.train_run(runs.Run("absent", {"source": "nowhere/*.txt"}, 0, 256))
     assert line["status"] == "failed" and "nowhere" in line["error"]
 

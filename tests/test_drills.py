@@ -17,7 +17,7 @@ SHORT = [
 ]  # fmt: skip
 
 
-LONG = {kill_training, kill_tokenization, bad_network, bad_wandb, power_cuts}  # 10 to 20 seconds each
+LONG = {kill_training, kill_tokenization, terminate, full_disk, bad_network, bad_wandb, power_cuts}  # 10 to 20 s each
 
 
 @pytest.mark.parametrize(

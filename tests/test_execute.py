@@ -57,7 +57,7 @@ with StopRequest() as stop:
     (here / "begun").touch()
     while not stop.requested:
         time.sleep(0.01)
-    time.sleep(6)  # a step, and a checkpoint
+    time.sleep(1.5)  # a step, and a checkpoint
     (here / "saved").touch()
 """
 
@@ -67,7 +67,10 @@ with StopRequest() as stop:
 )
 def test_a_run_that_is_told_to_end_has_the_time_it_needs(notebook, tmp_path, name):
     parameters, runs = notebook(WAITS), tmp_path / "runs {preset}"
-    program = f"from tools import execute; execute.NOTEBOOK = execute.Path({str(execute.NOTEBOOK)!r}); execute.main()"
+    program = (
+        f"from tools import execute; execute.NOTEBOOK = execute.Path({str(execute.NOTEBOOK)!r});"
+        "execute.PatientKernel.shutdown_wait_time = 0.5; execute.main()"  # less than it needs
+    )
     command = [sys.executable, "-c", program, "--preset", "smoke", "--overrides", str(parameters["overrides"])]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         while not (runs / "begun").exists():

@@ -15,6 +15,7 @@ from machinery.errors import UserError
 from machinery.huggingface import config_from_hf, export_hf
 from machinery.machine import Machine
 from model_utils import count_parameters, flops_per_token, predict
+from tools.common import quietly
 from tools.experiments import (
     choices,
     compare_sweep,
@@ -82,6 +83,18 @@ def test_sweep_makes_a_tidy_table_reuses_what_is_finished_and_reports_what_fails
     assert losses.shape == (64,) and losses.isfinite().all()
 
 
+@pytest.fixture
+def in_this_process(lm, monkeypatch):
+    """Runs of a sweep without processes of their own, which take seconds to start."""
+
+    def train(config, threads):
+        quietly(lm.train, lm.Config.from_dict(config.to_dict()))
+        return ""
+
+    monkeypatch.setattr("tools.experiments.tool.train_apart", train)
+
+
+@pytest.mark.usefixtures("in_this_process")
 def test_runs_on_other_text_are_not_taken_for_those_of_now(common):
     (first,) = sweep({"a": {"n_layer": 1}}, **common).run
     file = Path(common["source"]).with_name("00.txt")
@@ -92,6 +105,7 @@ def test_runs_on_other_text_are_not_taken_for_those_of_now(common):
     assert second != first and (Path(second) / "summary.json").exists()
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_runs_that_begin_with_other_weights_are_not_taken_for_those_of_now(lm, common, tmp_path):
     values, places = common | {"n_layer": 1, "max_steps": 1}, []
     for seed in (0, 1):
@@ -198,6 +212,7 @@ def test_as_many_runs_at_a_time_as_memory_and_disk_hold(lm, common, monkeypatch)
         assert runs_that_fit(config, model, optimizers, machine) == runs
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_a_sweep_settles_the_batch_whatever_a_run_of_the_preset_s_name_has(lm, common):
     common = {name: value for name, value in common.items() if name not in ("max_steps", "batch_tokens")}
     row = sweep({"auto": {"batch_tokens": "auto", "max_steps": 3}}, **common)

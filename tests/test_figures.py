@@ -236,7 +236,7 @@ def test_a_claim_about_an_experiment_is_what_its_table_says():
     losses = pd.read_csv(ROOT / "results/experiments/choices.csv").groupby("ffn").val_loss.mean()
     assert "in our small models, the MLP did better on average" in read(TEXT)
     assert 0 < losses["gated"] - losses["mlp"] < 0.1
-    assert "the worst shape, deepest and narrowest, costs more than a quarter of what the next size gains" in read(TEXT)
+    assert "the deepest and narrowest loses over a quarter of what four times the weights gain" in read(TEXT)
     assert "shape is worth more than a quarter of that" in read(EXPERIMENTS)
 
 

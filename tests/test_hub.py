@@ -66,7 +66,7 @@ READ = "print(json.dumps(list(iter_documents('owner/name'))))"
 ERROR = "print(json.dumps(error_of(lambda: list(iter_documents('owner/name')))))"
 
 
-@pytest.mark.parametrize("fault", ["none", "drop", "refuse", "stall"])
+@pytest.mark.parametrize("fault", ["drop", "refuse", "stall"])
 def test_every_document_arrives_once_whatever_the_network_does(folder, tmp_path, fault):
     def faults(path, count):
         return fault if fault != "none" and path.endswith(".parquet") and count == 2 else None
@@ -84,6 +84,20 @@ def test_a_hub_stream_goes_on_from_a_position(folder, tmp_path):
     )
     with Hub(folder) as hub:
         assert run(hub, tmp_path, program) == DOCUMENTS
+
+
+def test_a_blank_line_before_the_place_where_a_stream_goes_on_changes_nothing(tmp_path):
+    (tmp_path / "served").mkdir()
+    rows = [json.dumps({"text": text}) + "\n" for text in ("a0|a1", "b0|b1|b2", "c")]
+    (tmp_path / "served" / "train.jsonl").write_text("\n".join(rows))
+    program = (
+        "read = [*open_source('owner/name', split_on='|').read()]\n"
+        "rest = lambda at: [text for text, _ in open_source('owner/name', split_on='|').read(start=at)]\n"
+        "print(json.dumps([[text for text, _ in read], [rest(at) for _, at in read]]))"
+    )
+    with Hub(tmp_path / "served") as hub:
+        texts, rests = run(hub, tmp_path, program)
+    assert texts == ["a0", "a1", "b0", "b1", "b2", "c"] and rests == [texts[i:] for i in range(1, 7)]
 
 
 def test_held_out_text_is_the_validation_split_where_there_is_one(folder, tmp_path):
@@ -144,8 +158,8 @@ def test_an_interrupted_hub_tokenization_goes_on_and_gives_the_same_shards(folde
             program = finish.replace("sys.argv[1]", repr(str(tmp_path / name)))
             return run(hub, tmp_path, program)
 
-        assert shards("a") == shards("b")
-        assert len(shards("a")["train"]) > 5
+        first = shards("a")
+        assert first == shards("b") and len(first["train"]) > 5
 
 
 def test_a_hub_that_is_gone_is_one_line(folder, tmp_path):
@@ -188,7 +202,7 @@ def test_json_of_a_hub_is_read_by_its_text_column_alone(tmp_path):
 def test_content_that_is_no_text_is_told_at_once_with_its_row(tmp_path):
     served = tmp_path / "served"
     served.mkdir()
-    (served / "train.jsonl").write_bytes(b'{"text": "one"}\n' * 1_000_000 + b'{"text": "\xe4"}\n')
+    (served / "train.jsonl").write_bytes(b'{"text": "%b"}\n' % (b"one " * 40) * 100_000 + b'{"text": "\xe4"}\n')
     program = (
         "slept = []; sources.time.sleep = slept.append\n"
         "print(json.dumps([error_of(lambda: list(iter_documents('owner/name'))), slept]))"
@@ -196,7 +210,7 @@ def test_content_that_is_no_text_is_told_at_once_with_its_row(tmp_path):
     with Hub(served) as hub:
         message, slept = run(hub, tmp_path, program)
     assert sum(slept) <= 1 and "utf-8" in message
-    assert 500_000 < int(message.split("after row ")[1].split(" ")[0].replace(",", "")) < 1_000_001
+    assert 50_000 < int(message.split("after row ")[1].split(" ")[0].replace(",", "")) < 100_001
 
 
 def test_a_json_array_of_a_hub_is_read_by_its_text_column_alone(tmp_path):

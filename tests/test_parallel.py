@@ -133,7 +133,10 @@ def test_two_processes_train_the_run_of_one(lm, settings, tmp_path, monkeypatch)
     copies = settings(run_name="ddp", parallel="ddp", **short | KINDS["muon"])
     shares = settings(run_name="fsdp", parallel="fsdp", ffn="drawing", **short | KINDS["adamw"])
     halves = [replace(shares, run_name="halves", max_steps=steps) for steps in (4, 8)]
-    printed = train_together(2, [copies, shares, *halves], tmp_path)
+    hours = settings(run_name="hours", parallel="ddp", max_steps=0, max_hours=4 / 3600, eval_every=10**6)
+    program = PROGRAM.replace("for values", KEEP_MODEL + "for values") + COMPARE_MODELS
+    printed = train_together(2, [copies, shares, *halves, hours], tmp_path, program)
+    assert "largest difference 0.0" in printed, printed[-3000:]  # in hours, the clock sets the rate: one for all
     assert printed.count("fsdp from step 0") == 1  # one process speaks
     check_losses(lm, [copies, shares])
     straight, resumed = (newest_checkpoint(tmp_path / "runs" / name) for name in ("fsdp", "halves"))
@@ -199,10 +202,6 @@ print("equal")
 """
 
 
-def test_compiling_leaves_no_gradients_behind_under_fsdp(tmp_path):
-    assert "equal" in printed_by(2, GRADIENTS, tmp_path)
-
-
 DISAGREEMENT = """
 from machinery import Machine, UserError
 machine = Machine.find("cpu")
@@ -215,10 +214,11 @@ for values in ({"lr": 0.02, "norm": "rms"}, {"lr": 0.02, "norm": ["rms", "layer"
 """
 
 
-def test_processes_that_do_not_agree_are_told_what_each_has(tmp_path):
-    printed = printed_by(2, DISAGREEMENT, tmp_path)
+def test_processes_that_do_not_agree_are_told_and_compiling_leaves_no_gradients_behind_under_fsdp(tmp_path):
+    printed = printed_by(2, DISAGREEMENT + GRADIENTS, tmp_path)
     assert printed.count("agreed") == 1
     assert "processes do not agree on norm: process 0 has 'rms', process 1 'layer'" in printed
+    assert "equal" in printed
 
 
 @pytest.mark.long
@@ -250,14 +250,6 @@ def test_a_killed_process_ends_the_job_with_one_line(lm, settings, tmp_path):
     kept = read_state(newest_checkpoint(run))["step"]
     summary = lm.train(settings(run_name="killed", max_steps=kept + 2))
     assert summary["status"] == "finished" and summary["steps"] == kept + 2
-
-
-def test_processes_agree_on_a_budget_in_hours(lm, settings, tmp_path):
-    """The clock sets the learning rate: one rate for all, or their copies of the model drift apart."""
-    program = PROGRAM.replace("for values", KEEP_MODEL + "for values") + COMPARE_MODELS
-    config = settings(run_name="hours", parallel="ddp", max_steps=0, max_hours=4 / 3600, eval_every=10**6)
-    printed = train_together(2, [config], tmp_path, program)
-    assert "largest difference 0.0" in printed, printed[-3000:]
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
@@ -308,10 +300,11 @@ def test_shares_of_a_batch(lm, settings):
         batches(1, 0, 3)
 
 
-def test_the_notebook_becomes_a_program_that_torchrun_starts(tmp_path, monkeypatch):
+def test_the_notebook_becomes_a_program_that_torchrun_starts(texts, tmp_path, monkeypatch):
     """What `make script` does."""
     folders = {"runs_dir": str(tmp_path / "runs"), "data_dir": str(tmp_path / "data")}
     monkeypatch.setattr(execute, "PROGRAM", tmp_path / "LMHarness.py")
-    execute.write_program({"preset": "smoke", "overrides": json.dumps(folders | {"max_steps": 6, "run_name": "here"})})
+    own = folders | {"source": texts[0], "val_fraction": 0.2, "tokenizer": "bytes", "max_steps": 6, "run_name": "here"}
+    execute.write_program({"preset": "smoke", "overrides": json.dumps(own)})
     printed = printed_by(2, (tmp_path / "LMHarness.py").read_text("utf-8"), tmp_path)
     assert printed.count("finished: 3,072 tokens") == 1

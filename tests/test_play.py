@@ -165,9 +165,9 @@ play(draw, power=(0, 5))
 """
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def client():
-    """That of a kernel of its own."""
+    """That of a kernel."""
     with run_kernel(kernel_name="python3") as client:
         yield client
 

@@ -440,6 +440,7 @@ def test_wide_encodings_are_named(tmp_path, words, suffix):
         "é" * 50, "\x1b[1mprompt\x1b$ ls\n" * 20, "word " * 51 + "a ustar\n" * 3, "a \0 nul and words\n" * 20,
         "\0 a line with a nul\n" * 12, "hello\0world\n" * 20, "\x1b[1m\b" * 40, "name;é\r\n" * 99,
         "PAR1 is a region", "GIF89a was published", "BZhang wrote this", "Rar! said the lion é",
+        "ding\x07\n", "Hi.\r\n\x1a",
     ],
 )  # fmt: skip
 def test_odd_text_is_text(tmp_path, text):
@@ -990,6 +991,13 @@ def test_separators_that_follow_one_another_share_a_line_end(tmp_path, split_on,
     write(tmp_path, {"a.txt": text.encode()})
     documents = [text for text, _ in open_source(str(tmp_path), split_on=split_on).read()]
     assert documents == ["one", "two", f"----{end}three"]
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_the_end_of_a_text_is_the_last_line_end_of_a_separator(tmp_path, end):
+    write(tmp_path, {"a.txt": f"{end}==={end}{end}one{end}{end}==={end}{end}two{end}{end}==={end}".encode()})
+    documents = [text for text, _ in open_source(str(tmp_path), split_on="\n\n===\n\n").read()]
+    assert documents == ["one", "two"]
 
 
 @pytest.mark.parametrize("split_on", ["\n\n", "\r\n\r\n", "\n\n\n"])

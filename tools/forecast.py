@@ -252,12 +252,12 @@ each size, root mean square, when it is fitted without them; the band is twice t
 {short}
 
 Runs that were not used for this fit: {within} of {count} ended within their band; the largest miss is {worst:.3f} bits
-per byte. A law does not know that text repeats: the English runs of 9 and 18 million tokens read their text 3.6 and 7.2
+per byte. A law does not know that text repeats: the English runs of 9 and 18 million tokens read their text 3.6 and 7.1
 times, the Python run of 18 million 5.7 times. *On the way* counts the evaluations during the run that lay within the
 band drawn for them. From random weights
 (`induction` off), runs of `demo` on Python beyond two million tokens ended up to 0.18 below what short runs foretold:
-there the loss falls faster for a while, at another time for each seed. Sizes with a single head or block are left out,
-where two blocks cannot begin as `demo` does.
+there the loss falls faster for a while, at another time for each seed. Sizes with a single block are left out: they
+cannot begin as `demo` does.
 
 {rows}
 

@@ -106,7 +106,7 @@ class Results:
 def parser_of_runs(doc: str) -> argparse.ArgumentParser:
     """The options of a program that makes runs and writes what they gave; `doc` says what it does."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
+    parser.add_argument("--jobs", type=int, default=1, choices=range(1, 257), metavar="N", help="runs side by side")
     parser.add_argument("--summary", action="store_true", help="write what there is, train nothing")
     return parser
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from machinery.files import read_json, write_json
+from machinery.files import read_json, write_atomic, write_json
 from machinery.machine import Machine
 from tools.bench.attention import compare_attention
 from tools.bench.common import benchmark_environment, slug
@@ -122,7 +122,7 @@ def write_report(path: Path, results: dict) -> None:
 Python {e["python"]}, {versions}.
 
 """
-    path.with_suffix(".md").write_text(text + "\n\n".join(blocks) + "\n")
+    write_atomic(path.with_suffix(".md"), text + "\n\n".join(blocks) + "\n")
 
 
 def main() -> None:

@@ -47,7 +47,7 @@ CONTENDERS = {  # of this project, by what differs from the presets' recipe
 # One change each. Where a change would add or remove parameters, n_ffn makes up for it, unless the name says otherwise.
 CHOICES: dict[str, dict] = {
     PLAIN: RANDOM,
-    "untied, rates of its own (more parameters)": UNTIED,
+    "untied, no embedding_norm, rates of its own (more parameters)": UNTIED,
     "value embeddings (more parameters)": CONTENDERS["with value embeddings"],
     "no embedding_norm": {"embedding_norm": False},
     "embedding_lr × 0.5": {"embedding_lr": 0.03},
@@ -312,9 +312,10 @@ of the others are the best of three on seed 0 of Python at the smallest budget.
 - **random weights at first**: the default with `induction` off (4.7), and so without biases of queries and keys.
 - **with value embeddings**: the default with `attention="value"`.
 - **nanoGPT**: the optimizer of [nanoGPT](https://github.com/karpathy/nanoGPT), AdamW with one learning rate for
-  everything, weight decay 0.1 and a cosine, on the notebook's model with random weights at first.
+  everything, weight decay 0.1 and a cosine, on the notebook's model without `embedding_norm` and with random weights at
+  first.
 - **nanochat, llama**: the optimizer, schedules and initial weights of [nanochat](https://github.com/karpathy/nanochat),
-  its own code, on the notebook's model with an untied head.
+  its own code, on the notebook's model with an untied head, without `embedding_norm`.
 - **nanochat, whole**: its model as well: value embeddings, squared ReLU, soft-capped logits, scalars per layer.
 
 From random weights, the loss of a run on Python falls faster for a while, between half a million and two million
@@ -329,7 +330,9 @@ an induction head need not wait for it. English repeats itself less, and gains l
 
 Each change against the default with the same seed, {tokens:,} tokens of Python. *Effect* is in bits per byte, and below
 zero is better. Where a change would add or remove parameters, `n_ffn` makes up for it, unless the name says otherwise.
-*Longer*: the effect of those that were better, after {again:,} tokens, two seeds: about half of what it was, or less.
+Seeds are the first of those above, so these effects differ a little from those. The runs of *AdamW for all* are in
+float32, all others in bfloat16. *Longer*: the effect of those that were better, after {again:,} tokens, two seeds:
+about half of what it was, or less.
 Failed or diverged: {failed}.
 
 ![Effects](recipe.png)

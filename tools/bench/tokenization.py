@@ -7,7 +7,6 @@ and leave the tokens there; ours reads files, holds documents out, and writes sh
 from __future__ import annotations
 
 import importlib.util
-import os
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -17,6 +16,7 @@ import tiktoken
 
 from data_utils import prepare_data
 from machinery.huggingface.tokenizers import to_tokenizers
+from machinery.machine import usable_cores
 from machinery.sources import iter_documents
 from tools.bench.common import take_turns
 from tools.common import lm, quietly
@@ -33,7 +33,7 @@ def with_datasets(encoding: tiktoken.Encoding, documents: list[str]) -> Callable
         return {"ids": [encoding.encode_ordinary(text) for text in batch["text"]]}
 
     def run() -> None:
-        options = {"num_proc": os.cpu_count(), "remove_columns": ["text"], "load_from_cache_file": False}
+        options = {"num_proc": usable_cores(), "remove_columns": ["text"], "load_from_cache_file": False}
         rows.map(encode, batched=True, batch_size=100, **options)
 
     return run
@@ -68,7 +68,7 @@ def compare_tokenization(
 
         calls = {
             "LMHarness, files to shards": ours,
-            "tiktoken, batch": lambda: encoding.encode_ordinary_batch(documents, num_threads=os.cpu_count()),
+            "tiktoken, batch": lambda: encoding.encode_ordinary_batch(documents, num_threads=usable_cores()),
         }
         if slow_ones:
             calls["tokenizers, batch"] = lambda: fast.encode_batch_fast(documents, add_special_tokens=False)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from machinery.files import read_jsonl
+from machinery.files import read_jsonl, write_atomic
 from machinery.machine import Machine
 from machinery.run_folder import describe_environment
 from tools.common import RESULTS, lm, quietly, table
@@ -93,7 +93,7 @@ compares final weights, or shards, with those of an undisturbed run, bit for bit
 Cost of checkpoints at the default interval of `demo` (every 300 steps): {cost - 1:+.1%} of the time of the same steps
 without, the median of {len(ratios)} interleaved pairs ({pairs}).
 """
-    (RESULTS / "reliability.md").write_text(text)
+    write_atomic(RESULTS / "reliability.md", text)
     return text
 
 

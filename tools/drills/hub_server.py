@@ -55,8 +55,8 @@ class Hub:
         path = unquote(urlsplit(request.path).path)
         length = int(request.headers.get("Content-Length") or 0)
         posted = request.rfile.read(length).decode() if length else ""
-        self.requests.append((request.command, path, request.headers.get("Range")))
-        fault = self.fault(path, sum(path == other for _, other, _ in self.requests))
+        self.requests.append(path)
+        fault = self.fault(path, self.requests.count(path))
         if fault == "refuse":
             return self.send(request, 503, b"busy")
         if fault == "stall":

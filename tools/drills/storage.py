@@ -30,14 +30,13 @@ def full_disk(folder: Path, times: int) -> Result:
         mount = ["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", disk]
         mounted = subprocess.run(mount, capture_output=True).returncode == 0
         config = replace(straight, runs_dir=str(disk), run_name="full", max_steps=40)
-        size = (0.9 + 0.05 * strike) * 1e6
         try:
             process = start_training(config, preexec_fn=None if mounted else limit_file_size)
             while len(checkpoint_folders(disk / "full")) < 1 and process.poll() is None:
                 time.sleep(0.01)
-            if mounted:  # fill it up, all but a little
+            if mounted:  # fill it up
                 with contextlib.suppress(OSError):
-                    (disk / "ballast").write_bytes(bytes(shutil.disk_usage(disk).free - int(size) % 20000))
+                    (disk / "ballast").write_bytes(bytes(shutil.disk_usage(disk).free - 10_000))
                     while True:
                         with (disk / "ballast").open("ab") as file:
                             file.write(bytes(1024))

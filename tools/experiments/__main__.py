@@ -76,7 +76,8 @@ def main() -> None:
     device = "cuda" if chosen.scale == "gpu" else "cpu"
     page = folder.with_suffix(".md")
     old = page.read_text(encoding="utf-8") if page.exists() else ""
-    measured = {name: at for name, finding in FINDINGS.items() if (at := measured_at(old, finding.TITLE))}
+    there = {name: finding for name, finding in FINDINGS.items() if (folder / f"{name}.csv").exists()}
+    measured = {name: at for name, finding in there.items() if (at := measured_at(old, finding.TITLE))}
     parts = {name: repeat(name, chosen.scale, folder, at) for name, at in measured.items()}
     for name in [] if chosen.draw else chosen.findings:
         parts[name] = repeat(name, chosen.scale, folder, jobs=chosen.jobs, device=device)

@@ -1,4 +1,4 @@
-"""The choices: every attention × position × feed-forward at equal parameters and equal tokens."""
+"""The choices: two kinds of attention, three of position, two of feed-forward, at equal parameters and tokens."""
 
 from __future__ import annotations
 

@@ -139,7 +139,8 @@ def runs_that_fit(config, model: torch.nn.Module, optimizers: list, machine: Mac
     """How many such runs the memory of the GPU and half of the free disk hold at a time, at least 1."""
     needed = predict(model, optimizers, config, machine, 1.0)
     memory = 1e9 * needed["peak memory (GB)"] + 1e9  # a process has CUDA's own beside its tensors
-    kept = 1 + min(config.keep_checkpoints, config.max_steps // config.checkpoint_every)
+    most = config.max_steps // config.checkpoint_every if config.max_steps else config.keep_checkpoints
+    kept = 1 + min(config.keep_checkpoints, most)
     disk = 1e9 * kept * needed["checkpoint (GB)"]
     return max(1, int(min(0.8 * machine.free_memory() / memory, 0.5 * free_bytes(config.runs_dir) / disk)))
 
@@ -163,6 +164,8 @@ def equal_size(
 
     for label, values in variants.items():
         first, second = count(values | {"n_ffn": 1}), count(values | {"n_ffn": 2})
+        if first == second:
+            raise UserError(f"{label!r} has as many parameters whatever n_ffn is; size it by n_embd or n_layer")
         parameters = parameters or count(values)
         n_ffn = 1 + round((parameters - first) / (second - first))
         if n_ffn < 1:

@@ -73,8 +73,8 @@ def data() -> None:
 
 def train_day() -> None:
     seconds = report.left() - RESERVE
-    compiling = 5 if DRY else 90  # the budget's clock begins after the preflight; the training graph may be in no cache
-    config = configured() if DRY else configured(max_hours=max(3, seconds - compiling) / 3600)
+    # The budget's clock begins after the preflight; the training graph may be in no cache
+    config = configured() if DRY else configured(max_hours=max(3, seconds - 90) / 3600)
     report.say(f"training for {config.max_hours * 3600:.0f} s by the budget's clock")
     begun = time.monotonic()
     with (OUT / "train.log").open("w") as file, contextlib.redirect_stdout(Both(file)):
