@@ -93,7 +93,7 @@ class Machine:
             # TF32: 8 times the float32 rate, 10 bits of mantissa; of a GPU alone, where "high" also rounds a CPU's
             torch.backends.cuda.matmul.allow_tf32 = True
         else:
-            place, name, memory = torch.device(kind), cpu_name(), _memory_to_have()
+            place, name, memory = torch.device(kind), cpu_name(), _memory_of_cpu()[0]
             capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # older versions of PyTorch do not tell
             best = "bfloat16" if kind == "cpu" and capabilities.get("avx512_bf16") else "float32"
             _keep_freed_memory()
@@ -129,7 +129,7 @@ class Machine:
         if self.device.type == "cuda":
             unused = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
             return torch.cuda.mem_get_info(self.device)[0] + unused
-        return min(self.memory - self.used_memory(), psutil.virtual_memory().available)
+        return min(self.memory, _memory_of_cpu()[1])
 
     def release_memory(self) -> None:
         """Give freed memory back to the device or the system, once a request has failed."""
@@ -219,12 +219,14 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def _memory_to_have() -> int:
-    """Bytes of memory of this computer, or of the container that this process runs in."""
-    total = psutil.virtual_memory().total
-    with contextlib.suppress(OSError, ValueError):  # there is no such file, or it says "max"
-        return min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    return total
+def _memory_of_cpu() -> tuple[int, int]:
+    """Bytes of this computer, or of the container that this process runs in: in all, and what could be taken now."""
+    memory, container = psutil.virtual_memory(), Path("/sys/fs/cgroup")
+    with contextlib.suppress(OSError, ValueError):  # there are no such files, or one says "max"
+        limit, used = (int((container / f"memory.{name}").read_text()) for name in ("max", "current"))
+        cached = dict(line.split() for line in (container / "memory.stat").read_text().splitlines())["inactive_file"]
+        return min(memory.total, limit), min(memory.available, max(0, limit - used + int(cached)))
+    return memory.total, memory.available
 
 
 def _keep_freed_memory() -> None:

@@ -236,8 +236,9 @@ class RunFolder:
         if self._is_held() and all(map(os.path.lexists, files)):
             return
         make_folder(self.path)
-        self._lock.release()  # the folder may hold nothing else, and stays
-        self.lock()
+        if not self._is_held():
+            self._lock.release()  # the folder stays, which may be empty
+            self.lock()
         self._write_files()
         print(
             f"\n{self.path} or files of it were moved or removed while this run trains there; it is written again from"

@@ -35,7 +35,7 @@ from machinery.sources import BLANK_TEXTS, EMPTY_ROWS, NOT_UTF8, Position, Sourc
 from machinery.text_files import in_parts
 from machinery.tokenizers import tokenizer_from_dict, tokenizer_hash
 
-MANIFEST_VERSION = 24  # part of the settings: shards of an earlier way are not mistaken for those of this one
+MANIFEST_VERSION = 25  # part of the settings: shards of an earlier way are not mistaken for those of this one
 FEW_BYTES = 10_000  # of held-out text, about 3,000 tokens
 FEWEST, MOST = 0.25, 2.0  # of the wanted held-out text: with less or more, it is chosen otherwise
 LEAST_END = 64  # bytes of an end that says something

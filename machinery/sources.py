@@ -266,8 +266,8 @@ class PythonAndPackagesSource(PythonSource):
 
     def find(self) -> dict[str, Path]:
         files, paths = super().find(), sysconfig.get_paths()
-        roots = [Path(path).resolve() for path in (paths["purelib"], paths["platlib"], *site.getsitepackages())]
-        for root in dict.fromkeys(root for root in roots if root.name in PACKAGES):  # Windows names Python's own, too
+        roots = [Path(path) for path in (paths["purelib"], paths["platlib"], *site.getsitepackages())]
+        for root in dict.fromkeys(root.resolve() for root in roots if root.name in PACKAGES):  # on Windows, others too
             files = {f"site/{name}": path for name, path in _find_python(root).items()} | files  # the first is imported
         return files
 
@@ -475,11 +475,11 @@ def refuse_overlap(source: Source, held_out: Source) -> None:
         by_size: dict[int, list[Path]] = {}
         for name, stat in source._stats.items():
             by_size.setdefault(stat.st_size, []).append(source.files[name])
-        digest = cache(file_digest)
+        digest = cache(file_digest)  # of large files, which takes minutes
         for name, stat in held_out._stats.items():
             path = held_out.files[name]
             for other in by_size.get(stat.st_size, []) if stat.st_size else []:
-                if digest(path) == digest(other):
+                if path.samefile(other) or digest(path) == digest(other):
                     raise _same_text(held_out, source, f"{path} has the content of {other}")
 
 

@@ -223,11 +223,15 @@ def test_a_sweep_settles_the_batch_whatever_a_run_of_the_preset_s_name_has(lm, c
     assert sweep({"auto": {"batch_tokens": "auto", "max_steps": 3}}, **common).tokens.item() == row.tokens.item()
 
 
-def test_a_configuration_that_cannot_work_is_refused_before_training(common):
+def test_a_configuration_that_cannot_work_is_refused_before_training(lm, common, monkeypatch):
     with pytest.raises(UserError, match="did you mean 'gqa'"):
         sweep({"a": {}, "b": {"attention": "gqaa"}}, **common)
     with pytest.raises(UserError, match="smaller n_embd or n_layer"):
         equal_size({"small": {"n_embd": 16}, "large": {"n_embd": 256}}, **(common | {"n_ffn": 16}))
+    monkeypatch.setitem(lm.FFNS, "none", lambda config: torch.nn.Identity())
+    monkeypatch.setattr("tools.experiments.tool.load_definitions", lambda: lm)
+    with pytest.raises(UserError, match="'a' has as many parameters whatever n_ffn is"):
+        equal_size({"a": {"ffn": "none"}}, **common)
     assert not Path(common["runs_dir"]).exists()
 
 

@@ -18,7 +18,7 @@ from functools import cached_property
 from pathlib import Path
 
 from data_utils import prepare_data
-from machinery.errors import plain_errors
+from machinery.errors import UserError, plain_errors
 from machinery.files import read_json, read_jsonl
 from machinery.machine import Machine
 from tools.bench.common import in_own_process
@@ -106,7 +106,7 @@ class Results:
 def parser_of_runs(doc: str) -> argparse.ArgumentParser:
     """The options of a program that makes runs and writes what they gave; `doc` says what it does."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--jobs", type=int, default=1, choices=range(1, 257), metavar="N", help="runs side by side")
+    parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
     parser.add_argument("--summary", action="store_true", help="write what there is, train nothing")
     return parser
 
@@ -114,6 +114,8 @@ def parser_of_runs(doc: str) -> argparse.ArgumentParser:
 def run_missing(results: Results, plan: Callable[[], list[Run]], jobs: int) -> None:
     """Run what of `plan()` is missing, in its order and `jobs` at a time, until nothing is."""
     plain_errors()  # Ctrl-C: the same command goes on
+    if jobs < 1:
+        raise UserError(f"--jobs is {jobs}; give 1 or more")
     running, prepared = {}, set()
     with ThreadPoolExecutor(jobs) as pool:
         while True:

@@ -78,6 +78,8 @@ def main() -> None:
     old = page.read_text(encoding="utf-8") if page.exists() else ""
     there = {name: finding for name, finding in FINDINGS.items() if (folder / f"{name}.csv").exists()}
     measured = {name: at for name, finding in there.items() if (at := measured_at(old, finding.TITLE))}
+    for name in FINDINGS.keys() - there.keys() - {*([] if chosen.draw else chosen.findings)}:
+        print(f"{name} is left out of {page}: there is no {folder / name}.csv")
     parts = {name: repeat(name, chosen.scale, folder, at) for name, at in measured.items()}
     for name in [] if chosen.draw else chosen.findings:
         parts[name] = repeat(name, chosen.scale, folder, jobs=chosen.jobs, device=device)

@@ -244,7 +244,7 @@ def losses() -> None:
 
     calls = {"ours, 4 parts": (with_rows(4), True), "ours, 4 parts, eager": (with_rows(4), False), "ours, 8 parts": (with_rows(8), True),
              "ours, 16 parts": (with_rows(16), True), "F.cross_entropy(F.linear)": (plain, True)}  # fmt: skip
-    if hasattr(F, "linear_cross_entropy"):
+    if hasattr(torch.nn, "LinearCrossEntropyOptions"):
         parts = torch.nn.LinearCrossEntropyOptions()  # without, it makes all logits at once
         calls["F.linear_cross_entropy"] = (
             lambda: F.linear_cross_entropy(x.to(machine.dtype), table.to(machine.dtype), targets, options=parts),
