@@ -194,7 +194,7 @@ def plot_runs(*folders: str | Path, x: str = "tokens") -> Figure:
     of_all = sizes if len(sizes) == len(folders) else texts  # the same bytes may have come from elsewhere
     if len(set(of_all.values())) > 1 or len(set(sizes.values())) > 1:
         told_apart = "; ".join(f"{label}: {text}{sizes.get(label, '')}" for label, text in texts.items())
-        print(printable(f"scored on other held-out text, so their bits per byte do not compare: {told_apart}"))
+        print(printable(f"of runs scored on other held-out text, bits per byte do not compare: {told_apart}"))
     figure, axes = plt.subplots(figsize=(6, 3), layout="constrained")
     styles = itertools.cycle(["o-", "x--"])  # so that two runs that agree are both seen
     drawn = [axes.plot(*curve, style, label=name)[0] for style, (name, curve) in zip(styles, curves)]

@@ -33,8 +33,9 @@ DATASHEET_TFLOPS = {
     "RTX PRO 6000 Blackwell Workstation Edition": 503.8, "RTX 6000 Ada Generation": 364.2, "RTX 5090": 209.5,
     "RTX 5080": 112.6, "RTX 5070 Ti": 87.9, "RTX 5070": 61.7, "RTX 5060 Ti": 47.4, "RTX 5060": 38.4, "RTX 4090": 165.2,
     "RTX 4080 SUPER": 104.4, "RTX 4080": 97.5, "RTX 4070 Ti SUPER": 88.2, "RTX 4070 Ti": 80.2, "RTX 4070 SUPER": 71,
-    "RTX 4070": 58.3, "RTX 4060 Ti": 44.1, "RTX 4060": 30.2, "RTX 3090": 71.2, "V100-SXM2": 125, "V100-PCIE": 112,
-    "T4": 65,
+    "RTX 4070": 58.3, "RTX 4060 Ti": 44.1, "RTX 4060": 30.2, "RTX 3090 Ti": 80.0, "RTX 3090": 71.2, "RTX 3080 Ti": 68.2,
+    "RTX 3080": 59.5, "RTX 3070 Ti": 43.5, "RTX 3070": 40.6, "RTX 3060 Ti": 32.4, "RTX 3060": 25.5, "V100-SXM2": 125,
+    "V100-PCIE": 112, "T4": 65,
 }  # fmt: skip
 # What else may stand in a name: memory and socket. Other words make it another chip (D, Ti, Laptop), or part of one
 SAME_CHIP = r"(?:NVIDIA |Tesla )?(?:GeForce )?{}(?:[ -](?:\d+GB?|HBM\d\w?|SXM\d?|PCIe|PCIE|AC))*"

@@ -49,7 +49,7 @@ def one_of(name: str, value: str, known: Iterable[str]) -> None:
     if value in known:
         return
     said = str(value)[:100].lower()
-    near = [name for name in known if said and said in name.lower()]
+    near = sorted((name for name in known if said and said in name.lower()), key=len)
     near = near or difflib.get_close_matches(said, known, n=1, cutoff=0.5)
     meant = f"; did you mean {near[0]!r}?" if near else "."
     listed = f" There are: {', '.join(known)}." if len(known) < 12 or not near else ""

@@ -1652,7 +1652,7 @@ def test_an_optimizer_is_a_class_and_a_line(lm, settings, monkeypatch):
     "name, tflops",
     [
         ("NVIDIA GeForce RTX 4090", 165.2), ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
-        ("NVIDIA GeForce RTX 4090 D", None), ("NVIDIA GeForce RTX 3090 Ti", None), ("NVIDIA GeForce RTX 4060", 30.2),
+        ("NVIDIA GeForce RTX 4090 D", None), ("NVIDIA GeForce RTX 3090 Ti", 80.0), ("NVIDIA GeForce RTX 4060", 30.2),
         ("NVIDIA GeForce RTX 4070 Ti SUPER", 88.2), ("NVIDIA GeForce RTX 5070 Ti", 87.9),
         ("NVIDIA GeForce RTX 5070 Ti Laptop GPU", None), ("NVIDIA RTX PRO 6000 Blackwell Workstation Edition", 503.8),
         ("NVIDIA RTX PRO 6000 Blackwell Max-Q Workstation Edition", None), ("NVIDIA RTX 6000 Ada Generation", 364.2),
