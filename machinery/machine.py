@@ -223,7 +223,7 @@ def cpu_name() -> str:
 def _memory_of_cpu() -> tuple[int, int]:
     """Bytes of this computer, or of the container that this process runs in: in all, and what could be taken now."""
     memory, container = psutil.virtual_memory(), Path("/sys/fs/cgroup")
-    with contextlib.suppress(OSError, ValueError):  # there are no such files, or one says "max"
+    with contextlib.suppress(OSError, ValueError, KeyError):  # there are no such files, or one says "max"
         limit, used = (int((container / f"memory.{name}").read_text()) for name in ("max", "current"))
         cached = dict(line.split() for line in (container / "memory.stat").read_text().splitlines())["inactive_file"]
         return min(memory.total, limit), min(memory.available, max(0, limit - used + int(cached)))

@@ -124,7 +124,7 @@ def test_runs_are_compared_in_one_figure_and_a_folder_that_is_no_run_is_named(tm
     figures = [plot_runs(*(tmp_path / name for name in names)) for names in (("one", "two"), ("one", "other/one"))]
     assert describe(figures[1]).endswith(f"for {(tmp_path / 'one').as_posix()}, {(tmp_path / 'other/one').as_posix()}")
     said = capsys.readouterr().out
-    assert said.startswith("of runs scored on other held-out text") and said.count("source 'python'") == 1 == said.count("\n")
+    assert said.startswith("of runs scored on other") and said.count("source 'python'") == 1 == said.count("\n")
     for figure in figures:
         plt.close(figure)
     with pytest.raises(UserError, match="three has no evaluation"):

@@ -1478,7 +1478,7 @@ def test_runs_on_folders_of_one_name_that_hold_other_text_are_told_apart(lm, set
     plt.close(plot_runs(*runs[:2], runs[3]))
     assert not capsys.readouterr().out
     plt.close(plot_runs(runs[0], runs[2]))
-    assert re.match(r"of runs scored on other held-out text.* a: source .*, [\d,]+ bytes; there: ", capsys.readouterr().out)
+    assert re.match(r"of runs scored on other .* a: source .*, [\d,]+ bytes; there: ", capsys.readouterr().out)
 
 
 def test_nothing_secret_or_local_is_written_into_a_run(lm, settings, tmp_path, monkeypatch):
