@@ -475,7 +475,7 @@ def refuse_overlap(source: Source, held_out: Source) -> None:
         by_size: dict[int, list[Path]] = {}
         for name, stat in source._stats.items():
             by_size.setdefault(stat.st_size, []).append(source.files[name])
-        digest = cache(file_digest)  # of large files, which takes minutes
+        digest = cache(file_digest)
         for name, stat in held_out._stats.items():
             path = held_out.files[name]
             for other in by_size.get(stat.st_size, []) if stat.st_size else []:
